@@ -1,0 +1,1 @@
+"""Floor 3: which samples make a step, and their bytes (order, prepare, stream, views)."""

@@ -1,0 +1,1 @@
+"""Floor 5: frozen features and the scores computed from them."""

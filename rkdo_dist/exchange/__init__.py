@@ -1,0 +1,1 @@
+"""Floor 2: everything that travels between ranks (torch.distributed only)."""

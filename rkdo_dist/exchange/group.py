@@ -1,0 +1,199 @@
+"""Rank facts, reductions in a fixed order, and the one rule for the scale of gradients.
+
+The gradient-scale rule of the project: *each rank's loss is the mean over its own rows; gradients of columns are
+summed on the rank that owns them; parameter gradients are averaged over ranks.* The result is the gradient of the
+mean over all rows of the global batch. Every other combination that "also trains" is wrong by a factor or a
+direction (see tests/test_columns.py for the controls).
+
+Floating-point addition is not associative, so a sum that must not depend on the number of ranks needs a fixed order.
+`tree_sum` is that order: a balanced binary tree over lanes. A rank's lanes are a subtree, and the ranks' sums are the
+upper levels of the same tree, so world sizes that are powers of two give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def is_distributed() -> bool:
+    """Whether a default process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size(group: Group = None) -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size(group) if is_distributed() else 1
+
+
+def rank(group: Group = None) -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank(group) if is_distributed() else 0
+
+
+def barrier(group: Group = None) -> None:
+    """Wait for all ranks (nothing without a process group)."""
+    if world_size(group) > 1:
+        dist.barrier(group)
+
+
+class TreeSum:
+    """Sum of a known number of equal-shaped tensors in the order of one fixed tree.
+
+    Let `count` = 2^k * odd. Runs of `odd` neighbours are added from left to right, and the 2^k results by a balanced
+    binary tree. For W = 2^w dividing 2^k, each contiguous share of count / W parts is a complete subtree, so adding
+    the shares first and their sums afterwards gives the same bits. At most k + 2 tensors are held at a time.
+
+    The first part given may be consumed (added to in place): do not reuse it.
+
+    Raises:
+        ValueError: if `count` is not positive.
+    """
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"a sum needs at least one part, got count={count}")
+        self.count = count
+        self._run = count // (count & -count)  # the odd part
+        self._in_run = 0
+        self._added = 0
+        self._open: Tensor | None = None  # the unfinished run
+        self._pending: list[tuple[int, Tensor]] = []  # (runs in it, partial sum), sizes falling
+
+    def add(self, part: Tensor) -> None:
+        """Append the next part."""
+        self._open = part if self._open is None else self._open.add_(part)
+        self._in_run += 1
+        self._added += 1
+        if self._in_run < self._run:
+            return
+        done, self._open, self._in_run = self._open, None, 0
+        size = 1
+        while self._pending and self._pending[-1][0] == size:
+            done = self._pending.pop()[1].add_(done)
+            size *= 2
+        self._pending.append((size, done))
+
+    def total(self) -> Tensor:
+        """The sum.
+
+        Raises:
+            ValueError: if fewer or more than `count` parts were added.
+        """
+        if self._added != self.count:
+            raise ValueError(f"expected {self.count} parts, got {self._added}")
+        return self._pending[0][1]
+
+
+def tree_sum(parts: Sequence[Tensor]) -> Tensor:
+    """`TreeSum` of all `parts` at once; the first may be consumed."""
+    tree = TreeSum(len(parts))
+    for part in parts:
+        tree.add(part)
+    return tree.total()
+
+
+def exact_reduce_scatter(rows: Tensor, group: Group = None) -> Tensor:
+    """Sum over ranks of `rows` (W * b, ...), returned as this rank's slice (b, ...), summed in tree order.
+
+    One all-to-all of the slices and a local tree sum: the traffic of an ordinary reduce-scatter.
+
+    Raises:
+        ValueError: if the first dimension is not divisible by the world size, or W is not a power of two.
+    """
+    world = world_size(group)
+    if world == 1:
+        return rows
+    if rows.shape[0] % world:
+        raise ValueError(f"{rows.shape[0]} rows do not divide over {world} ranks")
+    sent = rows.contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return tree_sum(received.view(world, rows.shape[0] // world, *rows.shape[1:]).unbind(0)).clone()
+
+
+def all_gather_rows(rows: Tensor, group: Group = None) -> Tensor:
+    """All ranks' `rows` (b, ...) stacked in rank order as (W * b, ...); no gradient, equal shapes on every rank."""
+    world = world_size(group)
+    if world == 1:
+        return rows
+    out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_into_tensor(out, rows.contiguous(), group=group)
+    return out
+
+
+def exact_all_reduce(flat: Tensor, group: Group = None) -> Tensor:
+    """Sum over ranks of a 1-d tensor in tree order: all-to-all of chunks, tree sum on the owner, all-gather.
+
+    The traffic is that of a ring all-reduce. Elementwise addition does not mix elements, so padding and chunking do
+    not change any bit.
+    """
+    world = world_size(group)
+    if world == 1:
+        return flat
+    length = flat.numel()
+    padding = -length % world
+    padded = torch.cat([flat, flat.new_zeros(padding)]) if padding else flat
+    return all_gather_rows(exact_reduce_scatter(padded, group), group)[:length]
+
+
+def all_reduce_max(value: float, device: torch.device | str = "cpu", group: Group = None) -> float:
+    """The largest `value` over ranks."""
+    if world_size(group) == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return float(tensor)
+
+
+def gather_objects(value: object, group: Group = None) -> list[object]:
+    """Every rank's `value` in rank order, on every rank.
+
+    Uses torch's object collective, which pickles: only between the ranks of one job, never with data from outside.
+    """
+    world = world_size(group)
+    if world == 1:
+        return [value]
+    out: list[object] = [None] * world
+    dist.all_gather_object(out, value, group=group)
+    return out
+
+
+class RankError(RuntimeError):
+    """An error of one or more ranks, raised alike on every rank so that none waits for a peer that has left."""
+
+
+def together(action: Callable[[], object], what: str, kinds: tuple[type[BaseException], ...] = (Exception,)) -> object:
+    """Run `action` on every rank; if it raises one of `kinds` on any, raise the same error text on all.
+
+    Args:
+        action: called without arguments, must not use collectives (a rank may leave it early).
+        what: what was being done, for the message.
+        kinds: the exceptions that are shared; others propagate on their rank alone.
+
+    Raises:
+        RankError: with the ranks and their messages. On one rank alone, the original exception passes unchanged.
+    """
+    result: object = None
+    error: BaseException | None = None
+    try:
+        result = action()
+    except kinds as caught:
+        error = caught
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return result
+    failures = {r: text for r, text in enumerate(gather_objects(None if error is None else str(error))) if text is not None}
+    if failures:
+        texts = sorted(set(map(str, failures.values())))
+        if len(texts) == 1 and len(failures) == world_size():
+            raise RankError(texts[0]) from error
+        ranks = ", ".join(f"rank {r}: {text}" for r, text in failures.items())
+        raise RankError(f"{what} failed on {len(failures)} of {world_size()} ranks: {ranks}") from error
+    return result

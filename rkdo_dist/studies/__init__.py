@@ -1,0 +1,1 @@
+"""Floor 7: what is read from finished run directories."""

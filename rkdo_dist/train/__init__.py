@@ -1,0 +1,1 @@
+"""Floor 6: one training run (runtime, journal, step, loop)."""

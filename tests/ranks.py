@@ -1,0 +1,91 @@
+"""Real process groups for tests: ranks are forked from one server that has torch loaded already.
+
+A Python process with torch costs seconds to start; a fork of a prepared server costs hundredths. Every call gets new
+processes and a new gloo group, so a test can kill its ranks without touching the next one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "rkdo_dist.exchange.group"]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the text holds every failing rank's traceback."""
+
+
+def _entry(rank: int, world: int, store: str, timeout: float, results: Any, function: Callable[..., Any], args: tuple) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        results.put((rank, True, function(rank, world, *args)))
+    except BaseException:  # the parent raises it with its traceback
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        results.close()
+        results.join_thread()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0, check: bool = True) -> list[Any]:
+    """Call `function(rank, world, *args)` on `world` gloo ranks; return its results in rank order.
+
+    Args:
+        function: a module-level function of a test module (it is pickled by name).
+        args: picklable; results must be picklable too (numpy arrays, floats; tensors are turned into file handles).
+        timeout: seconds for the group's collectives and for the whole call.
+        check: raise `RankFailed` if any rank raised; otherwise a failed rank's result is its traceback as `str`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results = _context.Queue()
+        store = os.path.join(folder, "store")
+        ranks = [
+            _context.Process(target=_entry, args=(r, world, store, timeout, results, function, args), daemon=True)
+            for r in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            answers = _collect(results, ranks, world, timeout)
+        finally:
+            for process in ranks:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    failures = [f"--- rank {r}\n{text}" for r, (ok, text) in sorted(answers.items()) if not ok]
+    if failures and check:
+        raise RankFailed("\n".join(failures))
+    return [answers[r][1] for r in range(world)]
+
+
+def _collect(results: Any, ranks: list[Any], world: int, timeout: float) -> dict[int, tuple[bool, Any]]:
+    answers: dict[int, tuple[bool, Any]] = {}
+    deadline = time.monotonic() + timeout + 30
+    while len(answers) < world:
+        try:
+            rank, ok, value = results.get(timeout=0.5)
+            answers[rank] = (ok, value)
+        except queue.Empty:
+            for rank, process in enumerate(ranks):
+                if rank not in answers and process.exitcode not in (None, 0):
+                    answers[rank] = (False, f"the process ended with exit code {process.exitcode}")
+            if time.monotonic() > deadline:
+                raise RankFailed(f"no answer from ranks {sorted(set(range(world)) - set(answers))} in time") from None
+    return answers
