@@ -1,7 +1,7 @@
 """Files that survive a crash: written beside their place, flushed to the disk, then renamed into it.
 
-Floor 0: the standard library only. `write_atomic` is for one small file (a pointer, a configuration, an index);
-`checkpoint.py` builds whole directories from the other functions here.
+Floor 0: the standard library only. `write_atomic` is for one small file (a pointer, a configuration, an
+index); `checkpoint.py` builds whole directories from the other functions here.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _CHUNK = 1 << 20
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Replace `path` by `content` so that a reader, or a crash at any instant, sees the old or the new file, whole.
+    """Replace `path` by `content`: a reader, or a crash at any instant, finds the old or the new file, whole.
 
-    The content goes to a hidden temporary file in the same directory, is flushed to the disk and renamed over `path`;
-    then the directory is flushed, so that the new name survives a power cut too. Text is written as UTF-8 with the
-    line ends it has.
+    The content goes to a hidden temporary file in the same directory, is flushed to the disk and renamed over
+    `path`; then the directory is flushed, so that the new name survives a power cut too. Text is written as
+    UTF-8 with the line ends it has.
 
     Args:
         path: the file; its directory must exist. A symbolic link there is replaced, not followed.
         content: the whole new content.
 
     Raises:
-        OSError: whatever the file system answers (no space, no permission, no such directory), with `path` as its
-            file name. The old file is untouched then and the temporary file is removed.
+        OSError: whatever the file system answers (no space, no permission, no such directory), with `path` as
+            its file name. The old file is untouched then and the temporary file is removed.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
