@@ -1,0 +1,212 @@
+"""Running statistics of batch norm: changed once per step, from all micro-batches, for any world size.
+
+Batch norm normalises a micro-batch by that forward's own statistics, so training does not depend on who
+computes which micro-batch. Its *running* statistics, which evaluation uses, are another matter: torch moves
+them at every forward, on each rank separately, and twice when a forward is repeated. `BatchStatistics`
+takes them over: it keeps the running statistics out of the forward, hands out each forward's sums to be
+added over lanes in a fixed order, and moves the running statistics once by the whole step's mean and
+variance.
+
+What is combined. Each lane gives, per channel, the number of elements, their sum and their sum of squares
+(derived from that forward's mean and variance), in float64. The step's statistics are those of all lanes'
+elements pooled:
+
+    mean = S1 / N,    variance = (S2 - N mean^2) / (N - 1)        (unbiased, as torch's running variance is)
+
+By the law of total variance this is the mean variance within lanes plus the variance between their means.
+The mean of the lanes' variances alone would be too small whenever elements of one lane are alike (the two
+views of an image, the pixels of one channel, neighbours in a shard): the evaluated network would then see
+activations of variance above the one it was trained with. With a single lane the result is torch's own
+update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class BatchStatistics:
+    """Takes over the running statistics of every batch norm in `module` (see the text above).
+
+    One step of L lanes, on one rank or spread over many:
+
+        for each lane:
+            with statistics.collecting():
+                out = module(x)
+            sums.append(statistics.take())       # then add up over lanes, in lane order
+        statistics.update(tree_sum(sums))        # once per step, the same on every rank
+        for each lane, when activations were not kept:
+            with statistics.discarding():
+                module(x)                        # the repeated forward leaves no trace
+
+    Where a step forwards its views apart, each view is a forward of its own, as in plain torch: collect and
+    update once per view, in order. Batch norms in evaluation mode and those with
+    `track_running_stats=False` are left alone; `momentum=None` (the cumulative average) is respected.
+
+    Args:
+        module: any module; its batch norms may be moved to another device or dtype later, together.
+
+    Attributes:
+        size: length of the vector of `take` and `update`, 3 x the number of tracked channels; 0 without
+            batch norm.
+
+    Raises:
+        ValueError: if `module` holds torch's SyncBatchNorm, which exchanges statistics between ranks
+            itself.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        for name, part in module.named_modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                raise ValueError(f"{name} is a SyncBatchNorm, which depends on the ranks; use BatchNorm")
+        self._norms: list[Any] = [  # Any: torch types the buffers as optional, and they are not here
+            m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+        ]
+        self._channels = [m.num_features for m in self._norms]
+        self.size = 3 * sum(self._channels)
+        self._collected: tuple[Tensor, list[int]] | None = None
+        self._active = False
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """While open, ONE training forward leaves its statistics for `take`; running statistics stay.
+
+        Raises:
+            RuntimeError: if opened inside another `collecting` or `discarding`, or if a batch norm runs
+                twice while it is open (the second use would hide the first).
+        """
+        with self._swapped() as collected:
+            counts = collected[1]
+            hooks = [m.register_forward_pre_hook(_counter(counts, i)) for i, m in enumerate(self._norms)]
+            self._collected = collected
+            try:
+                yield
+            except BaseException:
+                self._collected = None
+                raise
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """While open, training forwards leave no trace in the running statistics.
+
+        Raises:
+            RuntimeError: if opened inside another `collecting` or `discarding`.
+        """
+        with self._swapped():
+            yield
+
+    def take(self) -> Tensor:
+        """The sums of the forward just collected, to be added over lanes; in or after `collecting`.
+
+        Returns:
+            (3C,) float64 on the module's device, C the number of tracked channels: element counts, sums,
+            sums of squares. Zeros for batch norms that the forward did not use or that are in evaluation
+            mode.
+
+        Raises:
+            RuntimeError: if no training forward has been collected since the last call.
+        """
+        scratch, counts = self._collected or (torch.empty(0), [])
+        if self._collected is None or (not any(counts) and any(m.training for m in self._norms)):
+            raise RuntimeError("nothing to take: run a forward inside `collecting()` first")
+        self._collected = None
+        if not self._norms:
+            return torch.zeros(0, dtype=torch.float64)
+        mean, variance = scratch.double()
+        # From element counts per batch norm to counts per channel.
+        channels_and_counts = zip(self._channels, counts, strict=True)
+        n = torch.cat([mean.new_full((channels,), count) for channels, count in channels_and_counts])
+        return torch.cat([n, n * mean, n * mean.square() + (n - 1) * variance])
+
+    @torch.no_grad()
+    def update(self, sums: Tensor) -> None:
+        """Move the running statistics once, by the pooled statistics of all lanes.
+
+        running <- (1 - momentum) running + momentum pooled, and `num_batches_tracked` grows by one. Batch
+        norms that no lane used stay as they are. Do not call it for a step that is skipped as non-finite.
+
+        Args:
+            sums: (3C,) float64, the vectors of `take` added over the lanes (and ranks) of the step.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        if sums.shape != (self.size,):
+            raise ValueError(f"batch statistics have shape ({self.size},), got {tuple(sums.shape)}")
+        n, first, second = sums.double().view(3, -1)
+        mean = first / n.clamp(min=1)
+        variance = (second - first * mean).clamp(min=0) / (n - 1).clamp(min=1)
+        pieces = [t.split(self._channels) for t in (n, mean, variance)]
+        for norm, count, norm_mean, norm_variance in zip(self._norms, *pieces, strict=True):
+            used = count[0] > 0  # stays on the device
+            norm.num_batches_tracked += used
+            for running, pooled in ((norm.running_mean, norm_mean), (norm.running_var, norm_variance)):
+                momentum = norm.momentum
+                share = 1 / norm.num_batches_tracked.double().clamp(min=1) if momentum is None else momentum
+                moved = (1 - share) * running.double() + share * pooled
+                running.copy_(torch.where(used, moved, running.double()))
+
+    @contextmanager
+    def _swapped(self) -> Iterator[tuple[Tensor, list[int]]]:
+        """Give training batch norms new buffers and momentum 1: a forward leaves its own statistics there.
+
+        The buffers are new each time: autograd keeps a reference to those of a forward, and writing to them
+        again before its backward would be an error.
+
+        Yields:
+            (2, C) means and unbiased variances, still zero, and the element counts per batch norm, still
+            zero.
+        """
+        if self._active:
+            raise RuntimeError("`collecting` and `discarding` cannot be nested")
+        self._active = True
+        saved = []
+        try:
+            scratch, counts = self._new_scratch(), [0] * len(self._norms)
+            means, variances = (s.split(self._channels) for s in scratch)
+            for norm, mean, variance in zip(self._norms, means, variances, strict=True):
+                if norm.training:
+                    saved.append((norm, [getattr(norm, name) for name in _SWAPPED]))
+                    _assign(norm, [mean, variance, None, 1.0])
+            yield scratch, counts
+        finally:
+            for norm, values in saved:
+                _assign(norm, values)
+            self._active = False
+
+    def _new_scratch(self) -> Tensor:
+        if not self._norms:
+            return torch.zeros(2, 0)
+        like = {(m.running_mean.device, m.running_mean.dtype) for m in self._norms}
+        if len(like) > 1:
+            raise ValueError(f"batch norms must share one device and dtype, got {sorted(map(str, like))}")
+        return self._norms[0].running_mean.new_zeros(2, sum(self._channels))
+
+
+_SWAPPED = ("running_mean", "running_var", "num_batches_tracked", "momentum")
+
+
+def _assign(norm: nn.Module, values: list[Any]) -> None:
+    for name, value in zip(_SWAPPED, values, strict=True):
+        setattr(norm, name, value)
+
+
+def _counter(counts: list[int], i: int) -> Callable[[nn.Module, Any], None]:
+    """A forward pre-hook that notes how many elements per channel batch norm `i` sees in training."""
+
+    def hook(norm: nn.Module, inputs: Any) -> None:
+        if norm.training:
+            if counts[i]:
+                raise RuntimeError("a batch norm ran twice while collecting; collect one forward at a time")
+            counts[i] = inputs[0].numel() // inputs[0].shape[1]
+
+    return hook
