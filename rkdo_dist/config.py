@@ -51,8 +51,7 @@ class DataConfig:
     """Where the samples are and how they are read (`rkdo_dist.data`)."""
 
     shards: str = free("")
-    train_split: str = "train"
-    test_split: str = free("test")
+    split: str = "train"
     image_size: int | None = None
     shuffle_buffer: int = 2048
     workers: int = free(1)
@@ -112,6 +111,8 @@ class EvaluateConfig:
     """How frozen features are judged (`rkdo_dist.evaluate`)."""
 
     protocol: Literal["full", "paper"] = free("full")
+    train_split: str = free("train")
+    test_split: str = free("test")
     at_end: bool = free(True)
     batch_size: int = free(256)
     neighbours: int = free(5)

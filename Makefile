@@ -1,0 +1,57 @@
+# The one door: `make demo` and `make test` set everything up by themselves.
+#
+#   PYTHON=python3.12           another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL             another index for torch and torchvision, e.g. the CPU builds at
+#                               https://download.pytorch.org/whl/cpu
+#   VENV=.venv                  where the environment lives
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint fast slow bench lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+setup: $(READY)  ## the virtual environment, from the pinned lock
+
+$(READY): requirements.lock pyproject.toml tools/environment.py
+	$(PYTHON) tools/environment.py $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q -c requirements.lock --index-url $(TORCH_INDEX) torch torchvision)
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[test,lint]'
+	@touch $@
+
+demo: $(READY)  ## shards, RKDO and I-Con on two ranks, a table and a figure (embedded digits; about two minutes)
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+
+test: lint fast slow  ## everything CI runs
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fast: $(READY)  ## tests without whole jobs
+	$(BIN)/python -m pytest -m 'not slow' -q
+
+slow: $(READY)  ## whole jobs: real launches, kills and restarts
+	$(BIN)/python -m pytest -m slow -q
+
+bench: $(READY)  ## comparisons in one run; results go to benchmarks/results/
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[bench]'
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/views.py
+
+lock: $(READY)  ## pin new versions (keep torch and torchvision a matched pair)
+	$(BIN)/python -m pip install -q uv
+	printf 'torch==2.14.1\ntorchvision==0.29.1\n' > $(VENV)/pair.txt
+	{ echo '# Exact versions for every platform, used as constraints: only what is asked for is installed.'; \
+	  echo '# Made by `make lock`; torch and torchvision must stay a matched pair.'; \
+	  $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra deepspeed --extra test --extra lint \
+	  -c $(VENV)/pair.txt --upgrade --no-annotate --no-header --quiet; } > $(VENV)/new.lock && mv $(VENV)/new.lock requirements.lock
+
+clean:  ## remove the environment, the demo's data and runs
+	rm -rf $(VENV) build dist data/digits runs/demo

@@ -1,0 +1,125 @@
+"""Configuration: files, overrides, and errors that name the key and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rkdo_dist import config as c
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name in ("configs", "paper"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("field:\n  objective: icon\ntrain:\n  learning_rate: 1e-4\n")
+    return path
+
+
+def test_file_and_overrides(file: Path) -> None:
+    config = c.load(file, ["train.epochs=7", "views.crop_scale=[0.5, 1]", "train.max_steps=null", "run.seed=5"])
+    assert config.field.objective == "icon"
+    assert config.train.learning_rate == pytest.approx(1e-4)  # YAML reads 1e-4 as text
+    assert (config.train.epochs, config.views.crop_scale, config.train.max_steps, config.run.seed) == (7, (0.5, 1.0), None, 5)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_config_loads(path: Path) -> None:
+    config = c.load(path)
+    assert config.field.objective == path.stem.split("-")[1]
+    assert config.data.shards == f"data/{path.stem.split('-')[0]}"
+    c.check_world(config, 1)
+
+
+def test_the_names_that_scripts_rely_on_are_shipped() -> None:
+    names = {str(p.relative_to(ROOT / "configs")) for p in CONFIGS}
+    data = ("cifar10", "cifar100", "stl10")
+    assert {f"{d}-{o}.yaml" for d in ("digits", *data) for o in ("rkdo", "icon", "infonce")} <= names
+    assert {f"paper/{d}-{o}.yaml" for d in data for o in ("rkdo", "icon")} <= names
+
+
+def test_the_resolved_file_says_the_same(file: Path, tmp_path: Path) -> None:
+    config = c.load(file, ["views.jitter=[0.1,0.2,0.3,0.4]", "data.image_size=32"])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(c.to_yaml(config))
+    assert c.load(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epohcs=5", ["train.epohcs", "train.epochs"]),
+        ("trian.epochs=5", ["trian", "train"]),
+        ("epochs=5", ["train.epochs=5"]),
+        ("train.epochs=many", ["train.epochs", "whole number", "many"]),
+        ("train.epochs=2.5", ["train.epochs", "2.5"]),
+        ("train.recompute=1", ["train.recompute", "true or false"]),
+        ("field.objective=rkd", ["field.objective", "rkdo"]),
+        ("field.temperature=0", ["field.temperature", "greater than 0"]),
+        ("field.temperature=-1", ["field.temperature"]),
+        ("field.temperature=.nan", ["field.temperature"]),
+        ("field.coupling=1.5", ["field.coupling", "[0, 1]"]),
+        ("field.coupling=-0.1", ["field.coupling", "[0, 1]"]),
+        ("field.cooling=1", ["field.cooling"]),
+        ("field.depth=0", ["field.depth"]),
+        ("train.global_batch=100", ["train.global_batch", "train.micro_batch"]),
+        ("train.global_batch=1", ["train.global_batch"]),
+        ("views.crop_scale=[0.9,0.2]", ["views.crop_scale"]),
+        ("views.crop_scale=0.2", ["views.crop_scale", "list"]),
+        ("views.jitter=[0.4,0.4,0.4,0.9]", ["views.jitter", "hue"]),
+        ("run.dir=5", ["run.dir", "text"]),
+        ("train.epochs=[", ["train.epochs"]),
+    ],
+)
+def test_mistakes_are_named(file: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(c.ConfigError) as caught:
+        c.load(file, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(c.ConfigError, match="nowhere.yaml"):
+        c.load(tmp_path / "nowhere.yaml")
+    for text, word in (("train: [1", "valid"), ("- a", "sections"), ("train: 5", "mapping"), ("train:\n  epochs: 1\n  epochs: 2", "twice")):
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(c.ConfigError, match=word):
+            c.load(path)
+
+
+def test_yaml_cannot_execute(tmp_path: Path) -> None:
+    path, canary = tmp_path / "bad.yaml", tmp_path / "canary"
+    path.write_text(f"run:\n  dir: !!python/object/apply:os.system ['touch {canary}']\n")
+    with pytest.raises(c.ConfigError):
+        c.load(path)
+    assert not canary.exists()
+
+
+def test_digest_ignores_what_does_not_affect_results(file: Path) -> None:
+    base = c.digest(c.load(file))
+    assert base == c.digest(c.load(file, ["data.workers=3", "run.dir=x", "train.recompute=true", "train.checkpoint_every=2"]))
+    assert base != c.digest(c.load(file, ["run.seed=1"]))
+    assert base != c.digest(c.load(file, ["train.micro_batch=32"]))
+
+
+@pytest.mark.parametrize("world", [3, 8])
+def test_ranks_must_divide_the_lanes(file: Path, world: int) -> None:
+    with pytest.raises(c.ConfigError, match=f"{world} ranks.*4 lanes"):
+        c.check_world(c.load(file), world)
+
+
+def test_the_error_suggests_a_micro_batch_that_works(file: Path) -> None:
+    with pytest.raises(c.ConfigError, match="train.micro_batch=32"):
+        c.check_world(c.load(file), 8)
+    c.check_world(c.load(file, ["train.micro_batch=32"]), 8)
+
+
+def test_exact_reduction_needs_a_power_of_two(file: Path) -> None:
+    twelve = ["train.global_batch=384", "train.micro_batch=32"]
+    with pytest.raises(c.ConfigError, match="power of two"):
+        c.check_world(c.load(file, twelve), 3)
+    c.check_world(c.load(file, [*twelve, "run.reduction=fast"]), 3)
