@@ -1,0 +1,241 @@
+"""The index of a set of shards: which tar files, how many samples, which bytes, which classes.
+
+`index.json` lies beside the shards and is the only description of them that is believed; a reader checks
+every shard against it before using a sample. It is plain JSON and is checked strictly: nothing in it can
+make a reader open a file outside its directory or start a program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rkdo_dist.files import write_atomic
+
+INDEX_NAME = "index.json"
+FORMAT, VERSION = "rkdo-shards", 1
+_MAX_INDEX_BYTES = 256 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class DataError(ValueError):
+    """Something is wrong with data or its index; the message names the file (shard, key, offset) and what
+    to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of WebDataset samples.
+
+    Attributes:
+        name: file name relative to the index.
+        samples: how many samples it holds.
+        sha256: of the whole file, 64 hexadecimal digits.
+        bytes: length of the file.
+    """
+
+    name: str
+    samples: int
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """A named list of shards; a sample's id is its position in their concatenation."""
+
+    name: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples in each shard."""
+        return tuple(shard.samples for shard in self.shards)
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A directory of shards.
+
+    Attributes:
+        root: the directory that shard names are relative to.
+        splits: by name ("train", "test", "unlabeled", ...).
+        classes: class names; a sample's label is a position in it. Empty when there are no labels.
+        image_size: (height, width) of every image, or None when it varies.
+        source, identity, seed, shard_size: what the shards were made from and how.
+    """
+
+    root: Path
+    splits: Mapping[str, Split]
+    classes: tuple[str, ...] = ()
+    image_size: tuple[int, int] | None = None
+    source: str = ""
+    identity: str = ""
+    seed: int | None = None
+    shard_size: int | None = None
+
+    def split(self, name: str) -> Split:
+        """The split called `name`.
+
+        Raises:
+            DataError: if there is none, naming those there are.
+        """
+        if name not in self.splits:
+            raise DataError(f"{self.root} has no split {name!r}; it has {', '.join(self.splits) or 'none'}")
+        return self.splits[name]
+
+    def digest(self) -> str:
+        """SHA-256 over the content that a run depends on (not over where it lies)."""
+        return hashlib.sha256(json.dumps(to_tree(self), sort_keys=True).encode()).hexdigest()
+
+
+def to_tree(index: ShardIndex) -> dict[str, Any]:
+    """The index as the JSON object that is stored."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": index.source,
+        "identity": index.identity,
+        "seed": index.seed,
+        "shard_size": index.shard_size,
+        "image_size": list(index.image_size) if index.image_size else None,
+        "classes": list(index.classes),
+        "splits": {name: [vars(s) for s in split.shards] for name, split in index.splits.items()},
+    }
+
+
+def save_index(index: ShardIndex, path: str | os.PathLike[str] | None = None) -> Path:
+    """Write the index atomically to `path` (default: index.json in its root); returns the path."""
+    target = Path(path) if path is not None else index.root / INDEX_NAME
+    write_atomic(target, json.dumps(to_tree(index), indent=1) + "\n")
+    return target
+
+
+def load_index(path: str | os.PathLike[str]) -> ShardIndex:
+    """Read and check an index.
+
+    Args:
+        path: a directory with index.json in it, or that file.
+
+    Raises:
+        DataError: no such directory, no index in it, not an index, or a value that cannot be; the message
+            names the file and what to do.
+    """
+    given = Path(path)
+    target = given / INDEX_NAME if given.is_dir() else given
+    if not given.exists():
+        raise DataError(
+            f"there is no shard directory {given}; make one with `rkdo prepare SOURCE --out {given}`"
+        )
+    try:
+        with open(target, "rb") as file:
+            text = file.read(_MAX_INDEX_BYTES + 1)
+    except FileNotFoundError:
+        raise DataError(
+            f"{given} holds no {INDEX_NAME}: either it is not a shard directory or its preparation was not "
+            f"finished; run `rkdo prepare SOURCE --out {given}`"
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot read {target}: {error.strerror or error}") from error
+    if len(text) > _MAX_INDEX_BYTES:
+        raise DataError(f"{target} is larger than {_MAX_INDEX_BYTES >> 20} MiB: this is not an index")
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{target} is not valid JSON ({error}); prepare the shards again with --force"
+        ) from None
+    try:
+        return _from_tree(tree, target.parent)
+    except _Bad as error:
+        raise DataError(f"{target}: {error}") from None
+
+
+class _Bad(Exception):
+    """A value of an index that cannot be."""
+
+
+def _from_tree(tree: Any, root: Path) -> ShardIndex:
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise _Bad(f'not a shard index (expected an object with "format": "{FORMAT}")')
+    if tree.get("version") != VERSION:
+        raise _Bad(f"version {tree.get('version')!r} is not supported (this program reads version {VERSION})")
+    classes = tree.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise _Bad('"classes" must be a list of names')
+    size = tree.get("image_size")
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 2 and all(_is_count(v) and v for v in size)
+    ):
+        raise _Bad(f'"image_size" must be null or [height, width], got {size!r}')
+    splits = tree.get("splits")
+    if not isinstance(splits, dict) or not splits:
+        raise _Bad('"splits" must be an object with at least one split')
+    built = {}
+    for name, shards in splits.items():
+        if not isinstance(shards, list) or not shards:
+            raise _Bad(f"split {name!r} has no shards")
+        built[name] = Split(
+            name, tuple(_shard(entry, f"shard {k} of split {name!r}") for k, entry in enumerate(shards))
+        )
+        if not built[name].samples:
+            raise _Bad(f"split {name!r} has no samples")
+    names = [shard.name for split in built.values() for shard in split.shards]
+    twice = (
+        next((name for name in names if names.count(name) > 1), None)
+        if len(set(names)) < len(names)
+        else None
+    )
+    if twice is not None:
+        raise _Bad(f"shard {twice!r} is listed twice")
+    seed, shard_size = tree.get("seed"), tree.get("shard_size")
+    return ShardIndex(
+        root=root,
+        splits=built,
+        classes=tuple(classes),
+        image_size=(size[0], size[1]) if size else None,
+        source=str(tree.get("source", "")),
+        identity=str(tree.get("identity", "")),
+        seed=seed if isinstance(seed, int) else None,
+        shard_size=shard_size if isinstance(shard_size, int) else None,
+    )
+
+
+def _shard(entry: Any, where: str) -> Shard:
+    if not isinstance(entry, dict):
+        raise _Bad(f"{where} must be an object, got {entry!r}")
+    name, digest = entry.get("name"), entry.get("sha256")
+    check_name(name, where)
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise _Bad(f'{where}: "sha256" must be 64 hexadecimal digits, got {digest!r}')
+    for field in ("samples", "bytes"):
+        if not _is_count(entry.get(field)):
+            raise _Bad(f'{where}: "{field}" must be a whole number >= 0, got {entry.get(field)!r}')
+    return Shard(str(name), entry["samples"], digest, entry["bytes"])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def check_name(name: Any, where: str) -> None:
+    """Refuse shard names that could lead anywhere but to a file below the index."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        raise _Bad(f"{where}: {name!r} is not a file name")
+    if ":" in name:
+        raise _Bad(
+            f"{where}: {name[:64]!r}: no scheme or colon is allowed; shards are files beside their index"
+        )
+    if name.startswith("/") or ".." in name.split("/"):
+        raise _Bad(f"{where}: {name!r} leads out of the directory of the index")
