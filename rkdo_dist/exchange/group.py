@@ -13,12 +13,14 @@ upper levels of the same tree, so world sizes that are powers of two give the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -164,11 +166,16 @@ def gather_objects(value: object, group: Group = None) -> list[object]:
     return out
 
 
+def from_rank_zero(value: T) -> T:
+    """Rank zero's `value`, on every rank, so that all take the same decision."""
+    return gather_objects(value)[0]  # type: ignore[return-value]
+
+
 class RankError(RuntimeError):
     """An error of one or more ranks, raised alike on every rank so that none waits for a peer that has left."""
 
 
-def together(action: Callable[[], object], what: str, kinds: tuple[type[BaseException], ...] = (Exception,)) -> object:
+def together(action: Callable[[], T], what: str, kinds: tuple[type[BaseException], ...] = (Exception,)) -> T:
     """Run `action` on every rank; if it raises one of `kinds` on any, raise the same error text on all.
 
     Args:
@@ -179,7 +186,7 @@ def together(action: Callable[[], object], what: str, kinds: tuple[type[BaseExce
     Raises:
         RankError: with the ranks and their messages. On one rank alone, the original exception passes unchanged.
     """
-    result: object = None
+    result: T | None = None
     error: BaseException | None = None
     try:
         result = action()
@@ -188,7 +195,7 @@ def together(action: Callable[[], object], what: str, kinds: tuple[type[BaseExce
     if world_size() == 1:
         if error is not None:
             raise error
-        return result
+        return result  # type: ignore[return-value]
     failures = {r: text for r, text in enumerate(gather_objects(None if error is None else str(error))) if text is not None}
     if failures:
         texts = sorted(set(map(str, failures.values())))
@@ -196,4 +203,4 @@ def together(action: Callable[[], object], what: str, kinds: tuple[type[BaseExce
             raise RankError(texts[0]) from error
         ranks = ", ".join(f"rank {r}: {text}" for r, text in failures.items())
         raise RankError(f"{what} failed on {len(failures)} of {world_size()} ranks: {ranks}") from error
-    return result
+    return result  # type: ignore[return-value]

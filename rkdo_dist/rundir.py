@@ -1,0 +1,164 @@
+"""The run directory: the contract between training and everything that looks at a run.
+
+    config.yaml         the resolved configuration
+    environment.json    versions, devices, world size, commit
+    metrics.jsonl       one object per step
+    checkpoints/        <step>/, and `latest`
+    evaluations/        <step>.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rkdo_dist import config as configuration
+from rkdo_dist.files import write_atomic
+
+
+class RunError(ValueError):
+    """A run directory cannot be used as asked; the message names it and says what to do."""
+
+
+# May grow when a run is continued, provided nothing in the run depends on the total number of steps.
+_LENGTH = {"train.epochs", "train.max_steps"}
+# What an interrupted copy of another run may have left before its config.yaml.
+_COPIED = {"checkpoints", "metrics.jsonl"}
+
+
+class RunDirectory:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
+
+    def config(self, overrides: Sequence[str] = ()) -> configuration.Config:
+        """The configuration of the run, with overrides.
+
+        Raises:
+            RunError: if there is no run here.
+        """
+        if not (self.path / "config.yaml").is_file():
+            raise RunError(f"{self.path} is not a run directory: it has no config.yaml")
+        return configuration.load(self.path / "config.yaml", overrides)
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """The records of metrics.jsonl in order; an unfinished last line is left out."""
+        if not self.metrics.is_file():
+            return
+        with self.metrics.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def claim(self, config: configuration.Config, source: RunDirectory | None = None) -> None:
+        """Make the directory ready for `config`, or refuse (rank zero only).
+
+        Args:
+            config: what is to be run here.
+            source: another run to continue here: its journal and newest checkpoint are copied.
+
+        Raises:
+            RunError: if something else is here and `config.run.resume` does not continue it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"run.dir={self.path} is a file: choose another run.dir")
+        present = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.is_dir() else []
+        if (self.path / "config.yaml").is_file():
+            if config.run.resume != "auto":
+                raise RunError(
+                    f"run.dir={self.path} holds another run: continue it with run.resume=auto, or choose another run.dir"
+                )
+            self.refuse_changes(config)
+        elif present and not (source is not None and set(present) <= _COPIED):
+            raise RunError(f"run.dir={self.path} is not empty and holds no run ({present[0]}, ...): choose another run.dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if source is not None:
+            self._copy_from(source)
+        write_atomic(self.path / "config.yaml", configuration.to_yaml(config))
+
+    def _copy_from(self, source: RunDirectory) -> None:
+        """Checkpoints and journal of another run; `config.yaml` comes last and makes the copy a run."""
+        if not source.checkpoints.is_dir():
+            raise RunError(f"run.resume={source.path} has no checkpoint to continue from")
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        shutil.copytree(source.checkpoints, self.checkpoints)
+        write_atomic(self.metrics, source.metrics.read_bytes())
+
+    def refuse_changes(self, config: configuration.Config) -> None:
+        """Refuse to continue this run under `config` if that would compute something else.
+
+        Raises:
+            RunError: naming the settings that differ, or if there is no run here.
+        """
+        before, now = configuration.decisive(self.config()), configuration.decisive(config)
+        changed = [key for key in now if before[key] != now[key]]
+        if set(changed) <= _LENGTH and config.train.schedule == "constant" and config.field.clock == "depth":
+            return
+        listed = ", ".join(f"{key}: {before[key]} -> {now[key]}" for key in changed)
+        raise RunError(
+            f"{self.path} holds a run with other settings ({listed}): "
+            "restore them to continue it, or choose another run.dir"
+        )
+
+    def write_environment(self, facts: dict[str, Any]) -> None:
+        """Record versions, platform and `facts` (world size, devices, digests)."""
+        write_atomic(self.path / "environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
+
+    def write_evaluation(self, step: int, scores: dict[str, Any]) -> Path:
+        """Write `evaluations/<step>.json`."""
+        self.evaluations.mkdir(exist_ok=True)
+        path = self.evaluations / f"{step}.json"
+        write_atomic(path, json.dumps(scores, indent=2) + "\n")
+        return path
+
+    def last_evaluation(self) -> dict[str, Any] | None:
+        """The evaluation of the largest step, if there is one."""
+        found = sorted(self.evaluations.glob("*.json"), key=lambda p: int(p.stem)) if self.evaluations.is_dir() else []
+        return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what decides results, the platform, and the commit of the code if it is a checkout."""
+    packages = ("rkdo_dist", "torch", "torchvision", "accelerate", "webdataset", "safetensors", "scikit-learn", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

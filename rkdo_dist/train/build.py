@@ -1,0 +1,94 @@
+"""From a configuration to the parts of a run: the one place where settings meet plain arguments."""
+
+from __future__ import annotations
+
+import torch
+
+from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.order import EpochPlan
+from rkdo_dist.data.views import Views
+from rkdo_dist.encoders import Encoder
+from rkdo_dist.field.objectives import Objective
+
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def epoch_plan(config: Config, index: ShardIndex, epoch: int) -> EpochPlan:
+    """The order of one epoch of the training split."""
+    counts = index.split(config.data.split).counts
+    train = config.train
+    return EpochPlan(counts, config.run.seed, epoch, train.lanes, train.micro_batch, config.data.shuffle_buffer)
+
+
+def run_length(config: Config, index: ShardIndex) -> tuple[int, int]:
+    """Steps in an epoch, and in the whole run.
+
+    Raises:
+        ConfigError: if the split is smaller than one global batch.
+    """
+    train, plan = config.train, epoch_plan(config, index, 0)
+    if plan.steps == 0:
+        raise ConfigError(
+            f"split {config.data.split!r} of {index.root} has {plan.samples} samples, fewer than one global batch: "
+            f"train.global_batch={train.global_batch} must be at most {plan.samples}"
+        )
+    steps = plan.steps
+    if train.batches_per_epoch is not None:
+        if train.batches_per_epoch > steps:
+            raise ConfigError(f"train.batches_per_epoch={train.batches_per_epoch}, but an epoch has {steps} batches")
+        steps = train.batches_per_epoch
+    total = steps * train.epochs
+    return steps, total if train.max_steps is None else min(total, train.max_steps)
+
+
+def make_encoder(config: Config) -> Encoder:
+    """The encoder, with weights drawn from `run.seed`: the same on every rank."""
+    torch.manual_seed(config.run.seed)
+    section = config.encoder
+    return Encoder(section.backbone, section.head, section.embedding_dim, section.stem)
+
+
+def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over all parameters of the encoder."""
+    train = config.train
+    options = {"momentum": 0.9} if train.optimizer == "sgd" else {}
+    return _OPTIMIZERS[train.optimizer](
+        encoder.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay, **options
+    )
+
+
+def make_views(config: Config, index: ShardIndex) -> Views:
+    """The augmentations, at the size of the images or the one asked for.
+
+    Raises:
+        ConfigError: if the images vary in size and none was asked for.
+    """
+    size = config.data.image_size
+    if size is None:
+        if index.image_size is None or index.image_size[0] != index.image_size[1]:
+            raise ConfigError(f"the images of {index.root} are not squares of one size: set data.image_size, e.g. 224")
+        size = index.image_size[0]
+    v = config.views
+    return Views(
+        size=size,
+        crop_scale=v.crop_scale,
+        flip=v.flip,
+        jitter=v.jitter,
+        jitter_probability=v.jitter_probability,
+        grayscale=v.grayscale,
+        mean=v.mean,
+        std=v.std,
+    )
+
+
+def make_objective(config: Config, progress: float) -> Objective:
+    """The objective at a share `progress` of the training done (only the training clock depends on it)."""
+    f = config.field
+    if f.objective == "icon":
+        return Objective.icon(f.debias, f.temperature, f.pairing, f.symmetric)
+    if f.objective == "infonce":
+        return Objective.infonce(f.temperature, f.pairing, f.symmetric)
+    return Objective.rkdo(
+        f.depth, f.coupling, f.temperature, f.cooling, f.pairing, f.supervisor_grad, f.symmetric, f.clock, progress
+    )

@@ -1,0 +1,183 @@
+"""One training run on this rank: its parts, its position, and what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rkdo_dist import __version__, checkpoint
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config
+from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.order import rank_lanes
+from rkdo_dist.data.stream import Batch, lane_stream
+from rkdo_dist.exchange import group
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.schedules import learning_rate
+from rkdo_dist.rundir import RunDirectory, RunError
+from rkdo_dist.train import build
+from rkdo_dist.train.journal import Journal
+from rkdo_dist.train.judgement import evaluate_encoder
+from rkdo_dist.train.runtime import Runtime
+from rkdo_dist.train.step import Step, StepResult, StepSettings
+
+
+class Job:
+    """A run, ready for its next step.
+
+    Attributes:
+        position: steps done. With the configuration it is all that is needed to go on.
+        steps_per_epoch, total_steps: length of the run.
+
+    Raises:
+        ValueError: for any setting that does not fit the data or the ranks.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory) -> None:
+        self.config, self.runtime, self.index, self.run = config, runtime, index, run
+        self.steps_per_epoch, self.total_steps = build.run_length(config, index)
+        self.objective(0)
+        self.views = build.make_views(config, index)
+        self.encoder = build.make_encoder(config).to(runtime.device)
+        self.optimizer = build.make_optimizer(config, self.encoder)
+        self.position = 0
+
+    def make_step(self) -> Step:
+        """The step; with several ranks and run.reduction=fast this is collective."""
+        settings = StepSettings(
+            seed=self.config.run.seed,
+            reduction=self.config.run.reduction,
+            recompute=self.config.train.recompute,
+            views_together=self.config.encoder.views == "together",
+            exchange=self.config.field.exchange,
+        )
+        return Step(self.encoder, self._view, self.runtime, settings)
+
+    def _view(self, images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
+        return self.views(images, ids, self.config.run.seed, epoch, view)
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """(epoch, this rank's lanes of the global batch) for every step from the position on."""
+        train, data = self.config.train, self.config.data
+        yield from lane_stream(
+            self.index,
+            data.split,
+            seed=self.config.run.seed,
+            lanes=train.lanes,
+            micro_batch=train.micro_batch,
+            window=data.shuffle_buffer,
+            own=rank_lanes(train.lanes, self.runtime.rank, self.runtime.world),
+            steps_per_epoch=self.steps_per_epoch,
+            start=self.position,
+            stop=self.total_steps,
+            workers=data.workers,
+            size=data.image_size,
+        )
+
+    def objective(self, step: int) -> Objective:
+        """The objective of a step (its temperature may follow the training clock)."""
+        return build.make_objective(self.config, step / self.total_steps)
+
+    def set_learning_rate(self, step: int) -> None:
+        """Set the learning rate of a step, a function of the step alone."""
+        train = self.config.train
+        rate = learning_rate(train.schedule, train.learning_rate, step, self.total_steps, train.warmup_steps)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+
+    def record(self, epoch: int, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
+        """The line of metrics.jsonl for the step just done (collective: the keys come from every rank)."""
+        keys: list[Any] = group.gather_objects([key for lane in batch.lanes for key in lane.keys])
+        digest = hashlib.sha256("\n".join(key for part in keys for key in part).encode())
+        parts = dict(result.parts)
+        return {
+            "step": self.position,
+            "epoch": epoch,
+            "loss": result.loss,
+            "loss_at_uniform": parts.pop("uniform"),
+            **parts,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "temperature": self.objective(self.position - 1).temperatures[-1],
+            "batch_digest": digest.hexdigest(),
+            "seconds": round(seconds, 6),
+            "pairs_per_second": round(self.config.train.global_batch / seconds, 3),
+        }
+
+    def due(self, every: int | None) -> bool:
+        """Whether `every` steps have passed since the last time."""
+        return every is not None and self.position % every == 0
+
+    def evaluation_due(self) -> bool:
+        """Whether an epoch has just ended after which an evaluation was asked for, and the run goes on."""
+        every = self.config.train.evaluate_every
+        epochs, rest = divmod(self.position, self.steps_per_epoch)
+        return every is not None and rest == 0 < epochs and epochs % every == 0 and self.position < self.total_steps
+
+    def save(self, journal: Journal) -> None:
+        """Write a checkpoint of the position, unless it is there already (collective)."""
+        journal.sync()
+        group.together(self._save, f"saving the checkpoint of step {self.position}")
+
+    def _save(self) -> None:
+        if not self.runtime.is_main or (self.run.checkpoints / str(self.position)).exists():
+            return
+        facts = {"settings": configuration.decisive(self.config), "data": self.index.digest(), "version": __version__}
+        optimizer = checkpoint.optimizer_to_tensors(self.optimizer, dict(self.encoder.named_parameters()))
+        checkpoint.save(
+            self.run.checkpoints,
+            self.position,
+            self.encoder.state_dict(),
+            optimizer,
+            facts,
+            keep=self.config.train.keep_checkpoints,
+        )
+
+    def restore(self, source: RunDirectory) -> None:
+        """Continue from the newest whole checkpoint of `source`, if it has one.
+
+        Raises:
+            RunError: if the checkpoint belongs to other data.
+        """
+        found = checkpoint.load_latest(source.checkpoints)
+        if found is None:
+            return
+        if found.extra["data"] != self.index.digest():
+            raise RunError(
+                f"the checkpoint {source.checkpoints}/{found.step} was trained on other data than "
+                f"data.shards={self.config.data.shards} holds"
+            )
+        self.encoder.load_state_dict(found.model)
+        checkpoint.tensors_to_optimizer(found.optimizer, self.optimizer, dict(self.encoder.named_parameters()))
+        self.position = found.step
+
+    def evaluate(self, journal: Journal) -> None:
+        """Judge the encoder as it is now, unless that has been done (collective)."""
+        if not group.from_rank_zero((self.run.evaluations / f"{self.position}.json").exists()):
+            evaluate_encoder(self.config, self.runtime, self.index, self.run, self.encoder, self.position, journal.console)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the result, for environment.json and for the comparison between ranks."""
+        return {
+            "settings": configuration.digest(self.config),
+            "data": self.index.digest(),
+            "version": __version__,
+            "seed": self.config.run.seed,
+        }
+
+
+def other_run(config: Config) -> RunDirectory | None:
+    """The run that `run.resume` names, None for "auto" and "never".
+
+    Raises:
+        RunError: if there is no run with these settings.
+    """
+    if config.run.resume in ("auto", "never"):
+        return None
+    source = RunDirectory(Path(config.run.resume))
+    source.refuse_changes(dataclasses.replace(config))
+    return source

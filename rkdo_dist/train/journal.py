@@ -1,0 +1,122 @@
+"""What a run tells: metrics.jsonl for programs, one progress display for people. Rank zero only; others stay silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from rkdo_dist.files import write_atomic
+
+
+def progress_bar(console: Console, **options: Any) -> Progress:
+    """The project's one kind of progress display."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        **options,
+    )
+
+
+class Journal:
+    """Appends one JSON object per step to `metrics.jsonl` and shows progress.
+
+    Args:
+        path: metrics.jsonl.
+        resume_step: steps already in the run; later lines (of a run that went on after its last checkpoint) are cut.
+        total_steps: length of the run, for the display.
+        console: where to show progress; None keeps this rank silent and writes nothing.
+    """
+
+    def __init__(self, path: Path, resume_step: int, total_steps: int, console: Console | None, label: str) -> None:
+        self.console = console
+        self._file = None
+        self._plain_at = 0.0
+        if console is None:
+            return
+        _cut(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._progress = progress_bar(console, disable=not console.is_terminal)
+        self._task = self._progress.add_task(label, total=total_steps, completed=resume_step, note="")
+        self._label, self._total = label, total_steps
+
+    def __enter__(self) -> Journal:
+        if self.console is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.console is not None:
+            self._progress.stop()
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Write one step. `record` holds at least step, epoch, loss and pairs_per_second."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        note = f"loss {record['loss']:.4f}  {record['pairs_per_second']:.0f} pairs/s"
+        self._progress.update(self._task, completed=record["step"], note=note)
+        self._tell_plainly(record["step"], note)
+
+    def _tell_plainly(self, step: int, note: str) -> None:
+        """Without a terminal a line now and then takes the place of the bar."""
+        assert self.console is not None
+        if self.console.is_terminal or (time.monotonic() - self._plain_at < 10 and step < self._total):
+            return
+        self._plain_at = time.monotonic()
+        self.console.print(f"{self._label}: step {step}/{self._total}  {note}", highlight=False)
+
+    def sync(self) -> None:
+        """Put every line on the disk: a checkpoint must never be ahead of its journal."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if self.console is not None:
+            self.console.print(text)
+
+
+def _cut(path: Path, steps: int) -> None:
+    """Keep exactly the records of steps 1..`steps`.
+
+    Raises:
+        ValueError: if some of them are missing or out of order.
+    """
+    if not path.exists():
+        kept: list[str] = []
+    else:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = lines[:steps]
+        if len(kept) == len(lines) and (not kept or kept[-1].endswith("\n")) and len(kept) == steps:
+            return
+    for number, line in enumerate(kept, start=1):
+        if not line.endswith("\n") or json.loads(line)["step"] != number:
+            raise ValueError(f"{path}: line {number} is not the record of step {number}")
+    if len(kept) < steps:
+        raise ValueError(f"{path} ends at step {len(kept)}, before the checkpoint of step {steps}")
+    write_atomic(path, "".join(kept))

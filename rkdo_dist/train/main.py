@@ -1,0 +1,125 @@
+"""The two jobs of this floor, from a configuration to an exit code: `train` and `evaluate_run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rkdo_dist import checkpoint
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.data.index import load_index
+from rkdo_dist.exchange import group
+from rkdo_dist.rundir import RunDirectory, RunError
+from rkdo_dist.train import build, loop, runtime
+from rkdo_dist.train.job import Job, other_run
+from rkdo_dist.train.journal import Journal
+from rkdo_dist.train.judgement import evaluate_encoder
+from rkdo_dist.train.runtime import Runtime
+from rkdo_dist.train.signals import StopRequest
+
+
+def train(config: Config) -> int:
+    """Train as `config` says, on the ranks that the launcher started.
+
+    Returns:
+        The exit code: 0 complete, 75 pre-empted, 130 interrupted; each with a checkpoint of the last step.
+
+    Raises:
+        ValueError: for a mistake in the request, on every rank and before the first step.
+    """
+    if not config.run.dir:
+        raise ConfigError("run.dir is not set: name the directory for this run, e.g. run.dir=runs/first")
+    if not config.data.shards:
+        raise ConfigError("data.shards is not set: name a directory made by `rkdo prepare`, e.g. data.shards=data/digits")
+    rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
+    try:
+        job = _set_up(config, rt)
+        step = job.make_step()
+        console = Console(stderr=True) if rt.is_main else None
+        already = job.position
+        with Journal(job.run.metrics, already, job.total_steps, console, config.field.objective) as journal, StopRequest() as stop:
+            if already:
+                journal.say(f"continuing {job.run.path} at step {already} of {job.total_steps}")
+            code = loop.run(job, step, journal, stop)
+            journal.say(_farewell(job, code))
+        return code
+    finally:
+        runtime.finish()
+
+
+def _set_up(config: Config, rt: Runtime) -> Job:
+    """Everything that can fail because of the request fails here, on every rank alike."""
+    configuration.check_world(config, rt.world)
+    index = group.together(lambda: load_index(config.data.shards), "reading the index")
+    run = RunDirectory(config.run.dir)
+    job = group.together(lambda: Job(config, rt, index, run), "building the run")
+    _agree(job.facts())
+    source = group.together(lambda: other_run(config), "looking at run.resume")
+    group.together(lambda: run.claim(config, source) if rt.is_main else None, "claiming run.dir")
+    if config.run.resume != "never":
+        group.together(lambda: job.restore(run), "loading the checkpoint")
+    _agree({"step of the checkpoint": job.position})
+    if rt.is_main:
+        run.write_environment({
+            **job.facts(),
+            "world_size": rt.world,
+            "device": str(rt.device),
+            "precision": rt.precision,
+            "threads": config.run.threads,
+            "started_at_step": job.position,
+        })  # fmt: skip
+    return job
+
+
+def _agree(facts: dict[str, Any]) -> None:
+    """Refuse to go on when ranks differ in what decides the result.
+
+    Raises:
+        RankError: naming the fact and the first rank that differs from rank zero.
+    """
+    everyone: list[Any] = group.gather_objects(facts)
+    for rank, theirs in enumerate(everyone):
+        for name, value in theirs.items():
+            if value != everyone[0][name]:
+                raise group.RankError(
+                    f"ranks disagree on {name}: rank 0 has {everyone[0][name]}, rank {rank} has {value}; "
+                    "start all ranks with the same code, configuration and shards"
+                )
+
+
+def _farewell(job: Job, code: int) -> str:
+    if code:
+        return f"stopped after step {job.position} of {job.total_steps}; continue with run.resume=auto"
+    return f"done: {job.run.path}"
+
+
+def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
+    """Judge the newest whole checkpoint of a run and write `evaluations/<step>.json`.
+
+    Args:
+        directory: a run directory.
+        overrides: changes to settings that do not affect the run's results (evaluate.*, data.shards, ...).
+
+    Raises:
+        ValueError: if there is no run, no checkpoint, or a setting that would change the run.
+    """
+    run = RunDirectory(directory)
+    config = run.config(overrides)
+    if configuration.decisive(config) != configuration.decisive(run.config()):
+        raise ConfigError("only settings that do not change the run can be overridden here (evaluate.*, data.shards, ...)")
+    rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
+    try:
+        index = group.together(lambda: load_index(config.data.shards), "reading the index")
+        encoder = build.make_encoder(config).to(rt.device)
+        found = group.together(lambda: checkpoint.load_latest(run.checkpoints), "loading the checkpoint")
+        if found is None:
+            raise RunError(f"{directory} has no checkpoint yet: train it first")
+        _agree({"step of the checkpoint": found.step})
+        encoder.load_state_dict(found.model)
+        evaluate_encoder(config, rt, index, run, encoder, found.step, Console(stderr=True) if rt.is_main else None)
+    finally:
+        runtime.finish()

@@ -1,0 +1,36 @@
+"""Requests to stop: a signal sets a flag, the loop acts on it at the end of a step, together with all ranks."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+INTERRUPTED = 130  # Ctrl-C, as shells report it
+PREEMPTED = 75  # EX_TEMPFAIL: "try again later", for schedulers that requeue
+
+_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
+
+
+class StopRequest:
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `code` instead of ending the process.
+
+    A second SIGINT gets the usual KeyboardInterrupt, for whoever cannot wait for the end of the step.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in _CODES:
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.code and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.code = max(self.code, _CODES[signal.Signals(number)])

@@ -1,0 +1,272 @@
+"""One global batch: images to embeddings, embeddings to the field loss, the loss to parameter gradients.
+
+The objective couples every sample of the global batch, so the step has two passes over the micro-batches of this rank
+(GradCache, Gao et al. 2021): embed them all; form the loss and its gradient with respect to the embeddings; push each
+micro-batch's embedding gradient into the parameters. With `recompute` the first pass keeps no activations and the
+second embeds again, so memory holds the activations of one micro-batch only.
+
+`exact`: everything that is summed over the batch is formed per lane and summed in one fixed tree (`exchange.group`).
+`fast`: the loss is formed on all local rows at once and gradients are averaged by the wrapper (DDP).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rkdo_dist.data.stream import MicroBatch
+from rkdo_dist.exchange import group
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.tiled import value_and_gradient
+from rkdo_dist.losses import FieldLoss
+from rkdo_dist.normalisation import BatchStatistics
+from rkdo_dist.train.runtime import Runtime
+
+# images (m, 3, H, W) uint8, ids (m,), epoch, view -> (m, 3, S, S) float32
+MakeView = Callable[[Tensor, Tensor, int, int], Tensor]
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient is not finite; raised alike on every rank, before any weight has changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step found, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch.
+        parts: the loss's parts (`field.objectives`), means over the global batch.
+        stop: the largest stop code that any rank brought.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed; see `config.TrainConfig`, `EncoderConfig` and `RunConfig`."""
+
+    seed: int
+    reduction: str
+    recompute: bool
+    views_together: bool
+    exchange: str
+
+
+class Step:
+    """Computes the gradient of the mean loss over a global batch and leaves it in the parameters' `.grad`.
+
+    Args:
+        encoder: images to unit-norm embeddings; the same weights on every rank.
+        make_view: draws a view of a micro-batch; a pure function, so that it can be called again.
+        runtime: ranks, device, precision.
+        settings: how to compute.
+    """
+
+    def __init__(self, encoder: nn.Module, make_view: MakeView, runtime: Runtime, settings: StepSettings) -> None:
+        self._encoder, self._make_view, self._runtime, self._settings = encoder, make_view, runtime, settings
+        self._parameters = [p for p in encoder.parameters() if p.requires_grad]
+        self._statistics = BatchStatistics(encoder)
+        fast = settings.reduction == "fast"
+        self._wrapped = runtime.wrap(encoder) if fast else encoder
+
+    def __call__(self, lanes: Sequence[MicroBatch], objective: Objective, epoch: int, step: int, stop: int = 0) -> StepResult:
+        """Gradients of one global batch.
+
+        Args:
+            lanes: this rank's micro-batches, in lane order.
+            objective: resolved for this step.
+            epoch, step: position of the batch (step counts from 0), which keys all randomness.
+            stop: this rank's stop code, 0 for none.
+
+        Raises:
+            NonFiniteError: on every rank, if the loss or the gradient is not finite on any.
+        """
+        compute = self._exact if self._settings.reduction == "exact" else self._fast
+        return compute(lanes, objective, epoch, step, stop)
+
+    # --- embeddings -------------------------------------------------------------------------------------------
+
+    def _embed(
+        self, model: nn.Module, lane: MicroBatch, number: int, epoch: int, step: int, again: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (m, d) of both views, and this lane's batch statistics, one row per forward.
+
+        Randomness inside the encoder (dropout) is keyed by the lane, so doing it `again` repeats the first time,
+        except that batch norm's running statistics are left alone.
+        """
+        device = self._runtime.device
+        images, ids = lane.images.to(device, non_blocking=True), lane.ids.to(device, non_blocking=True)
+        first, second = (self._make_view(images, ids, epoch, view) for view in (0, 1))
+        inputs = [torch.cat([first, second])] if self._settings.views_together else [first, second]
+        outputs, statistics = [], []
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self._runtime.autocast():
+            torch.manual_seed(_lane_seed(self._settings.seed, epoch, step, number))
+            for x in inputs:
+                with self._statistics.discarding() if again else self._statistics.collecting():
+                    outputs.append(model(x))
+                statistics.append(x.new_zeros(0) if again else self._statistics.take())
+        u, v = outputs[0].chunk(2) if self._settings.views_together else outputs
+        return u, v, torch.stack(statistics)
+
+    def _first_pass(
+        self, model: nn.Module, lanes: Sequence[MicroBatch], offset: int, epoch: int, step: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        with torch.set_grad_enabled(not self._settings.recompute):
+            return [self._embed(model, lane, offset + i, epoch, step) for i, lane in enumerate(lanes)]
+
+    def _again(self, model: nn.Module, lane: MicroBatch, number: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        return self._embed(model, lane, number, epoch, step, again=True)[:2]
+
+    def _move_statistics(self, summed: Tensor) -> None:
+        """Once per step, or once per view where views are forwarded apart, as plain torch would."""
+        for sums in summed:
+            self._statistics.update(sums)
+
+    # --- exact ------------------------------------------------------------------------------------------------
+
+    def _exact(self, lanes: Sequence[MicroBatch], objective: Objective, epoch: int, step: int, stop: int) -> StepResult:
+        keep, offset = not self._settings.recompute, self._runtime.rank * len(lanes)
+        embedded = self._first_pass(self._encoder, lanes, offset, epoch, step)
+        field = _exact_field([e[0].detach() for e in embedded], [e[1].detach() for e in embedded], objective, offset)
+        rows = field.rows * len(lanes) * self._runtime.world
+        loss, parts, code = _lane_means(field.reports, stop, rows)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise NonFiniteError(f"the loss of step {step + 1} is {loss}")
+        gradient, statistics = self._exact_backward(lanes, embedded, field, 1.0 / rows, offset, epoch, step, keep)
+        self._install(group.exact_all_reduce(gradient), step)
+        self._move_statistics(group.exact_all_reduce(statistics.flatten()).view_as(statistics))
+        return StepResult(loss, parts, code)
+
+    def _exact_backward(self, lanes: Sequence[MicroBatch], embedded: list[tuple[Tensor, Tensor, Tensor]], field: _LaneField,
+                        scale: float, offset: int, epoch: int, step: int, keep: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Local tree sums over lanes: the flat parameter gradient and the batch statistics."""
+        gradients, statistics = group.TreeSum(len(lanes)), group.TreeSum(len(lanes))
+        for i, lane in enumerate(lanes):
+            outputs = embedded[i][:2] if keep else self._again(self._encoder, lane, offset + i, epoch, step)
+            found = torch.autograd.grad(
+                outputs, self._parameters, [field.du[i] * scale, field.dv[i] * scale], materialize_grads=True
+            )
+            gradients.add(torch.cat([g.flatten() for g in found]))
+            statistics.add(embedded[i][2])
+            if keep:
+                embedded[i] = (*(e.detach() for e in embedded[i][:2]), embedded[i][2])  # frees this lane's graph
+        return gradients.total(), statistics.total()
+
+    def _install(self, flat: Tensor, step: int) -> None:
+        if not bool(torch.isfinite(flat).all()):
+            raise NonFiniteError(f"the gradient of step {step + 1} is not finite")
+        for parameter, part in zip(self._parameters, flat.split([p.numel() for p in self._parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    # --- fast -------------------------------------------------------------------------------------------------
+
+    def _fast(self, lanes: Sequence[MicroBatch], objective: Objective, epoch: int, step: int, stop: int) -> StepResult:
+        keep, offset = not self._settings.recompute, self._runtime.rank * len(lanes)
+        for parameter in self._parameters:
+            parameter.grad = None
+        embedded = self._first_pass(self._wrapped, lanes, offset, epoch, step)
+        u, v = (torch.cat([e[view].detach() for e in embedded]).requires_grad_() for view in (0, 1))
+        local, parts = FieldLoss(objective, exchange=self._settings.exchange)(u, v, parts=True)
+        du, dv = torch.autograd.grad(local, (u, v))
+        loss, means, code = _rank_means(local.detach(), parts, stop)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise NonFiniteError(f"the loss of step {step + 1} is {loss}")
+        self._fast_backward(lanes, embedded, du.split(_sizes(embedded)), dv.split(_sizes(embedded)), offset, epoch, step, keep)
+        finite = all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
+        if group.all_reduce_max(float(not finite), self._runtime.device):
+            raise NonFiniteError(f"the gradient of step {step + 1} is not finite")
+        statistics = torch.stack([e[2] for e in embedded]).sum(0)
+        if self._runtime.world > 1:
+            torch.distributed.all_reduce(statistics)
+        self._move_statistics(statistics)
+        return StepResult(loss, means, code)
+
+    def _fast_backward(self, lanes: Sequence[MicroBatch], embedded: list[tuple[Tensor, Tensor, Tensor]], du: Sequence[Tensor],
+                       dv: Sequence[Tensor], offset: int, epoch: int, step: int, keep: bool) -> None:  # fmt: skip
+        """One averaging over ranks: in the only backward pass, or in the last lane's when activations are recomputed."""
+        if keep:
+            outputs = [e[view] for e in embedded for view in (0, 1)]
+            torch.autograd.backward(outputs, [g for pair in zip(du, dv, strict=True) for g in pair])
+            return
+        last = len(lanes) - 1
+        for i, lane in enumerate(lanes):
+            if i < last:
+                with self._runtime.without_sync(self._wrapped):
+                    torch.autograd.backward(self._again(self._wrapped, lane, offset + i, epoch, step), (du[i], dv[i]))
+            else:
+                torch.autograd.backward(self._again(self._wrapped, lane, offset + i, epoch, step), (du[i], dv[i]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LaneField:
+    """The field loss of this rank's lanes: gradients (m, d) of the SUM over all rows, and one report a lane."""
+
+    du: list[Tensor]
+    dv: list[Tensor]
+    reports: dict[str, Tensor]  # each (lanes,) float64: sums over a lane's rows
+    rows: int  # per lane
+
+
+def _exact_field(u: list[Tensor], v: list[Tensor], objective: Objective, offset: int) -> _LaneField:
+    """Loss and embedding gradients, formed per lane against all columns and summed in tree order.
+
+    Args:
+        u, v: embeddings (m, d) of this rank's lanes.
+        offset: global number of this rank's first lane.
+    """
+    lanes, m = len(u), u[0].shape[0]
+    columns_u, columns_v = group.all_gather_rows(torch.cat(u)), group.all_gather_rows(torch.cat(v))
+    results = []
+    sums = {"u": group.TreeSum(lanes), "v": group.TreeSum(lanes)}
+    used = {"u": False, "v": False}
+    for i in range(lanes):
+        result = value_and_gradient(objective, u[i], v[i], columns_u, columns_v, (offset + i) * m)
+        for name, part in (("u", result.columns_u), ("v", result.columns_v)):
+            if part is not None:
+                sums[name].add(part)
+                used[name] = True
+        results.append(result)
+    home = {n: group.exact_reduce_scatter(sums[n].total()).split(m) if used[n] else None for n in sums}
+    du = [r.rows_u if home["u"] is None else r.rows_u + home["u"][i] for i, r in enumerate(results)]
+    dv = [r.rows_v if home["v"] is None else r.rows_v + home["v"][i] for i, r in enumerate(results)]
+    names = ["loss", *results[0].parts]
+    reports = {n: torch.stack([(r.loss if n == "loss" else r.parts[n]).double() for r in results]) for n in names}
+    return _LaneField(du, dv, reports, m)
+
+
+def _lane_means(reports: dict[str, Tensor], stop: int, rows: int) -> tuple[float, dict[str, float], int]:
+    """Means over the global batch, added in lane order, and the largest stop code."""
+    names = list(reports)
+    local = torch.stack([*reports.values(), torch.full_like(reports["loss"], stop)], dim=1)
+    everyone = group.all_gather_rows(local).cpu()
+    sums = group.tree_sum([row.clone() for row in everyone[:, :-1]])
+    means = {name: float(value) / rows for name, value in zip(names, sums, strict=True)}
+    return means.pop("loss"), means, int(everyone[:, -1].max())
+
+
+def _rank_means(loss: Tensor, parts: dict[str, Tensor], stop: int) -> tuple[float, dict[str, float], int]:
+    names = list(parts)
+    local = torch.stack([loss.double(), *(parts[n].detach().double() for n in names), loss.new_tensor(stop).double()])
+    everyone = group.all_gather_rows(local[None]).cpu()
+    means = everyone[:, :-1].mean(0).tolist()
+    return means[0], dict(zip(names, means[1:], strict=True)), int(everyone[:, -1].max())
+
+
+def _sizes(embedded: list[tuple[Tensor, Tensor, Tensor]]) -> list[int]:
+    return [e[0].shape[0] for e in embedded]
+
+
+def _lane_seed(seed: int, epoch: int, step: int, lane: int) -> int:
+    """A different 63-bit seed for every micro-batch of a run, whatever rank computes it."""
+    mixed = 0
+    for part in (seed, epoch, step, lane):
+        mixed = ((mixed ^ part) * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & (2**64 - 1)
+        mixed ^= mixed >> 29
+    return mixed >> 1
