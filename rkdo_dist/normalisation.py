@@ -68,6 +68,7 @@ class BatchStatistics:
         self._norms: list[Any] = [  # Any: torch types the buffers as optional, and they are not here
             m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
         ]
+        self._module = module
         self._channels = [m.num_features for m in self._norms]
         self.size = 3 * sum(self._channels)
         self._collected: tuple[Tensor, list[int]] | None = None
@@ -120,7 +121,7 @@ class BatchStatistics:
             raise RuntimeError("nothing to take: run a forward inside `collecting()` first")
         self._collected = None
         if not self._norms:
-            return torch.zeros(0, dtype=torch.float64)
+            return scratch.double().flatten()
         mean, variance = scratch.double()
         # From element counts per batch norm to counts per channel.
         channels_and_counts = zip(self._channels, counts, strict=True)
@@ -185,7 +186,7 @@ class BatchStatistics:
 
     def _new_scratch(self) -> Tensor:
         if not self._norms:
-            return torch.zeros(2, 0)
+            return torch.zeros(2, 0, device=next((p.device for p in self._module.parameters()), None))
         like = {(m.running_mean.device, m.running_mean.dtype) for m in self._norms}
         if len(like) > 1:
             raise ValueError(f"batch norms must share one device and dtype, got {sorted(map(str, like))}")
