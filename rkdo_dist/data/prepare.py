@@ -27,7 +27,7 @@ from rkdo_dist.files import TEMPORARY, sha256_of, write_atomic
 Progress = Callable[[int, int, str], None]
 JOURNAL_NAME = ".prepare.json"
 SHARD_BYTES = 64 << 20  # a shard is closed when it has grown to this, or to `shard_size` samples
-_DEFAULT_SHARDS, _DEFAULT_SAMPLES = 8, 2000
+_DEFAULT_SHARDS, _MOST_SAMPLES, _FEWEST_SAMPLES = 8, 2000, 50  # of shards whose size nobody chose
 _REPORT_EVERY = 64
 _OURS = re.compile(
     rf"[a-z0-9_]+-[0-9]{{5}}\.tar|\..*{re.escape(TEMPORARY)}|{re.escape(JOURNAL_NAME)}|{re.escape(INDEX_NAME)}"
@@ -59,7 +59,7 @@ def prepare(
         out: directory for `<split>-00000.tar`, ... and `index.json`; made if needed.
         root: where the files of the source are (for a download: where they already are or shall be put;
             default `downloads` beside `out`).
-        shard_size: most samples in a shard; default: an eighth of the split, at most 2000. A shard is also
+        shard_size: most samples in a shard; default: an eighth of the split, but 50 to 2000. A shard is also
             closed when it reaches 64 MiB.
         seed: of the order of the samples.
         force: remove shards and index that are there, and build again.
@@ -139,13 +139,13 @@ def _journal(out: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The shards that an interrupted preparation has finished, by name; starts the journal if there is
     none."""
     path = out / JOURNAL_NAME
-    names = os.listdir(out)
+    for name in os.listdir(out):
+        if name.endswith(TEMPORARY) and _OURS.fullmatch(name):
+            (out / name).unlink()
     if not path.exists():
-        left = [name for name in names if not name.endswith(TEMPORARY)]
+        left = sorted(os.listdir(out))
         if left:
-            raise DataError(
-                f"{out} is not empty ({', '.join(sorted(left)[:3])}): give an empty or new directory"
-            )
+            raise DataError(f"{out} is not empty ({', '.join(left[:3])}): give an empty or new directory")
         write_atomic(path, json.dumps({**wanted, "shards": []}))
         return {}
     try:
@@ -158,9 +158,6 @@ def _journal(out: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
             f"{out} holds an unfinished preparation of something else ({begun['source']}): "
             "choose another directory, or start again with --force"
         )
-    for name in names:
-        if name.endswith(TEMPORARY):
-            (out / name).unlink()
     return {
         name: s
         for name, s in shards.items()
@@ -178,7 +175,7 @@ def _build(
     for name, samples in splits.items():
         report = partial(_report, progress, sum(split.samples for split in built.values()), total)
         order = permutation(samples.count, hash64(wanted["seed"], *name.encode()))
-        limit = wanted["shard_size"] or max(1, min(_DEFAULT_SAMPLES, -(-samples.count // _DEFAULT_SHARDS)))
+        limit = wanted["shard_size"] or _default_size(samples.count)
         shards: list[Shard] = []
         start = 0
         while start < samples.count:
@@ -199,6 +196,10 @@ def _build(
     (out / JOURNAL_NAME).unlink()
     progress(total, total, INDEX_NAME)
     return index
+
+
+def _default_size(count: int) -> int:
+    return max(_FEWEST_SAMPLES, min(_MOST_SAMPLES, -(-count // _DEFAULT_SHARDS)))
 
 
 def _report(progress: Progress, before: int, total: int, label: str, done: int) -> None:

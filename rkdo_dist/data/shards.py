@@ -15,6 +15,7 @@ import stat
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -86,7 +87,11 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove what was written so far (nothing after `finish`)."""
-        self._file.close()
+        if not self._file.closed:
+            with suppress(OSError):
+                self._tar.close()
+            with suppress(OSError):
+                self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

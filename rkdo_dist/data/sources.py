@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from rkdo_dist.data.images import EXTENSIONS, MAX_BYTES, decode, encode_png, inspect
+from rkdo_dist.data.images import EXTENSIONS, MAX_BYTES, check, encode_png
 from rkdo_dist.data.images import FORMATS as IMAGE_FORMATS
 from rkdo_dist.data.index import DataError
 from rkdo_dist.data.order import hash64, permutation
@@ -93,7 +92,7 @@ def _arrays(images: np.ndarray, labels: np.ndarray | None) -> Samples:
     """A split from uint8 (n, 3, H, W) pixels and int labels (n,)."""
 
     def get(k: int) -> Item:
-        payload = encode_png(torch.from_numpy(np.ascontiguousarray(images[k])))
+        payload = encode_png(images[k])
         return Item(payload, "png", None if labels is None else int(labels[k]), images.shape[2:4])
 
     return Samples(len(images), get)
@@ -145,7 +144,7 @@ def _fetch(make: Callable[..., Any], name: str, root: Path, arguments: dict[str,
         return make(str(root), download=True, **arguments)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"cannot download {name} to {root} ({error}); put its files there, or give their place with --root"
+            f"cannot download {name} to {root} ({error}): put its files there, or say where with --root"
         ) from error
 
 
@@ -275,6 +274,5 @@ def _read_item(root: Path, files: list[_File], labels: dict[str, int], k: int) -
         raise DataError(f"cannot read {where}: {error.strerror or error}") from error
     if len(payload) != file.size:
         raise DataError(f"{where} ends after {len(payload)} of {file.size} bytes")
-    kind, height, width = inspect(payload, where)
-    decode(payload, where)  # what cannot be decoded must not get into a shard
+    kind, height, width = check(payload, where)
     return Item(payload, IMAGE_FORMATS[kind], labels.get(file.label), (height, width))
