@@ -25,7 +25,7 @@ from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
 from rkdo_dist.data.images import EXTENSIONS, MAX_BYTES
-from rkdo_dist.data.index import DataError, Shard
+from rkdo_dist.data.index import DataError, Shard, ShardIndex
 from rkdo_dist.files import TEMPORARY, sync_directory
 
 _PIECE = 1 << 20
@@ -331,3 +331,21 @@ def _parts(sample: dict[str, Any], where: str) -> tuple[int, int, int, int]:
             f"{where}: the image of sample {sample['__key__']!r} has {size} bytes; the limit is {MAX_BYTES}"
         )
     return (offset, size, *sample.get("cls", (-1, 0)))
+
+
+def check_shards(index: ShardIndex, split: str, most_bytes: int = 2 << 30) -> None:
+    """Whether the shards of a split are there and what the index says, before anything depends on it.
+
+    Args:
+        most_bytes: lengths are always compared; SHA-256 too if the split has no more bytes than this. (The
+            stream verifies each shard again before it uses it.)
+
+    Raises:
+        DataError: naming the first shard that is missing or differs.
+    """
+    shards = index.split(split).shards
+    thorough = sum(shard.bytes for shard in shards) <= most_bytes
+    for shard in shards:
+        path = index.root / shard.name
+        if thorough or not path.is_file() or path.stat().st_size != shard.bytes:
+            open_shard(index.root, shard).close()

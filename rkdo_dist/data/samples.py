@@ -1,0 +1,193 @@
+"""Samples out of verified shards: fetched by position, decoded, replaced where that is wished, packed for
+the way.
+
+A cursor keeps one shard open and reads windows (see `order`) through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rkdo_dist.data.images import decode, parse_label
+from rkdo_dist.data.index import DataError, ShardIndex, Split
+from rkdo_dist.data.order import Window, substitutes
+from rkdo_dist.data.shards import OpenShard, open_shard
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one lane at one step.
+
+    Attributes:
+        keys: sample keys, m of them.
+        ids: int64 (m,): positions in the split.
+        images: uint8 (m, 3, H, W).
+        labels: int64 (m,): class numbers; -1 where there is none.
+        skipped: how many of them replace a sample that could not be read.
+    """
+
+    keys: list[str]
+    ids: Tensor
+    images: Tensor
+    labels: Tensor
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read.
+
+    Attributes:
+        index, split: where they are.
+        size: side of the images delivered (others are resized and cut, see `images.decode`); None: as they
+            are, and all must agree.
+        on_corrupt: "abort", or "skip" to put other samples in place of those that cannot be read.
+    """
+
+    index: ShardIndex
+    split: Split
+    size: int | None = None
+    on_corrupt: str = "abort"
+
+    def __post_init__(self) -> None:
+        if self.on_corrupt not in ("abort", "skip"):
+            raise ValueError(f"on_corrupt must be 'abort' or 'skip', got {self.on_corrupt!r}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    id: int
+    image: np.ndarray
+    label: int
+    replaced: bool = False
+
+
+class Cursor:
+    """Reads windows one after another through at most one open shard."""
+
+    def __init__(self, reading: Reading, seed: int = 0, epoch: int = 0) -> None:
+        self._reading = reading
+        self._draw = (seed, epoch)
+        self._shard: int | None = None
+        self._open: OpenShard | None = None
+        self._substitute: tuple[int, OpenShard] | None = None
+        self._bases = np.concatenate([[0], np.cumsum(reading.split.counts)])
+
+    def samples(self, windows: Iterator[Window] | Sequence[Window]) -> Iterator[Sample]:
+        """The samples of `windows` in order; the open shard stays open for the next call."""
+        for window in windows:
+            opened = self._shard_of(window)
+            if opened is not None:
+                opened.check_unchanged()
+            for position in window.positions():
+                yield self._one(opened, window.shard, int(position))
+
+    def close(self) -> None:
+        """Close the open shard."""
+        for opened in (self._open, self._substitute[1] if self._substitute else None):
+            if opened is not None:
+                opened.close()
+        self._open, self._substitute, self._shard = None, None, None
+
+    def _shard_of(self, window: Window) -> OpenShard | None:
+        """The window's shard, opened if it is not open; None if it is unusable and samples may be
+        replaced."""
+        if window.shard != self._shard:
+            self.close()
+            try:
+                self._open = open_shard(self._reading.index.root, self._reading.split.shards[window.shard])
+            except DataError:
+                if self._reading.on_corrupt == "abort":
+                    raise
+            self._shard = window.shard
+        return self._open
+
+    def _one(self, opened: OpenShard | None, shard: int, position: int) -> Sample:
+        if opened is not None:
+            try:
+                return self._read(opened, shard, position)
+            except DataError:
+                if self._reading.on_corrupt == "abort":
+                    raise
+        return self._replacement(opened, shard, position)
+
+    def _read(self, opened: OpenShard, shard: int, position: int) -> Sample:
+        where = opened.where(position)
+        image = decode(opened.image(position), where, self._reading.size)
+        text = opened.label(position)
+        label = -1 if text is None else parse_label(text, len(self._reading.index.classes), where)
+        return Sample(opened.table.keys[position], int(self._bases[shard]) + position, image, label)
+
+    def _replacement(self, opened: OpenShard | None, shard: int, position: int) -> Sample:
+        """Another sample for one that cannot be read: the next readable one of its shard, or, if the shard
+        is unusable, of the first usable shard in an order drawn from its number. Every rank and worker
+        chooses alike."""
+        shards = self._reading.split.shards
+        if opened is None:
+            if self._substitute is None:
+                self._substitute = self._find_substitute(shard)
+            shard, opened = self._substitute
+        count = shards[shard].samples
+        for step in range(count):
+            try:
+                sample = self._read(opened, shard, (position + step) % count)
+            except DataError:
+                continue
+            return Sample(sample.key, sample.id, sample.image, sample.label, replaced=True)
+        raise DataError(f"{opened.name} holds no readable sample to go on with")
+
+    def _find_substitute(self, broken: int) -> tuple[int, OpenShard]:
+        shards = self._reading.split.shards
+        for other in substitutes(len(shards), broken, *self._draw):
+            if shards[other].samples:
+                try:
+                    return other, open_shard(self._reading.index.root, shards[other])
+                except DataError:
+                    continue
+        raise DataError(
+            f"no shard of split {self._reading.split.name!r} in {self._reading.index.root} can be read"
+        )
+
+
+@dataclass
+class Packed:
+    """Samples on their way between processes: two tensors, however many lanes."""
+
+    keys: list[str]
+    images: Tensor  # uint8 (n, 3, H, W)
+    numbers: Tensor  # int64 (3, n): ids, labels, 1 where the sample replaces another
+
+    def pin_memory(self) -> Packed:
+        """Called by the loader when it pins."""
+        return Packed(self.keys, self.images.pin_memory(), self.numbers.pin_memory())
+
+    def split(self, parts: int) -> Iterator[MicroBatch]:
+        """Equal parts in order, without copying."""
+        size = len(self.keys) // parts
+        for k in range(0, len(self.keys), size):
+            ids, labels, replaced = self.numbers[:, k : k + size]
+            images = self.images[k : k + size]
+            yield MicroBatch(self.keys[k : k + size], ids, images, labels, int(replaced.sum()))
+
+
+def pack(samples: list[Sample]) -> Packed:
+    shapes = sorted({sample.image.shape[1:] for sample in samples})
+    if len(shapes) > 1:
+        first, second = shapes[:2]
+        raise DataError(
+            f"images of different sizes in one batch ({first[1]} x {first[0]} and {second[1]} x {second[0]}): "
+            "set data.image_size to the size they shall be brought to"
+        )
+    return Packed(
+        [sample.key for sample in samples],
+        torch.from_numpy(np.stack([sample.image for sample in samples])),
+        torch.tensor(
+            [[getattr(s, name) for s in samples] for name in ("id", "label", "replaced")], dtype=torch.int64
+        ),
+    )
