@@ -1,0 +1,329 @@
+"""Random views of images, batched on their device, each sample with draws of its own.
+
+The draws for a sample are a pure function of (seed, epoch, sample id, view), made on the CPU with integer
+arithmetic that is the same everywhere. So a view does not depend on the rank, the worker, the other
+samples of the batch or a restart. What is done to the pixels is what torchvision's v2 transforms do, with
+the same distributions: random resized crop (antialiased bilinear), horizontal flip, colour jitter in
+random order, grayscale, normalisation. torchvision and others draw once for a whole batch or handle sample
+after sample; here every operation handles the batch at once, with different parameters for each sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rkdo_dist.data.order import hash64
+
+_STREAM_VIEWS = 16  # keeps these draws apart from those of `order`
+_TRIES = 10
+_RATIO = (3 / 4, 4 / 3)
+_DRAWS = 2 * _TRIES + 14
+_LUMA = (0.2989, 0.587, 0.114)
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_LARGE = 1 << 14  # output pixels from which sparse resizing sample by sample beats dense matrices on a CPU
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about one view of m images (NumPy arrays, int64, float64 and bool).
+
+    Attributes:
+        boxes: (m, 4) top, left, height, width of the crop, in pixels.
+        flip, jitter, grayscale: (m,) whether it is done.
+        factors: (m, 4) of brightness, contrast, saturation and hue.
+        order: (m, 4) the four jitter operations in the order of their application.
+    """
+
+    boxes: np.ndarray
+    flip: np.ndarray
+    jitter: np.ndarray
+    factors: np.ndarray
+    order: np.ndarray
+    grayscale: np.ndarray
+
+
+def uniforms(ids: np.ndarray, seed: int, epoch: int, view: int, count: int) -> np.ndarray:
+    """Independent uniform numbers in [0, 1) for each sample: float64 (m, count), multiples of 2**-53.
+
+    Two rounds of SplitMix64's finaliser over a counter: the first makes a key of (seed, epoch, view, id),
+    the second makes the numbers of that key.
+    """
+    key = _mix(np.uint64(hash64(_STREAM_VIEWS, seed, epoch, view)) ^ _mix(ids.astype(np.uint64)))
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (_mix(key[:, None] + steps) >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Views:
+    """Makes views.
+
+    Args:
+        size: side of the square that comes out.
+        crop_scale: smallest and largest share of the image's area in a crop; its shape is within 3:4 and 4:3.
+        flip, jitter_probability, grayscale: probabilities.
+        jitter: (brightness, contrast, saturation, hue): factors are drawn from 1 +- the value (not below
+            0), hue shifts from +- the value (at most 0.5, a full turn is 1).
+        mean, std: of the normalisation, after pixels are brought to [0, 1].
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    size: int
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_probability: float = 0.8
+    grayscale: float = 0.2
+    mean: float = 0.5
+    std: float = 0.5
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if self.size < 1 or not self.std > 0:
+            raise ValueError(f"size and std must be greater than 0, got {self.size} and {self.std}")
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}")
+        if any(not 0 <= value < math.inf for value in self.jitter) or self.jitter[3] > 0.5:
+            raise ValueError(f"jitter must not be negative, and hue at most 0.5, got {self.jitter}")
+        for name in ("flip", "jitter_probability", "grayscale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a probability, got {getattr(self, name)}")
+
+    def __call__(self, images: Tensor, ids: Tensor, seed: int, epoch: int, view: int) -> Tensor:
+        """One view of each image.
+
+        Args:
+            images: uint8 (m, 3, H, W), on any device.
+            ids: int64 (m,), best on the CPU (the draws are made there).
+            seed, epoch, view: integers; different views of a sample have different numbers.
+
+        Returns:
+            float32 (m, 3, size, size) on the device of `images`.
+
+        Raises:
+            ValueError: for other shapes or dtypes.
+        """
+        _check(images, ids)
+        draws = self.draw(ids.cpu().numpy(), seed, epoch, view, images.shape[-2], images.shape[-1])
+        return self.apply(images, draws)
+
+    def draw(self, ids: np.ndarray, seed: int, epoch: int, view: int, height: int, width: int) -> Draws:
+        """The draws for a view of images of `height` x `width` pixels; `ids` is int64 (m,)."""
+        u = uniforms(ids, seed, epoch, view, _DRAWS)
+        areas, ratios, rest = u[:, :_TRIES], u[:, _TRIES : 2 * _TRIES], u[:, 2 * _TRIES :]
+        spread = np.array(self.jitter)
+        low = np.maximum(0.0, 1.0 - spread)
+        low[_HUE] = -spread[_HUE]
+        high = 1.0 + spread
+        high[_HUE] = spread[_HUE]
+        return Draws(
+            boxes=_boxes(areas, ratios, rest[:, 0], rest[:, 1], self.crop_scale, height, width),
+            flip=rest[:, 2] < self.flip,
+            jitter=rest[:, 3] < self.jitter_probability,
+            factors=low + (high - low) * rest[:, 4:8],
+            order=np.argsort(rest[:, 8:12], axis=1),
+            grayscale=rest[:, 12] < self.grayscale,
+        )
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        """The views of uint8 (m, 3, H, W) images that `draws` describes: float32 (m, 3, size, size)."""
+        pixels = resized_crop(images, draws.boxes, draws.flip, self.size)
+        if any(self.jitter) and draws.jitter.any():
+            color_jitter(pixels, draws, hue=self.jitter[_HUE] > 0)
+        _on_rows(pixels, draws.grayscale, lambda some, _: _luma(some).expand_as(some))
+        return pixels.sub_(self.mean).div_(self.std)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Without randomness: the central square resized to `size`, normalised; float32 (m, 3, size, size).
+
+        Raises:
+            ValueError: unless images are uint8 (m, 3, H, W).
+        """
+        _check(images, None)
+        count, _, height, width = images.shape
+        side = min(height, width)
+        box = np.array([(height - side) // 2, (width - side) // 2, side, side])
+        if side == self.size:
+            pixels = images[:, :, box[0] : box[0] + side, box[1] : box[1] + side].float().div_(255)
+        else:
+            pixels = resized_crop(images, np.tile(box, (count, 1)), np.zeros(count, dtype=bool), self.size)
+        return pixels.sub_(self.mean).div_(self.std)
+
+
+def _check(images: Tensor, ids: Tensor | None) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8 (m, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    if ids is not None and (ids.shape != images.shape[:1] or ids.dtype != torch.int64):
+        raise ValueError(f"ids must be int64 ({len(images)},), got {ids.dtype} {tuple(ids.shape)}")
+
+
+def _boxes(
+    areas: np.ndarray,
+    ratios: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    scale: tuple[float, float],
+    height: int,
+    width: int,
+) -> np.ndarray:
+    """Crops as in torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest
+    central one."""
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * areas)
+    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    ratio = np.exp(low + (high - low) * ratios)
+    widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.argmax(axis=1)[:, None]
+    found = fits.any(axis=1)
+    h = np.where(found, np.take_along_axis(heights, first, 1)[:, 0], _central(height, width, 1 / _RATIO[0]))
+    w = np.where(found, np.take_along_axis(widths, first, 1)[:, 0], _central(width, height, _RATIO[1]))
+    top = np.where(found, (u * (height - h + 1)).astype(np.int64), (height - h) // 2)
+    left = np.where(found, (v * (width - w + 1)).astype(np.int64), (width - w) // 2)
+    return np.stack([top, left, h, w], axis=1)
+
+
+def _central(side: int, other: int, ratio: float) -> int:
+    """A side of the central crop when no try fits: not longer than `ratio` times the other side."""
+    return min(side, round(other * ratio))
+
+
+def resized_crop(images: Tensor, boxes: np.ndarray, flip: np.ndarray, size: int) -> Tensor:
+    """Crop, flip and resize each image by itself: float32 (m, 3, size, size) in [0, 1].
+
+    Bilinear with antialiasing, as torchvision's resized_crop of float images. Resizing is linear and
+    separable, so it is two batched matrix products with a (size, W) and a (size, H) matrix of
+    interpolation weights for each sample. Large images on a CPU are resized one by one, because the
+    matrices are then mostly zeros.
+
+    Args:
+        images: uint8 (m, 3, H, W).
+        boxes: int64 (m, 4): top, left, height, width inside the image.
+        flip: bool (m,): mirrored after the crop.
+    """
+    count, _, height, width = images.shape
+    if images.device.type == "cpu" and size * size >= _LARGE:
+        return _resized_one_by_one(images, boxes, flip, size)
+    placed = torch.as_tensor(boxes, dtype=torch.float32).to(images.device, non_blocking=True)
+    mirrored = torch.as_tensor(flip).to(images.device, non_blocking=True)
+    across = _weights(placed[:, 1], placed[:, 3], width, size)
+    across = torch.where(mirrored[:, None, None], across.flip(1), across).div_(255)
+    down = _weights(placed[:, 0], placed[:, 2], height, size)
+    rows = torch.bmm(images.view(count, 3 * height, width).float(), across.transpose(1, 2))
+    return torch.matmul(down[:, None], rows.view(count, 3, height, size)).clamp_(0, 1)
+
+
+def _weights(begin: Tensor, length: Tensor, whole: int, size: int) -> Tensor:
+    """Interpolation weights (m, size, whole) from the part [begin, begin + length) of a line to `size`
+    points.
+
+    A triangle as wide as the spacing of the points (at least one pixel), cut at the ends of the part, with
+    sum 1.
+    """
+    scale = (length / size)[:, None, None]
+    pixels = (
+        torch.arange(whole, device=begin.device, dtype=torch.float32)[None, None, :] - begin[:, None, None]
+    )
+    centres = scale * (torch.arange(size, device=begin.device, dtype=torch.float32) + 0.5)[None, :, None]
+    weights = (1 - (pixels + 0.5 - centres).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)
+    weights.mul_((pixels >= 0) & (pixels < length[:, None, None]))
+    return weights.div_(weights.sum(dim=2, keepdim=True))
+
+
+def _resized_one_by_one(images: Tensor, boxes: np.ndarray, flip: np.ndarray, size: int) -> Tensor:
+    out = images.new_empty((len(images), 3, size, size), dtype=torch.float32)
+    for k, (top, left, height, width) in enumerate(boxes.tolist()):
+        part = images[k : k + 1, :, top : top + height, left : left + width].float()
+        resized = functional.interpolate(part, (size, size), mode="bilinear", antialias=True)
+        out[k] = resized[0].flip(-1) if flip[k] else resized[0]
+    return out.div_(255).clamp_(0, 1)
+
+
+def color_jitter(pixels: Tensor, draws: Draws, hue: bool = True) -> None:
+    """Brightness, contrast, saturation and hue in each sample's own order, in place, where `draws.jitter`
+    is set.
+
+    Args:
+        pixels: float32 (m, 3, H, W) in [0, 1].
+        hue: False leaves hue as it is (a shift of 0 would still round).
+    """
+    factors = torch.as_tensor(draws.factors, dtype=torch.float32).to(pixels.device, non_blocking=True)
+    for place in range(4):
+        operation = draws.order[:, place]
+        kinds = torch.as_tensor(operation).to(pixels.device, non_blocking=True)
+
+        def blend(some: Tensor, rows: Tensor, kinds: Tensor = kinds) -> Tensor:
+            kind = kinds[rows]
+            return _blend(some, kind, factors[rows].gather(1, kind[:, None])[:, 0])
+
+        _on_rows(pixels, draws.jitter & (operation != _HUE), blend)
+        if hue:
+            _on_rows(
+                pixels,
+                draws.jitter & (operation == _HUE),
+                lambda some, rows: _turn_hue(some, factors[rows, _HUE]),
+            )
+
+
+def _on_rows(pixels: Tensor, chosen: np.ndarray, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Replace the chosen samples by change(their pixels, their row numbers)."""
+    rows = torch.as_tensor(np.flatnonzero(chosen)).to(pixels.device, non_blocking=True)
+    if len(rows):
+        pixels[rows] = change(pixels[rows], rows)
+
+
+def _luma(pixels: Tensor) -> Tensor:
+    """Grey values (n, 1, H, W), weighted as in torchvision (ITU-R 601)."""
+    red, green, blue = pixels.unbind(1)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])[:, None]
+
+
+def _blend(pixels: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
+    """factor * pixels + (1 - factor) * reference, in [0, 1], in place.
+
+    The reference is black for brightness, the mean grey value for contrast, each pixel's grey value for
+    saturation.
+    """
+    kind, factor = kind[:, None, None, None], factor[:, None, None, None]
+    grey = _luma(pixels)
+    mean = grey.mean(dim=(2, 3), keepdim=True)
+    share = 1 - factor
+    reference = grey.mul_(share * (kind == _SATURATION)).add_(mean * share * (kind == _CONTRAST))
+    return pixels.mul_(factor).add_(reference).clamp_(0, 1)
+
+
+def _turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
+    """Add `shift` (n,), a share of a full turn, to the hue of (n, 3, H, W), keeping value and saturation.
+
+    With hue h in sixths of a turn, V the largest and C the largest minus the smallest channel, the
+    channels are V - C clamp(min(k, 4 - k), 0, 1) with k = (5, 3, 1) + h modulo 6 for red, green and blue.
+    """
+    red, green, blue = pixels.unbind(1)
+    smallest, largest = torch.aminmax(pixels, dim=1)
+    chroma = largest - smallest
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    sector = torch.where(
+        largest == red,
+        (green - blue) / safe,
+        torch.where(largest == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    sector.add_(6 * shift[:, None, None])
+    start = torch.tensor([5.0, 3.0, 1.0], device=pixels.device)[None, :, None, None]
+    k = (sector[:, None] + start).remainder_(6)
+    amount = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return (largest[:, None] - chroma[:, None] * amount).clamp_(0, 1)
