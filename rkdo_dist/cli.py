@@ -57,9 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = commands.add_parser("prepare", help="turn a data set into WebDataset shards with an index")
-    prepare.add_argument("source", choices=_SOURCES, metavar="SOURCE", help=", ".join(_SOURCES))
+    prepare.add_argument(
+        "source", metavar="SOURCE", help=f"{', '.join(_SOURCES)}, or the path of an image folder or tar"
+    )
     prepare.add_argument("--out", required=True, metavar="DIR", help="where the shards go")
-    prepare.add_argument("--root", metavar="PATH", help="files already there: torchvision's root, an image folder or a tar of one")
+    prepare.add_argument(
+        "--root",
+        metavar="PATH",
+        help="files already there: torchvision's root, an image folder or a tar of one",
+    )
     prepare.add_argument("--shard-size", type=int, metavar="N", help="samples per shard")
     prepare.add_argument("--force", action="store_true", help="rebuild what is complete")
     prepare.set_defaults(run=_prepare)
@@ -83,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(options: argparse.Namespace, words: list[str]) -> int:
     from rich.console import Console
+    from rich.table import Table
 
     from rkdo_dist.data.prepare import prepare
     from rkdo_dist.train.journal import progress_bar
@@ -94,9 +101,22 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
         def progress(done: int, total: int, label: str) -> None:
             bar.update(task, completed=done, total=total, note=label)
 
-        extra = {} if options.shard_size is None else {"shard_size": options.shard_size}
-        result = prepare(options.source, options.out, root=options.root, force=options.force, progress=progress, **extra)
-    console.print(str(result))
+        made = prepare(
+            options.source,
+            options.out,
+            options.root,
+            shard_size=options.shard_size,
+            force=options.force,
+            progress=progress,
+        )
+    table = Table(title=str(made.root))
+    for column in ("split", "samples", "shards", "classes", "image size"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    size = "varies" if made.image_size is None else "x".join(map(str, made.image_size))
+    for split in made.splits.values():
+        table.add_row(split.name, f"{split.samples:,}", str(len(split.shards)), str(len(made.classes)), size)
+    console.print(table)
+    console.print("written" if made.built else "complete already: nothing to do (--force rebuilds it)")
     return 0
 
 

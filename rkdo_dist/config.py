@@ -148,12 +148,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     twice = {str(key) for key in keys if keys.count(key) > 1}
     if twice:
         raise ConfigError(f"key given twice: {', '.join(sorted(twice))}")
     loader.flatten_mapping(node)
-    return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}  # type: ignore[no-untyped-call]
+    return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -224,7 +224,11 @@ def _flat_names() -> list[str]:
 def _unknown(what: str, name: str, allowed: Sequence[str], also: Sequence[str] = ()) -> str:
     near = difflib.get_close_matches(name, [*allowed, *also], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what}{hint} Allowed: {', '.join(allowed)}" if hint else f"unknown {what}. Allowed: {', '.join(allowed)}"
+    return (
+        f"unknown {what}{hint} Allowed: {', '.join(allowed)}"
+        if hint
+        else f"unknown {what}. Allowed: {', '.join(allowed)}"
+    )
 
 
 def _section(section: str, kind: type, values: Any) -> Any:
@@ -237,7 +241,9 @@ def _section(section: str, kind: type, values: Any) -> Any:
     for name, value in values.items():
         if name not in hints:
             names = list(hints)
-            raise ConfigError(_unknown(f"key '{section}.{name}'", str(name), names, ()).replace("mean '", f"mean '{section}."))
+            raise ConfigError(
+                _unknown(f"key '{section}.{name}'", str(name), names, ()).replace("mean '", f"mean '{section}.")
+            )
         arguments[name] = _coerce(f"{section}.{name}", hints[name], value)
     return kind(**arguments)
 
@@ -314,11 +320,19 @@ def check(config: Config) -> None:
     for key in ("data.workers", "train.warmup_steps", "train.weight_decay", "run.seed"):
         if not 0 <= flat[key] < float("inf"):
             raise ConfigError(f"{key} must not be negative, got {flat[key]}")
-    for key in ("field.coupling", "field.debias", "views.flip", "views.jitter_probability", "views.grayscale"):
+    for key in (
+        "field.coupling",
+        "field.debias",
+        "views.flip",
+        "views.jitter_probability",
+        "views.grayscale",
+    ):
         if not 0 <= flat[key] <= 1:
             raise ConfigError(f"{key} must lie in [0, 1], got {flat[key]}")
     if not 0 <= config.field.cooling < 1:
-        raise ConfigError(f"field.cooling must lie in [0, 1): the last temperature must stay above 0, got {config.field.cooling}")
+        raise ConfigError(
+            f"field.cooling must lie in [0, 1): the last temperature must stay above 0, got {config.field.cooling}"
+        )
     _check_views(config.views)
     _check_batch(config.train)
 
@@ -326,16 +340,21 @@ def check(config: Config) -> None:
 def _check_views(views: ViewsConfig) -> None:
     low, high = views.crop_scale
     if not 0 < low <= high <= 1:
-        raise ConfigError(f"views.crop_scale must be [low, high] with 0 < low <= high <= 1, got {list(views.crop_scale)}")
+        raise ConfigError(
+            f"views.crop_scale must be [low, high] with 0 < low <= high <= 1, got {list(views.crop_scale)}"
+        )
     if any(not 0 <= value <= 1 for value in views.jitter[:3]) or not 0 <= views.jitter[3] <= 0.5:
-        raise ConfigError(f"views.jitter must be [brightness, contrast, saturation] in [0, 1] and hue in [0, 0.5], got {list(views.jitter)}")
+        raise ConfigError(
+            "views.jitter must be [brightness, contrast, saturation] in [0, 1] and hue in [0, 0.5], "
+            f"got {list(views.jitter)}"
+        )
 
 
 def _check_batch(train: TrainConfig) -> None:
     if train.global_batch % train.micro_batch:
         raise ConfigError(
-            f"train.global_batch={train.global_batch} does not divide into micro-batches of train.micro_batch={train.micro_batch}; "
-            f"choose a divisor of {train.global_batch}"
+            f"train.global_batch={train.global_batch} does not divide into micro-batches of "
+            f"train.micro_batch={train.micro_batch}; choose a divisor of {train.global_batch}"
         )
     if train.global_batch < 2:
         raise ConfigError("train.global_batch must be at least 2: one sample has nothing to be compared with")

@@ -1,10 +1,10 @@
 """The run directory: the contract between training and everything that looks at a run.
 
-    config.yaml         the resolved configuration
-    environment.json    versions, devices, world size, commit
-    metrics.jsonl       one object per step
-    checkpoints/        <step>/, and `latest`
-    evaluations/        <step>.json
+config.yaml         the resolved configuration
+environment.json    versions, devices, world size, commit
+metrics.jsonl       one object per step
+checkpoints/        <step>/, and `latest`
+evaluations/        <step>.json
 """
 
 from __future__ import annotations
@@ -85,11 +85,14 @@ class RunDirectory:
         if (self.path / "config.yaml").is_file():
             if config.run.resume != "auto":
                 raise RunError(
-                    f"run.dir={self.path} holds another run: continue it with run.resume=auto, or choose another run.dir"
+                    f"run.dir={self.path} holds another run: continue it with run.resume=auto, "
+                    "or choose another run.dir"
                 )
             self.refuse_changes(config)
         elif present and not (source is not None and set(present) <= _COPIED):
-            raise RunError(f"run.dir={self.path} is not empty and holds no run ({present[0]}, ...): choose another run.dir")
+            raise RunError(
+                f"run.dir={self.path} is not empty and holds no run ({present[0]}, ...): choose another run.dir"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         if source is not None:
             self._copy_from(source)
@@ -138,8 +141,17 @@ class RunDirectory:
 
 def environment() -> dict[str, Any]:
     """Versions of what decides results, the platform, and the commit of the code if it is a checkout."""
-    packages = ("rkdo_dist", "torch", "torchvision", "accelerate", "webdataset", "safetensors", "scikit-learn", "numpy")
-    versions = {}
+    packages = (
+        "rkdo_dist",
+        "torch",
+        "torchvision",
+        "accelerate",
+        "webdataset",
+        "safetensors",
+        "scikit-learn",
+        "numpy",
+    )
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
@@ -158,7 +170,12 @@ def _commit() -> str | None:
     if not (here.parent / ".git").exists():
         return None
     try:
-        answer = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+        answer = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "rkdo_dist.exchange.group"]
+PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "rkdo_dist.train.main"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
@@ -25,14 +25,22 @@ class RankFailed(AssertionError):
     """A rank raised; the text holds every failing rank's traceback."""
 
 
-def _entry(rank: int, world: int, store: str, timeout: float, results: Any, function: Callable[..., Any], args: tuple) -> None:
+def _entry(
+    rank: int, world: int, store: str, timeout: float, results: Any, function: Callable[..., Any], args: tuple
+) -> None:
     import torch
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout),
+        )
         results.put((rank, True, function(rank, world, *args)))
     except BaseException:  # the parent raises it with its traceback
         results.put((rank, False, traceback.format_exc()))
@@ -43,7 +51,9 @@ def _entry(rank: int, world: int, store: str, timeout: float, results: Any, func
             dist.destroy_process_group()
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0, check: bool = True) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0, check: bool = True
+) -> list[Any]:
     """Call `function(rank, world, *args)` on `world` gloo ranks; return its results in rank order.
 
     Args:

@@ -34,7 +34,12 @@ class SmallEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8 * 36, 16)
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(8 * 36, 16),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,12 +91,24 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     losses, first = [], None
     for t in range(options.get("steps", 3)):
         lanes = [micro_batch(t, lane, size) for lane in own(rank, world)]
-        result = step(lanes, OBJECTIVES[options.get("objective", "rkdo")], 0, t, stop=options.get("stop", {}).get(rank, 0))
+        result = step(
+            lanes,
+            OBJECTIVES[options.get("objective", "rkdo")],
+            0,
+            t,
+            stop=options.get("stop", {}).get(rank, 0),
+        )
         if first is None:
             first = torch.cat([p.grad.flatten() for p in encoder.parameters()]).numpy().copy()
         optimizer.step()
         losses.append(result.loss)
-    return {"losses": losses, "gradient": first, "weights": weights_digest(encoder), "parts": result.parts, "stop": result.stop}
+    return {
+        "losses": losses,
+        "gradient": first,
+        "weights": weights_digest(encoder),
+        "parts": result.parts,
+        "stop": result.stop,
+    }
 
 
 def plain_gradient(objective: Objective, together: bool = True) -> tuple[float, np.ndarray]:
@@ -121,9 +138,17 @@ def without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_one_process_equals_plain_autograd(without_dropout: None, objective: str, reduction: str, recompute: bool) -> None:
+def test_one_process_equals_plain_autograd(
+    without_dropout: None, objective: str, reduction: str, recompute: bool
+) -> None:
     loss, gradient = plain_gradient(OBJECTIVES[objective])
-    options = {"double": True, "objective": objective, "reduction": reduction, "recompute": recompute, "steps": 1}
+    options = {
+        "double": True,
+        "objective": objective,
+        "reduction": reduction,
+        "recompute": recompute,
+        "steps": 1,
+    }
     got = train(0, 1, options)
     assert got["losses"][0] == pytest.approx(loss, rel=1e-12)
     assert np.linalg.norm(got["gradient"] - gradient) <= 1e-10 * np.linalg.norm(gradient)

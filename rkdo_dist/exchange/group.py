@@ -22,6 +22,9 @@ from torch import Tensor
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
 
+# Newer releases of torch rename the collective; older ones know only the longer name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def is_distributed() -> bool:
     """Whether a default process group exists."""
@@ -125,7 +128,7 @@ def all_gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     if world == 1:
         return rows
     out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(out, rows.contiguous(), group=group)
+    _all_gather(out, rows.contiguous(), group=group)
     return out
 
 
@@ -144,11 +147,18 @@ def exact_all_reduce(flat: Tensor, group: Group = None) -> Tensor:
     return all_gather_rows(exact_reduce_scatter(padded, group), group)[:length]
 
 
-def all_reduce_max(value: float, device: torch.device | str = "cpu", group: Group = None) -> float:
+def _small_tensor_device(group: Group = None) -> torch.device:
+    """Where a few numbers must lie to travel between ranks: NCCL only moves what is on the GPU."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_reduce_max(value: float, group: Group = None) -> float:
     """The largest `value` over ranks."""
     if world_size(group) == 1:
         return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    tensor = torch.tensor(value, dtype=torch.float64, device=_small_tensor_device(group))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return float(tensor)
 
@@ -196,11 +206,16 @@ def together(action: Callable[[], T], what: str, kinds: tuple[type[BaseException
         if error is not None:
             raise error
         return result  # type: ignore[return-value]
-    failures = {r: text for r, text in enumerate(gather_objects(None if error is None else str(error))) if text is not None}
-    if failures:
-        texts = sorted(set(map(str, failures.values())))
-        if len(texts) == 1 and len(failures) == world_size():
-            raise RankError(texts[0]) from error
-        ranks = ", ".join(f"rank {r}: {text}" for r, text in failures.items())
-        raise RankError(f"{what} failed on {len(failures)} of {world_size()} ranks: {ranks}") from error
+    if all_reduce_max(float(error is not None)) > 0:
+        _raise_alike(error, what)
     return result  # type: ignore[return-value]
+
+
+def _raise_alike(error: BaseException | None, what: str) -> None:
+    """Raise the same text on every rank, given each rank's own error or None."""
+    texts = gather_objects(None if error is None else str(error))
+    failures = {rank: text for rank, text in enumerate(texts) if text is not None}
+    if len(failures) == len(texts) and len(set(texts)) == 1:
+        raise RankError(str(texts[0])) from error
+    ranks = ", ".join(f"rank {rank}: {text}" for rank, text in failures.items())
+    raise RankError(f"{what} failed on {len(failures)} of {len(texts)} ranks: {ranks}") from error

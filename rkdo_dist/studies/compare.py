@@ -85,7 +85,14 @@ def comparison_table(directories: list[Path]) -> Table:
     for run in map(summarise, directories):
         scores = [_number(run.scores.get(name)) for name in _SCORES]
         below = f"{1 - run.loss / run.at_uniform:.1%}"
-        table.add_row(run.name, f"{run.loss:.4f}", f"{run.at_uniform:.4f}", below, *scores, f"{run.pairs_per_second:.0f}")
+        table.add_row(
+            run.name,
+            f"{run.loss:.4f}",
+            f"{run.at_uniform:.4f}",
+            below,
+            *scores,
+            f"{run.pairs_per_second:.0f}",
+        )
     return table
 
 
@@ -111,7 +118,11 @@ def loss_figure(directories: list[Path], path: Path) -> None:
         own.plot(epochs, run.curve, marker="o", color=colour, label=run.name)
         own.axhline(run.at_uniform, color=colour, linestyle=":", linewidth=1)
         share.plot(epochs, [value / run.at_uniform for value in run.curve], marker="o", color=colour, label=run.name)
-    own.set(xlabel="epoch", ylabel="mean loss of the epoch", title="Each objective's own value (dotted: at uniform)")
+    own.set(
+        xlabel="epoch",
+        ylabel="mean loss of the epoch",
+        title="Each objective's own value (dotted: at uniform)",
+    )
     share.set(xlabel="epoch", ylabel="loss / loss at uniform", title="As a share of the value at uniform")
     for axes in (own, share):
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -90,5 +90,13 @@ def make_objective(config: Config, progress: float) -> Objective:
     if f.objective == "infonce":
         return Objective.infonce(f.temperature, f.pairing, f.symmetric)
     return Objective.rkdo(
-        f.depth, f.coupling, f.temperature, f.cooling, f.pairing, f.supervisor_grad, f.symmetric, f.clock, progress
+        f.depth,
+        f.coupling,
+        f.temperature,
+        f.cooling,
+        f.pairing,
+        f.supervisor_grad,
+        f.symmetric,
+        f.clock,
+        progress,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import rank_lanes
+from rkdo_dist.data.shards import check_shards
 from rkdo_dist.data.stream import Batch, lane_stream
 from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
@@ -42,10 +45,12 @@ class Job:
         self.config, self.runtime, self.index, self.run = config, runtime, index, run
         self.steps_per_epoch, self.total_steps = build.run_length(config, index)
         self.objective(0)
+        check_shards(index, config.data.split)
         self.views = build.make_views(config, index)
         self.encoder = build.make_encoder(config).to(runtime.device)
         self.optimizer = build.make_optimizer(config, self.encoder)
         self.position = 0
+        self._saved = 0
 
     def make_step(self) -> Step:
         """The step; with several ranks and run.reduction=fast this is collective."""
@@ -61,23 +66,33 @@ class Job:
     def _view(self, images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
         return self.views(images, ids, self.config.run.seed, epoch, view)
 
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """(epoch, this rank's lanes of the global batch) for every step from the position on."""
+    def batches(self) -> Iterator[Batch]:
+        """This rank's lanes of the global batch for every step from the position to the end."""
+        first_epoch, start_step = divmod(self.position, self.steps_per_epoch)
+        last_epoch = -(-self.total_steps // self.steps_per_epoch)
+        if first_epoch >= last_epoch:
+            return
         train, data = self.config.train, self.config.data
-        yield from lane_stream(
+        stream = lane_stream(
             self.index,
             data.split,
             seed=self.config.run.seed,
-            lanes=train.lanes,
+            all_lanes=train.lanes,
             micro_batch=train.micro_batch,
-            window=data.shuffle_buffer,
-            own=rank_lanes(train.lanes, self.runtime.rank, self.runtime.world),
+            lanes=rank_lanes(train.lanes, self.runtime.rank, self.runtime.world),
+            epoch=first_epoch,
+            start_step=start_step,
+            epochs=last_epoch - first_epoch,
             steps_per_epoch=self.steps_per_epoch,
-            start=self.position,
-            stop=self.total_steps,
-            workers=data.workers,
+            window=data.shuffle_buffer,
             size=data.image_size,
+            workers=data.workers,
+            pin_memory=self.runtime.device.type == "cuda",
         )
+        with contextlib.closing(stream):
+            for _ in range(self.total_steps - self.position):
+                # A rank that cannot read must not leave the others waiting for it.
+                yield group.together(lambda: next(stream), "reading the next batch")
 
     def objective(self, step: int) -> Objective:
         """The objective of a step (its temperature may follow the training clock)."""
@@ -90,14 +105,14 @@ class Job:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
 
-    def record(self, epoch: int, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
+    def record(self, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
         """The line of metrics.jsonl for the step just done (collective: the keys come from every rank)."""
         keys: list[Any] = group.gather_objects([key for lane in batch.lanes for key in lane.keys])
         digest = hashlib.sha256("\n".join(key for part in keys for key in part).encode())
         parts = dict(result.parts)
         return {
             "step": self.position,
-            "epoch": epoch,
+            "epoch": batch.epoch,
             "loss": result.loss,
             "loss_at_uniform": parts.pop("uniform"),
             **parts,
@@ -119,46 +134,46 @@ class Job:
         return every is not None and rest == 0 < epochs and epochs % every == 0 and self.position < self.total_steps
 
     def save(self, journal: Journal) -> None:
-        """Write a checkpoint of the position, unless it is there already (collective)."""
-        journal.sync()
-        group.together(self._save, f"saving the checkpoint of step {self.position}")
+        """Write a checkpoint of the position, unless that is the last thing done (collective)."""
+        if self._saved != self.position:
+            journal.sync()
+            group.together(self._save, f"saving the checkpoint of step {self.position}")
+            self._saved = self.position
 
     def _save(self) -> None:
-        if not self.runtime.is_main or (self.run.checkpoints / str(self.position)).exists():
+        if not self.runtime.is_main:
             return
-        facts = {"settings": configuration.decisive(self.config), "data": self.index.digest(), "version": __version__}
-        optimizer = checkpoint.optimizer_to_tensors(self.optimizer, dict(self.encoder.named_parameters()))
         checkpoint.save(
             self.run.checkpoints,
             self.position,
             self.encoder.state_dict(),
-            optimizer,
-            facts,
+            checkpoint.optimizer_to_tensors(self.optimizer, self.encoder.named_parameters()),
+            self.facts(),
             keep=self.config.train.keep_checkpoints,
         )
 
-    def restore(self, source: RunDirectory) -> None:
-        """Continue from the newest whole checkpoint of `source`, if it has one.
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint of the run, if it has one.
 
         Raises:
-            RunError: if the checkpoint belongs to other data.
+            ValueError: if no checkpoint is whole, or the newest belongs to other data.
         """
-        found = checkpoint.load_latest(source.checkpoints)
+        found = newest_checkpoint(self.run, self.runtime)
         if found is None:
             return
         if found.extra["data"] != self.index.digest():
-            raise RunError(
-                f"the checkpoint {source.checkpoints}/{found.step} was trained on other data than "
-                f"data.shards={self.config.data.shards} holds"
-            )
+            raise RunError(f"{found.path} was trained on other data than data.shards={self.config.data.shards} holds")
+        assert found.optimizer is not None  # `save` writes it
         self.encoder.load_state_dict(found.model)
-        checkpoint.tensors_to_optimizer(found.optimizer, self.optimizer, dict(self.encoder.named_parameters()))
-        self.position = found.step
+        checkpoint.tensors_to_optimizer(found.optimizer, self.optimizer, self.encoder.named_parameters())
+        self.position = self._saved = found.step
 
     def evaluate(self, journal: Journal) -> None:
         """Judge the encoder as it is now, unless that has been done (collective)."""
         if not group.from_rank_zero((self.run.evaluations / f"{self.position}.json").exists()):
-            evaluate_encoder(self.config, self.runtime, self.index, self.run, self.encoder, self.position, journal.console)
+            evaluate_encoder(
+                self.config, self.runtime, self.index, self.run, self.encoder, self.position, journal.console
+            )
 
     def facts(self) -> dict[str, Any]:
         """What decides the result, for environment.json and for the comparison between ranks."""
@@ -170,6 +185,17 @@ class Job:
         }
 
 
+def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint of a run; if that is not the newest, rank zero says why."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", checkpoint.CheckpointWarning)
+        found = checkpoint.load_latest(run.checkpoints)
+    if runtime.is_main:
+        for warning in said:
+            print(f"rkdo: warning: {warning.message}", file=sys.stderr, flush=True)
+    return found
+
+
 def other_run(config: Config) -> RunDirectory | None:
     """The run that `run.resume` names, None for "auto" and "never".
 
@@ -179,5 +205,5 @@ def other_run(config: Config) -> RunDirectory | None:
     if config.run.resume in ("auto", "never"):
         return None
     source = RunDirectory(Path(config.run.resume))
-    source.refuse_changes(dataclasses.replace(config))
+    source.refuse_changes(config)
     return source

@@ -59,7 +59,9 @@ def evaluate_encoder(
         found = {split: _features(config, runtime, index, encoder, split, console) for split in _splits(config)}
     finally:
         encoder.train(was_training)
-    group.together(lambda: _score(config, run, step, found, console) if runtime.is_main else None, "scoring the features")
+    group.together(
+        lambda: _score(config, run, step, found, console) if runtime.is_main else None, "scoring the features"
+    )
 
 
 def _splits(config: Config) -> tuple[str, ...]:
@@ -82,13 +84,25 @@ def _features(
 
     size = config.evaluate.batch_size
     blocks = evaluation_stream(
-        index, split, size, rank=runtime.rank, world=runtime.world, limit=limit, image_size=config.data.image_size
+        index,
+        split,
+        size,
+        rank=runtime.rank,
+        world=runtime.world,
+        limit=limit,
+        size=config.data.image_size,
     )
-    return gather_features(_shown(blocks, split, -(-samples // size), runtime, console), embed, samples, device=runtime.device)
+    return gather_features(
+        _shown(blocks, split, -(-samples // size), runtime, console), embed, samples, device=runtime.device
+    )
 
 
 def _shown(
-    blocks: Iterator[tuple[int, MicroBatch]], split: str, total: int, runtime: Runtime, console: Console | None
+    blocks: Iterator[tuple[int, MicroBatch]],
+    split: str,
+    total: int,
+    runtime: Runtime,
+    console: Console | None,
 ) -> Iterator[tuple[int, MicroBatch]]:
     """The blocks, with a progress bar on rank zero."""
     if console is None:
@@ -102,7 +116,11 @@ def _shown(
 
 
 def _score(
-    config: Config, run: RunDirectory, step: int, found: dict[str, FrozenFeatures | None], console: Console | None
+    config: Config,
+    run: RunDirectory,
+    step: int,
+    found: dict[str, FrozenFeatures | None],
+    console: Console | None,
 ) -> None:
     assert console is not None
     test = found[config.evaluate.test_split]

@@ -20,14 +20,14 @@ def run(job: Job, step: Step, journal: Journal, stop: StopRequest) -> int:
     began = time.perf_counter()
     if job.evaluation_due():
         job.evaluate(journal)
-    for epoch, batch in job.batches():
+    for batch in job.batches():
         done = job.position
         job.set_learning_rate(done)
-        result = step(batch.lanes, job.objective(done), epoch, done, stop.code)
+        result = step(batch.lanes, job.objective(done), batch.epoch, done, stop.code)
         job.optimizer.step()
         job.position = done + 1
         ended = time.perf_counter()
-        journal.step(job.record(epoch, batch, result, seconds=ended - began))
+        journal.step(job.record(batch, result, seconds=ended - began))
         began = ended
         if result.stop or job.due(job.config.train.checkpoint_every) or job.evaluation_due():
             job.save(journal)

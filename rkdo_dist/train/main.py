@@ -8,14 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import load_index
 from rkdo_dist.exchange import group
 from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.train import build, loop, runtime
-from rkdo_dist.train.job import Job, other_run
+from rkdo_dist.train.job import Job, newest_checkpoint, other_run
 from rkdo_dist.train.journal import Journal
 from rkdo_dist.train.judgement import evaluate_encoder
 from rkdo_dist.train.runtime import Runtime
@@ -34,14 +33,19 @@ def train(config: Config) -> int:
     if not config.run.dir:
         raise ConfigError("run.dir is not set: name the directory for this run, e.g. run.dir=runs/first")
     if not config.data.shards:
-        raise ConfigError("data.shards is not set: name a directory made by `rkdo prepare`, e.g. data.shards=data/digits")
+        raise ConfigError(
+            "data.shards is not set: name a directory made by `rkdo prepare`, e.g. data.shards=data/digits"
+        )
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
         job = _set_up(config, rt)
         step = job.make_step()
         console = Console(stderr=True) if rt.is_main else None
         already = job.position
-        with Journal(job.run.metrics, already, job.total_steps, console, config.field.objective) as journal, StopRequest() as stop:
+        with (
+            Journal(job.run.metrics, already, job.total_steps, console, config.field.objective) as journal,
+            StopRequest() as stop,
+        ):
             if already:
                 journal.say(f"continuing {job.run.path} at step {already} of {job.total_steps}")
             code = loop.run(job, step, journal, stop)
@@ -61,7 +65,7 @@ def _set_up(config: Config, rt: Runtime) -> Job:
     source = group.together(lambda: other_run(config), "looking at run.resume")
     group.together(lambda: run.claim(config, source) if rt.is_main else None, "claiming run.dir")
     if config.run.resume != "never":
-        group.together(lambda: job.restore(run), "loading the checkpoint")
+        group.together(job.restore, "loading the checkpoint")
     _agree({"step of the checkpoint": job.position})
     if rt.is_main:
         run.write_environment({
@@ -110,12 +114,14 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
     run = RunDirectory(directory)
     config = run.config(overrides)
     if configuration.decisive(config) != configuration.decisive(run.config()):
-        raise ConfigError("only settings that do not change the run can be overridden here (evaluate.*, data.shards, ...)")
+        raise ConfigError(
+            "only settings that do not change the run can be overridden here (evaluate.*, data.shards, ...)"
+        )
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
         index = group.together(lambda: load_index(config.data.shards), "reading the index")
         encoder = build.make_encoder(config).to(rt.device)
-        found = group.together(lambda: checkpoint.load_latest(run.checkpoints), "loading the checkpoint")
+        found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
         if found is None:
             raise RunError(f"{directory} has no checkpoint yet: train it first")
         _agree({"step of the checkpoint": found.step})

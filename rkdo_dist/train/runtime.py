@@ -69,7 +69,6 @@ def start(threads: int, timeout: int, reduction: str) -> Runtime:
         LaunchError: for a strategy or precision that this version does not run.
     """
     on_cpu = not torch.accelerator.is_available()
-    torch.set_num_threads(threads)
     accelerator = Accelerator(
         cpu=on_cpu,
         kwargs_handlers=[
@@ -77,7 +76,12 @@ def start(threads: int, timeout: int, reduction: str) -> Runtime:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+    torch.set_num_threads(threads)  # after Accelerate, which sets its own guess
+    if accelerator.distributed_type in (
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
+        DistributedType.MEGATRON_LM,
+    ):
         raise LaunchError(
             f"the Accelerate configuration asks for {accelerator.distributed_type.value}, which this version does not "
             "train with: launch with --multi_gpu (DDP) or one process"

@@ -11,7 +11,9 @@ second embeds again, so memory holds the activations of one micro-batch only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,7 +78,9 @@ class Step:
         fast = settings.reduction == "fast"
         self._wrapped = runtime.wrap(encoder) if fast else encoder
 
-    def __call__(self, lanes: Sequence[MicroBatch], objective: Objective, epoch: int, step: int, stop: int = 0) -> StepResult:
+    def __call__(
+        self, lanes: Sequence[MicroBatch], objective: Objective, epoch: int, step: int, stop: int = 0
+    ) -> StepResult:
         """Gradients of one global batch.
 
         Args:
@@ -88,41 +92,43 @@ class Step:
         Raises:
             NonFiniteError: on every rank, if the loss or the gradient is not finite on any.
         """
-        compute = self._exact if self._settings.reduction == "exact" else self._fast
-        return compute(lanes, objective, epoch, step, stop)
+        at = _Place(epoch, step, self._runtime.rank * len(lanes))
+        if self._settings.reduction == "exact":
+            return self._exact(lanes, objective, at, stop)
+        return self._fast(lanes, objective, at, stop)
 
     # --- embeddings -------------------------------------------------------------------------------------------
 
-    def _embed(
-        self, model: nn.Module, lane: MicroBatch, number: int, epoch: int, step: int, again: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings (m, d) of both views, and this lane's batch statistics, one row per forward.
+    def _embed(self, model: nn.Module, lane: MicroBatch, number: int, at: _Place, again: bool = False) -> _Embedded:
+        """Embed both views of a lane.
 
         Randomness inside the encoder (dropout) is keyed by the lane, so doing it `again` repeats the first time,
         except that batch norm's running statistics are left alone.
         """
         device = self._runtime.device
         images, ids = lane.images.to(device, non_blocking=True), lane.ids.to(device, non_blocking=True)
-        first, second = (self._make_view(images, ids, epoch, view) for view in (0, 1))
+        first, second = (self._make_view(images, ids, at.epoch, view) for view in (0, 1))
         inputs = [torch.cat([first, second])] if self._settings.views_together else [first, second]
         outputs, statistics = [], []
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self._runtime.autocast():
-            torch.manual_seed(_lane_seed(self._settings.seed, epoch, step, number))
+            torch.manual_seed(_lane_seed(self._settings.seed, at.epoch, at.step, at.first_lane + number))
             for x in inputs:
                 with self._statistics.discarding() if again else self._statistics.collecting():
                     outputs.append(model(x))
                 statistics.append(x.new_zeros(0) if again else self._statistics.take())
         u, v = outputs[0].chunk(2) if self._settings.views_together else outputs
-        return u, v, torch.stack(statistics)
+        return _Embedded(u, v, torch.stack(statistics))
 
-    def _first_pass(
-        self, model: nn.Module, lanes: Sequence[MicroBatch], offset: int, epoch: int, step: int
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _first_pass(self, model: nn.Module, lanes: Sequence[MicroBatch], at: _Place) -> list[_Embedded]:
         with torch.set_grad_enabled(not self._settings.recompute):
-            return [self._embed(model, lane, offset + i, epoch, step) for i, lane in enumerate(lanes)]
+            return [self._embed(model, lane, number, at) for number, lane in enumerate(lanes)]
 
-    def _again(self, model: nn.Module, lane: MicroBatch, number: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        return self._embed(model, lane, number, epoch, step, again=True)[:2]
+    def _second_pass(
+        self, model: nn.Module, lane: MicroBatch, number: int, at: _Place, first: _Embedded
+    ) -> tuple[Tensor, Tensor]:
+        """A lane's embeddings with their graph: kept from the first pass, or computed again."""
+        found = self._embed(model, lane, number, at, again=True) if self._settings.recompute else first
+        return found.u, found.v
 
     def _move_statistics(self, summed: Tensor) -> None:
         """Once per step, or once per view where views are forwarded apart, as plain torch would."""
@@ -131,77 +137,96 @@ class Step:
 
     # --- exact ------------------------------------------------------------------------------------------------
 
-    def _exact(self, lanes: Sequence[MicroBatch], objective: Objective, epoch: int, step: int, stop: int) -> StepResult:
-        keep, offset = not self._settings.recompute, self._runtime.rank * len(lanes)
-        embedded = self._first_pass(self._encoder, lanes, offset, epoch, step)
-        field = _exact_field([e[0].detach() for e in embedded], [e[1].detach() for e in embedded], objective, offset)
+    def _exact(self, lanes: Sequence[MicroBatch], objective: Objective, at: _Place, stop: int) -> StepResult:
+        embedded = self._first_pass(self._encoder, lanes, at)
+        field = _exact_field(
+            [e.u.detach() for e in embedded], [e.v.detach() for e in embedded], objective, at.first_lane
+        )
         rows = field.rows * len(lanes) * self._runtime.world
         loss, parts, code = _lane_means(field.reports, stop, rows)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise NonFiniteError(f"the loss of step {step + 1} is {loss}")
-        gradient, statistics = self._exact_backward(lanes, embedded, field, 1.0 / rows, offset, epoch, step, keep)
-        self._install(group.exact_all_reduce(gradient), step)
-        self._move_statistics(group.exact_all_reduce(statistics.flatten()).view_as(statistics))
+        _require_finite_loss(loss, at)
+        gradients, statistics = group.TreeSum(len(lanes)), group.TreeSum(len(lanes))
+        for number, lane in enumerate(lanes):
+            outputs = self._second_pass(self._encoder, lane, number, at, embedded[number])
+            weights = (field.du[number] / rows, field.dv[number] / rows)
+            found = torch.autograd.grad(outputs, self._parameters, weights, materialize_grads=True)
+            gradients.add(torch.cat([g.flatten() for g in found]))
+            statistics.add(embedded[number].statistics)
+            embedded[number] = embedded[number].detached()  # frees this lane's graph
+        self._install(group.exact_all_reduce(gradients.total()), at)
+        local = statistics.total()
+        self._move_statistics(group.exact_all_reduce(local.flatten()).view_as(local))
         return StepResult(loss, parts, code)
 
-    def _exact_backward(self, lanes: Sequence[MicroBatch], embedded: list[tuple[Tensor, Tensor, Tensor]], field: _LaneField,
-                        scale: float, offset: int, epoch: int, step: int, keep: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Local tree sums over lanes: the flat parameter gradient and the batch statistics."""
-        gradients, statistics = group.TreeSum(len(lanes)), group.TreeSum(len(lanes))
-        for i, lane in enumerate(lanes):
-            outputs = embedded[i][:2] if keep else self._again(self._encoder, lane, offset + i, epoch, step)
-            found = torch.autograd.grad(
-                outputs, self._parameters, [field.du[i] * scale, field.dv[i] * scale], materialize_grads=True
-            )
-            gradients.add(torch.cat([g.flatten() for g in found]))
-            statistics.add(embedded[i][2])
-            if keep:
-                embedded[i] = (*(e.detach() for e in embedded[i][:2]), embedded[i][2])  # frees this lane's graph
-        return gradients.total(), statistics.total()
-
-    def _install(self, flat: Tensor, step: int) -> None:
+    def _install(self, flat: Tensor, at: _Place) -> None:
         if not bool(torch.isfinite(flat).all()):
-            raise NonFiniteError(f"the gradient of step {step + 1} is not finite")
+            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite")
         for parameter, part in zip(self._parameters, flat.split([p.numel() for p in self._parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
     # --- fast -------------------------------------------------------------------------------------------------
 
-    def _fast(self, lanes: Sequence[MicroBatch], objective: Objective, epoch: int, step: int, stop: int) -> StepResult:
-        keep, offset = not self._settings.recompute, self._runtime.rank * len(lanes)
+    def _fast(self, lanes: Sequence[MicroBatch], objective: Objective, at: _Place, stop: int) -> StepResult:
         for parameter in self._parameters:
             parameter.grad = None
-        embedded = self._first_pass(self._wrapped, lanes, offset, epoch, step)
-        u, v = (torch.cat([e[view].detach() for e in embedded]).requires_grad_() for view in (0, 1))
+        embedded = self._first_pass(self._wrapped, lanes, at)
+        u, v = (torch.cat([e.views()[k].detach() for e in embedded]).requires_grad_() for k in (0, 1))
         local, parts = FieldLoss(objective, exchange=self._settings.exchange)(u, v, parts=True)
-        du, dv = torch.autograd.grad(local, (u, v))
+        du, dv = torch.autograd.grad(local, (u, v), materialize_grads=True)
         loss, means, code = _rank_means(local.detach(), parts, stop)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise NonFiniteError(f"the loss of step {step + 1} is {loss}")
-        self._fast_backward(lanes, embedded, du.split(_sizes(embedded)), dv.split(_sizes(embedded)), offset, epoch, step, keep)
+        _require_finite_loss(loss, at)
+        sizes = [len(e.u) for e in embedded]
+        self._fast_backward(lanes, embedded, list(zip(du.split(sizes), dv.split(sizes), strict=True)), at)
         finite = all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
-        if group.all_reduce_max(float(not finite), self._runtime.device):
-            raise NonFiniteError(f"the gradient of step {step + 1} is not finite")
-        statistics = torch.stack([e[2] for e in embedded]).sum(0)
+        if group.all_reduce_max(float(not finite)):
+            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite")
+        statistics = torch.stack([e.statistics for e in embedded]).sum(0)
         if self._runtime.world > 1:
             torch.distributed.all_reduce(statistics)
         self._move_statistics(statistics)
         return StepResult(loss, means, code)
 
-    def _fast_backward(self, lanes: Sequence[MicroBatch], embedded: list[tuple[Tensor, Tensor, Tensor]], du: Sequence[Tensor],
-                       dv: Sequence[Tensor], offset: int, epoch: int, step: int, keep: bool) -> None:  # fmt: skip
-        """One averaging over ranks: in the only backward pass, or in the last lane's when activations are recomputed."""
-        if keep:
-            outputs = [e[view] for e in embedded for view in (0, 1)]
-            torch.autograd.backward(outputs, [g for pair in zip(du, dv, strict=True) for g in pair])
+    def _fast_backward(
+        self,
+        lanes: Sequence[MicroBatch],
+        embedded: list[_Embedded],
+        weights: list[tuple[Tensor, Tensor]],
+        at: _Place,
+    ) -> None:
+        """One averaging over ranks: in the only backward pass, or in the last lane's when embedding again."""
+        if not self._settings.recompute:
+            outputs = [view for e in embedded for view in e.views()]
+            torch.autograd.backward(outputs, [w for pair in weights for w in pair])
             return
-        last = len(lanes) - 1
-        for i, lane in enumerate(lanes):
-            if i < last:
-                with self._runtime.without_sync(self._wrapped):
-                    torch.autograd.backward(self._again(self._wrapped, lane, offset + i, epoch, step), (du[i], dv[i]))
-            else:
-                torch.autograd.backward(self._again(self._wrapped, lane, offset + i, epoch, step), (du[i], dv[i]))
+        for number, lane in enumerate(lanes):
+            last = number == len(lanes) - 1
+            with contextlib.nullcontext() if last else self._runtime.without_sync(self._wrapped):
+                outputs = list(self._second_pass(self._wrapped, lane, number, at, embedded[number]))
+                torch.autograd.backward(outputs, weights[number])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Position of a global batch, and the global number of this rank's first lane."""
+
+    epoch: int
+    step: int
+    first_lane: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Embedded:
+    """Embeddings (m, d) of a lane's two views, and its batch statistics, one row per forward."""
+
+    u: Tensor
+    v: Tensor
+    statistics: Tensor
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        return self.u, self.v
+
+    def detached(self) -> _Embedded:
+        return _Embedded(self.u.detach(), self.v.detach(), self.statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,8 +284,9 @@ def _rank_means(loss: Tensor, parts: dict[str, Tensor], stop: int) -> tuple[floa
     return means[0], dict(zip(names, means[1:], strict=True)), int(everyone[:, -1].max())
 
 
-def _sizes(embedded: list[tuple[Tensor, Tensor, Tensor]]) -> list[int]:
-    return [e[0].shape[0] for e in embedded]
+def _require_finite_loss(loss: float, at: _Place) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss of step {at.step + 1} is {loss}")
 
 
 def _lane_seed(seed: int, epoch: int, step: int, lane: int) -> int:

@@ -1,0 +1,89 @@
+"""Whole jobs for tests: the command line in this process, in forked ranks, or through a real launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rkdo_dist import cli
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMES = ("seconds", "pairs_per_second")
+
+
+def command(arguments: list[str]) -> tuple[int, str]:
+    """Run `rkdo` in this process; its exit code and everything it printed."""
+    text = io.StringIO()
+    code: Any = 0
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            cli.main(arguments)
+        except SystemExit as end:
+            code = end.code
+    return code, text.getvalue()
+
+
+def _rank(rank: int, world: int, arguments: list[str]) -> tuple[int, str]:
+    return command(arguments)
+
+
+def on_ranks(world: int, arguments: list[str], timeout: float = 120) -> list[tuple[int, str]]:
+    """Run `rkdo` on forked ranks of one gloo group."""
+    return run_ranks(_rank, world, arguments, timeout=timeout)
+
+
+def launch(ranks: int, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch -m rkdo_dist ...`, as a user would."""
+    return subprocess.run(
+        launch_words(ranks, arguments),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        check=False,
+        **options,
+    )
+
+
+def launch_words(ranks: int, arguments: list[str]) -> list[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    many = (
+        ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", "0"]
+        if ranks > 1
+        else ["--num_processes", "1"]
+    )
+    return [*launcher, "--dynamo_backend", "no", *many, "-m", "rkdo_dist", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with one thread per process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def fingerprint(run: Path, step: int) -> dict[str, str]:
+    """SHA-256 of every tensor file of a checkpoint."""
+    files = sorted((run / "checkpoints" / str(step)).glob("*.safetensors"))
+    assert files, f"no checkpoint {step} in {run}"
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The journal without times, which no two runs share."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]

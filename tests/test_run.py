@@ -1,0 +1,323 @@
+"""Whole runs: the same run on any ranks, stopped and continued; mistakes end it early, clearly and on every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.jobs import command, environment, fingerprint, launch, launch_words, metrics, on_ranks
+
+
+def run_of(arguments: list[str]) -> Path:
+    return Path(arguments[-1].removeprefix("run.dir="))
+
+
+def test_a_run_leaves_what_the_contract_says(small: list[str]) -> None:
+    code, text = command([*small, "evaluate.at_end=true"])
+    run = run_of(small)
+    assert code == 0, text
+    assert [r["step"] for r in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    for name in (
+        "epoch",
+        "loss",
+        "loss_at_uniform",
+        "kl_1",
+        "kl_3",
+        "learning_rate",
+        "temperature",
+        "pairs_per_second",
+    ):
+        assert isinstance(first[name], int | float), name
+    assert len(first["batch_digest"]) == 64
+    assert (run / "checkpoints" / "latest").read_text().strip() == "6"
+    assert len(load_file(run / "checkpoints" / "6" / "model.safetensors")) > 60
+    scores = json.loads((run / "evaluations" / "6.json").read_text())
+    for name in ("linear_accuracy", "nmi", "ari", "neighbourhood"):
+        assert -0.5 <= scores[name] <= 1
+    environment_file = json.loads((run / "environment.json").read_text())
+    assert environment_file["world_size"] == 1
+    assert environment_file["versions"]["torch"]
+    assert "objective: rkdo" in (run / "config.yaml").read_text()
+
+
+def test_the_same_run_on_two_and_four_ranks(small: list[str]) -> None:
+    run = run_of(small)
+    command([*small, "evaluate.at_end=true"])
+    for world in (2, 4):
+        other = run.with_name(f"run{world}")
+        arguments = [
+            *small[:-1],
+            f"run.dir={other}",
+            "data.workers=1",
+            "train.recompute=true",
+            "evaluate.at_end=true",
+        ]
+        answers = on_ranks(world, arguments)
+        assert [code for code, _ in answers] == [0] * world, answers
+        assert fingerprint(other, 6) == fingerprint(run, 6)
+        assert metrics(other) == metrics(run)
+        assert (other / "evaluations" / "6.json").read_text() == (run / "evaluations" / "6.json").read_text()
+
+
+def test_stopped_and_continued_on_other_ranks(small: list[str]) -> None:
+    """Cut down to a checkpoint in the middle, with a journal that went on further: as after a kill."""
+    run = run_of(small)
+    command(small)
+    whole, journal = fingerprint(run, 6), metrics(run)
+    shutil.rmtree(run / "checkpoints" / "6")
+    (run / "checkpoints" / "latest").write_text("4\n")
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 7, "half a li')
+    answers = on_ranks(2, [*small, "run.resume=auto"])
+    assert [code for code, _ in answers] == [0, 0], answers
+    assert fingerprint(run, 6) == whole
+    assert metrics(run) == journal
+
+
+def test_a_finished_run_is_left_alone(small: list[str]) -> None:
+    run = run_of(small)
+    command(small)
+    before = (run / "metrics.jsonl").read_bytes(), fingerprint(run, 6)
+    assert command([*small, "run.resume=auto"])[0] == 0
+    assert before == ((run / "metrics.jsonl").read_bytes(), fingerprint(run, 6))
+
+
+def test_a_run_can_grow_and_continue_elsewhere(small: list[str]) -> None:
+    run = run_of(small)
+    command([*small[:-1], f"run.dir={run}", "train.max_steps=3"])
+    elsewhere = run.with_name("elsewhere")
+    code, text = command([*small[:-1], f"run.dir={elsewhere}", f"run.resume={run}"])
+    assert code == 0, text
+    straight = run.with_name("straight")
+    command([*small[:-1], f"run.dir={straight}"])
+    assert fingerprint(elsewhere, 6) == fingerprint(straight, 6)
+    assert metrics(elsewhere) == metrics(straight)
+
+
+def test_resuming_with_other_settings_is_refused(small: list[str]) -> None:
+    command([*small, "train.max_steps=2"])
+    code, text = command([*small, "run.resume=auto", "field.temperature=0.7"])
+    assert code == 2
+    assert "field.temperature: 0.5 -> 0.7" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["train.epohcs=3"], ["train.epohcs", "train.epochs"]),
+        (["train.epochs=many"], ["train.epochs", "whole number"]),
+        (["data.shards=nowhere"], ["nowhere", "rkdo prepare"]),
+        (["train.micro_batch=32"], ["2 ranks", "train.micro_batch=16"]),
+        (["train.global_batch=1600", "train.micro_batch=100"], ["1600", "fewer than one global batch"]),
+        (["field.temperature=0"], ["field.temperature"]),
+        (["field.coupling=1.5"], ["field.coupling", "[0, 1]"]),
+        (["encoder.backbone=resnet81"], ["resnet81", "resnet18"]),
+        (["train.batches_per_epoch=1000"], ["train.batches_per_epoch"]),
+        (["data.split=trian"], ["trian", "train"]),
+        (["run.dir="], ["run.dir"]),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_mistakes_end_the_run_before_the_first_step_on_every_rank(
+    small: list[str], change: list[str], words: list[str]
+) -> None:
+    for code, text in on_ranks(2, [*small, *change], timeout=30):
+        assert code == 2, text
+        assert "Traceback" not in text
+        for word in words:
+            assert word in " ".join(text.split()), text
+    assert not (run_of(small) / "metrics.jsonl").exists()
+
+
+def test_a_directory_that_holds_something_else_is_not_touched(small: list[str]) -> None:
+    run = run_of(small)
+    run.mkdir()
+    (run / "thesis.tex").write_text("years of work")
+    for code, text in on_ranks(2, small, timeout=30):
+        assert code == 2
+        assert "thesis.tex" in " ".join(text.split())
+    assert [p.name for p in run.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_that_holds_another_run_is_not_touched(small: list[str]) -> None:
+    run = run_of(small)
+    command([*small, "train.max_steps=2"])
+    before = fingerprint(run, 2), metrics(run)
+    for code, text in on_ranks(2, [*small, "run.seed=1"], timeout=30):
+        assert code == 2
+        assert "another run" in " ".join(text.split())
+    assert before == (fingerprint(run, 2), metrics(run))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "empty directory", "not an image"])
+def test_damaged_shards_end_the_run_on_every_rank(small: list[str], digits: Path, tmp_path: Path, damage: str) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(digits, shards)
+    shard = shards / "train-00003.tar"
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        os.truncate(shard, 20_000)
+    elif damage == "flipped":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 4
+        shard.write_bytes(content)
+    elif damage == "empty directory":
+        shutil.rmtree(shards)
+        shards.mkdir()
+    else:
+        _put_text_into(shards)
+    for code, text in on_ranks(2, [*small, f"data.shards={shards}", "train.batches_per_epoch=44"], timeout=60):
+        assert code == 2, text
+        assert "Traceback" not in text
+        assert ("index.json" if damage == "empty directory" else "train-00003.tar") in "".join(text.split()), text
+
+
+def _put_text_into(shards: Path) -> None:
+    """Replace one image by text and make the index agree, so that only decoding can notice."""
+    import hashlib
+    import io
+    import tarfile
+
+    shard = shards / "train-00003.tar"
+    out = io.BytesIO()
+    with tarfile.open(shard) as old, tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as new:
+        for number, member in enumerate(old):
+            content = old.extractfile(member).read()  # type: ignore[union-attr]
+            if (number == 0 and member.name.endswith(".png")) or (number == 1 and member.name.endswith(".png")):
+                content = b"this is not an image"
+                member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
+    shard.write_bytes(out.getvalue())
+    index = json.loads((shards / "index.json").read_text())
+    entry = next(s for s in index["splits"]["train"] if s["name"] == shard.name)
+    entry |= {"bytes": len(out.getvalue()), "sha256": hashlib.sha256(out.getvalue()).hexdigest()}
+    (shards / "index.json").write_text(json.dumps(index))
+
+
+def test_evaluate_judges_a_run_again_and_refuses_what_is_none(small: list[str], tmp_path: Path) -> None:
+    run = run_of(small)
+    command([*small, "train.max_steps=2"])
+    one, text = command(["evaluate", str(run)])
+    assert one == 0, text
+    first = (run / "evaluations" / "2.json").read_text()
+    assert [code for code, _ in on_ranks(2, ["evaluate", str(run), "evaluate.batch_size=256"])] == [0, 0]
+    assert (run / "evaluations" / "2.json").read_text() == first
+    assert command(["evaluate", str(run), "evaluate.protocol=full"])[0] == 0
+    assert json.loads((run / "evaluations" / "2.json").read_text())["protocol"] == "full"
+    for arguments, word in (
+        ([str(tmp_path)], "config.yaml"),
+        ([str(run), "field.depth=2"], "do not change the run"),
+    ):
+        code, text = command(["evaluate", *arguments])
+        assert code == 2
+        assert word in " ".join(text.split())
+
+
+def test_compare_prints_a_table_and_saves_a_figure(small: list[str], tmp_path: Path) -> None:
+    run = run_of(small)
+    command([*small, "evaluate.at_end=true"])
+    code, text = command(["compare", str(run), "--figure", str(tmp_path / "loss.png")])
+    assert code == 0
+    assert "at uniform" in " ".join(text.split())
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert command(["compare", str(tmp_path)])[0] == 2
+
+
+# --- real launchers and real signals ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_on_two_ranks(small: list[str]) -> None:
+    run = run_of(small)
+    answer = launch(2, small)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    alone = run.with_name("alone")
+    assert command([*small[:-1], f"run.dir={alone}"])[0] == 0
+    assert fingerprint(run, 6) == fingerprint(alone, 6)
+    assert metrics(run) == metrics(alone)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_would_start_one_rank_starts_all(small: list[str]) -> None:
+    """Without --multi_gpu Accelerate starts a single process on a CPU machine and says nothing."""
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "-m",
+        "rkdo_dist",
+        *small,
+    ]
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads((run_of(small) / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_later(small: list[str], number: int, code: int) -> None:
+    run = run_of(small)
+    arguments = [*small, "train.batches_per_epoch=40", "train.checkpoint_every=1000"]
+    straight = run.with_name("straight")
+    assert command([*arguments, f"run.dir={straight}"])[0] == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rkdo_dist", *arguments], stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    _wait_for_steps(run, 3, process)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == code, text
+    assert "Traceback" not in text
+    done = len(metrics(run))
+    assert 3 <= done < 40
+    assert (run / "checkpoints" / "latest").read_text().strip() == str(done)
+    assert command([*arguments, "run.resume=auto"])[0] == 0
+    assert fingerprint(run, 40) == fingerprint(straight, 40)
+    assert metrics(run) == metrics(straight)
+
+
+@pytest.mark.slow
+def test_killed_ranks_leave_a_run_that_continues_exactly(small: list[str]) -> None:
+    run = run_of(small)
+    arguments = [*small, "train.batches_per_epoch=40", "train.checkpoint_every=3"]
+    straight = run.with_name("straight")
+    assert command([*arguments, f"run.dir={straight}"])[0] == 0
+    process = subprocess.Popen(
+        launch_words(2, arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment(),
+    )
+    _wait_for_steps(run, 7, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    time.sleep(0.2)
+    assert len(metrics(run)) < 40
+    assert command([*arguments, "run.resume=auto"])[0] == 0
+    assert fingerprint(run, 40) == fingerprint(straight, 40)
+    assert metrics(run) == metrics(straight)
+
+
+def _wait_for_steps(run: Path, steps: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= steps:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"no {steps} steps in time")
