@@ -31,7 +31,8 @@ def _entry(
     import torch
     import torch.distributed as dist
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate asks
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
@@ -66,7 +67,7 @@ def run_ranks(
         results = _context.Queue()
         store = os.path.join(folder, "store")
         ranks = [
-            _context.Process(target=_entry, args=(r, world, store, timeout, results, function, args), daemon=True)
+            _context.Process(target=_entry, args=(r, world, store, timeout, results, function, args))
             for r in range(world)
         ]
         for process in ranks:

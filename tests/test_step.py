@@ -127,7 +127,7 @@ def plain_gradient(objective: Objective, together: bool = True) -> tuple[float, 
         vs.append(v)
     loss, _ = dense(objective, torch.cat(us), torch.cat(vs))
     loss.backward()
-    return float(loss), torch.cat([p.grad.flatten() for p in encoder.parameters()]).numpy()
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in encoder.parameters()]).numpy()
 
 
 @pytest.fixture
