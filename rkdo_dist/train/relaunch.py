@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+_LAUNCHERS = ("accelerate-launch", "accelerate.commands.launch", "accelerate/commands/launch.py")
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -50,11 +51,10 @@ def _launch_options() -> argparse.Namespace | None:
 
     parent = psutil.Process().parent()
     words = parent.cmdline() if parent is not None else []
-    if "launch" in words:
-        words = words[words.index("launch") + 1 :]
-    elif not any(word.endswith("accelerate-launch") for word in words):
+    starts = [number for number, word in enumerate(words) if word == "launch" or word.endswith(_LAUNCHERS)]
+    if not starts:
         return None
-    options, _ = launch_command_parser().parse_known_args(words)
+    options, _ = launch_command_parser().parse_known_args(words[starts[0] + 1 :])
     try:
         defaults = load_config_from_file(options.config_file)
     except (OSError, ValueError):
