@@ -1,29 +1,39 @@
-"""The field loss and its gradients in bounded memory: strips of rows against all columns, no B x B matrix.
+"""The field loss and its gradients in bounded memory: no B x B matrix, no autograd graph, no recomputation.
 
-A strip holds a few rows and every column, so a row's normalisers and gradient corrections are known as soon
-as its
-similarities are: one pass, no recomputation, no autograd graph.
+Rows are taken in panels, whose similarities to all columns are one matrix product; a panel is taken in strips
+that stay in the cache, where `strips` turns similarities into gradients in place; two more products of the
+panel give the gradients of rows and columns. Memory beyond inputs and gradients is one panel and a few
+strips.
+
+When columns arrive in blocks (a ring of ranks), `FieldRows` makes the same computation in several walks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rkdo_dist.field.objectives import Objective, Slice
+from rkdo_dist.field.static_strips import StaticKernel
+from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums
 
-STRIP_ELEMENTS = 1 << 17  # entries of one strip of rows
+# Entries of a panel, and of all buffers of a strip together. On a CPU the strip's buffers stay in the cache
+# of the cores; a GPU wants large kernels. Sizes depend on nothing else, so that results are reproducible.
+PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+PANEL_ROWS = 64  # at least: a matrix product of fewer rows wastes the machine
 
 
 @dataclass(frozen=True)
 class FieldResult:
-    """Sums over rows and their gradients; b rows, B columns, d wide.
+    """Sums over b rows and their gradients; B columns, d wide.
 
     Attributes:
         loss: sum of the row losses, float64 scalar.
-        parts: sums of the rows' parts (names in `Objective.part_names`), float64 scalars.
+        parts: sums of the rows' parts (names in `Objective.part_names`), float64 scalars; empty if not asked.
         rows_u, rows_v: gradient of `loss` with respect to the rows, (b, d); zeros where they are not used.
         columns_u, columns_v: gradient with respect to the columns, (B, d), or None where they are not used.
         temperature: derivative of `loss` with respect to tau0, float64 scalar.
@@ -46,120 +56,187 @@ def value_and_gradient(
     columns_v: Tensor,
     first_row: int,
     labels: Tensor | None = None,
+    parts: bool = True,
 ) -> FieldResult:
     """Sum of the losses of b consecutive samples of the global batch, and all its gradients, without
     autograd.
 
-    The result is a function of the arguments alone, bit for bit: no rank, world size or thread count
-    enters, beyond what the matrix product of the backend makes of them.
+    The result is a function of the arguments alone, bit for bit: no rank, world size or thread count enters,
+    beyond what the matrix product of the backend makes of them.
 
     Args:
         objective: what to compute.
         rows_u, rows_v: unit-norm embeddings (b, d) of both views of samples first_row..first_row + b - 1;
             float32 or float64 (computed in this precision), bfloat16 or float16 (computed in float32).
-        columns_u, columns_v: embeddings (B, d) of the whole global batch.
+        columns_u, columns_v: embeddings (B, d) of the whole global batch, B >= 2.
         first_row: index of the first of these samples in the global batch.
         labels: (B,) integers of the whole global batch, for objectives that need them.
+        parts: whether to fill `parts`, which costs a few more passes over a strip.
+
+    Raises:
+        ValueError: if labels are missing, shapes disagree or the rows do not lie within the batch.
+    """
+    dtype = computing_dtype(rows_u.dtype)
+    views = {"u": columns_u, "v": columns_v}
+    names = objective.column_views
+    columns = torch.stack([views[name].to(dtype) for name in names]) if len(names) > 1 else columns_v.to(dtype)[None]
+    with torch.no_grad():
+        batch = columns.shape[1]
+        field = FieldRows(objective, {"u": rows_u, "v": rows_v}, batch, first_row, batch, labels, parts)
+        found = torch.zeros_like(columns)
+        field.visit("fused", columns, 0, found)
+        home = dict(zip(names, found.unbind(), strict=True))
+        return FieldResult(
+            loss=field.loss(),
+            parts=field.parts() if parts else {},
+            rows_u=field.gradients["u"],
+            rows_v=field.gradients["v"],
+            columns_u=home.get("u"),
+            columns_v=home["v"],
+            temperature=field.temperature_gradient(),
+        )
+
+
+class FieldRows:
+    """b consecutive rows of the field, visited by its columns: all at once, or block after block.
+
+    All at once is one visit, "fused". In blocks, all blocks make the visits of `walks`, one walk after the
+    other, after which `loss` and `parts` are known, and then the visit "differentiate", after which
+    `gradients` are.
+
+    Args:
+        objective: what to compute.
+        rows: embeddings (b, d) of views "u" and "v", any floating dtype.
+        batch: B, the number of samples of the global batch.
+        first_row: index of the first row in the global batch.
+        block: samples in a block of columns; B if there is one block.
+        labels: (B,) integers, for objectives that need them.
+        parts: whether `parts` will be asked for.
+
+    Attributes:
+        gradients: of `loss` with respect to the rows, by view, (b, d) in the computing dtype.
+        walks: names of the visits before "differentiate".
 
     Raises:
         ValueError: if labels are missing or the rows do not lie within the batch.
     """
-    b, batch = rows_u.shape[0], columns_v.shape[0]
-    if not 0 <= first_row <= batch - b:
-        raise ValueError(f"rows {first_row}..{first_row + b - 1} do not lie within a batch of {batch}")
-    if objective.needs_labels and labels is None:
-        raise ValueError("a supervised objective needs labels")
-    dtype = torch.float64 if rows_u.dtype == torch.float64 else torch.float32
-    rows = {"u": rows_u.to(dtype), "v": rows_v.to(dtype)}
-    columns = {"u": columns_u.to(dtype), "v": columns_v.to(dtype)}
-    row_gradients = {name: torch.zeros_like(x) for name, x in rows.items()}
-    column_gradients: dict[str, Tensor] = {}
-    sums = torch.zeros(len(objective.part_names), dtype=torch.float64, device=rows_u.device)
-    slope = sums.new_zeros(())
-    with torch.no_grad():
-        for piece in objective.slices:
-            c = torch.cat([columns[name] for name in piece.columns])
-            dc = torch.zeros_like(c)
-            step = max(1, STRIP_ELEMENTS // len(c))
-            for start in range(0, b, step):
-                x = rows[piece.rows][start : start + step]
-                s, dtau, parts = _strip(objective, piece, x @ c.T, first_row + start, batch, labels)
-                s *= piece.weight
-                row_gradients[piece.rows][start : start + step] += s @ c
-                dc += s.T @ x
-                sums += piece.weight * parts.double().sum(1)
-                slope += piece.weight * dtau.double().sum()
-            for name, part in zip(piece.columns, dc.split(batch), strict=True):
-                column_gradients[name] = column_gradients[name] + part if name in column_gradients else part
-    named = dict(zip(objective.part_names, sums.unbind(), strict=True))
-    return FieldResult(
-        loss=named["cross_entropy"] - named["entropy_p"],
-        parts=named,
-        rows_u=row_gradients["u"],
-        rows_v=row_gradients["v"],
-        columns_u=column_gradients.get("u"),
-        columns_v=column_gradients.get("v"),
-        temperature=slope,
-    )
+
+    def __init__(
+        self,
+        objective: Objective,
+        rows: dict[str, Tensor],
+        batch: int,
+        first_row: int,
+        block: int,
+        labels: Tensor | None = None,
+        parts: bool = True,
+    ) -> None:
+        b = rows["u"].shape[0]
+        if not 0 <= first_row <= batch - b:
+            raise ValueError(f"rows {first_row}..{first_row + b - 1} do not lie within a batch of {batch}")
+        if objective.needs_labels and labels is None:
+            raise ValueError("a supervised objective needs labels")
+        self.objective, self._b, self._batch, self._first_row, self._block = objective, b, batch, first_row, block
+        dtype, device = computing_dtype(rows["u"].dtype), rows["u"].device
+        self._rows = {name: x.to(dtype) for name, x in rows.items()}
+        self._labels = labels if objective.needs_labels else None
+        self._counts = None if self._labels is None else self._label_counts(self._labels).to(dtype)
+        self._sums = [RowSums.zeros(objective.depth, b, dtype, device) for _ in objective.slices]
+        self.gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
+        width = block * len(objective.slices[0].columns)
+        self._panel_rows = min(b, max(PANEL_ROWS, PANEL_ELEMENTS.get(device.type, 1 << 20) // width))
+        self._kernel: RecursiveKernel | StaticKernel
+        if math.isinf(objective.temperatures[0]):
+            self._strip_rows = self._panel_rows
+            self._kernel = StaticKernel(objective, objective.column_count(batch), dtype, self._counts)
+        else:
+            budget = STRIP_BUFFER_ELEMENTS.get(device.type, 1 << 20) // (2 * objective.depth + 2)
+            self._strip_rows = min(self._panel_rows, max(1, budget // width))
+            self._kernel = RecursiveKernel(objective, self._strip_rows, width, dtype, device, parts)
+        self.walks = (("maximum",) if self._kernel.shifts else ()) + self._kernel.walks
+        self._panel = torch.empty(self._panel_rows, width, dtype=dtype, device=device)
+
+    def visit(self, walk: str, columns: Tensor, first_column: int, home: Tensor | None = None) -> None:
+        """One visit of a block of columns.
+
+        Args:
+            walk: "fused", one of `walks`, or "differentiate".
+            columns: (V, n, d) in the computing dtype, contiguous: n consecutive samples in each of the views
+                `objective.column_views`.
+            first_column: index of the first of these samples in the global batch. The block holds either all
+                samples of the rows or none.
+            home: (V, n, d) in the computing dtype, contiguous; "fused" and "differentiate" add the gradient
+                of the columns to it.
+        """
+        for piece, sums in zip(self.objective.slices, self._sums, strict=True):
+            if len(piece.columns) == len(columns):
+                flat, flat_home = columns.flatten(0, 1), None if home is None else home.flatten(0, 1)
+            else:
+                view = self.objective.column_views.index(piece.columns)
+                flat, flat_home = columns[view], None if home is None else home[view]
+            self._visit(piece, sums, walk, flat, first_column, flat_home)
+
+    def loss(self) -> Tensor:
+        """Sum of the row losses, float64 scalar."""
+        pieces = zip(self.objective.slices, self._sums, strict=True)
+        return torch.stack([p.weight * self._kernel.row_loss(sums).sum() for p, sums in pieces]).sum()
+
+    def parts(self) -> dict[str, Tensor]:
+        """Sums of the rows' parts by name, float64 scalars."""
+        pieces = zip(self.objective.slices, self._sums, strict=True)
+        found = [[p.weight * part.sum() for part in self._kernel.row_parts(sums)] for p, sums in pieces]
+        totals = [torch.stack(values).sum() for values in zip(*found, strict=True)]
+        return dict(zip(self.objective.part_names, [*totals, self._at_uniform(totals[0])], strict=True))
+
+    def temperature_gradient(self) -> Tensor:
+        """Derivative of `loss` with respect to tau0, float64 scalar: the loss depends on rows / tau0
+        alone."""
+        inner = [(self._rows[name] * g).sum(dtype=torch.float64) for name, g in self.gradients.items()]
+        return torch.stack(inner).sum() / -self.objective.temperature
+
+    def _visit(
+        self, piece: Slice, sums: RowSums, walk: str, columns: Tensor, first_column: int, home: Tensor | None
+    ) -> None:
+        rows, visit = self._rows[piece.rows], getattr(self._kernel, walk)
+        for start in range(0, self._b, self._panel_rows):
+            stop = min(start + self._panel_rows, self._b)
+            panel = torch.mm(rows[start:stop] * self._kernel.scale, columns.T, out=self._panel[: stop - start])
+            for first in range(start, stop, self._strip_rows):
+                last = min(first + self._strip_rows, stop)
+                place = self._place(piece, first, last, first_column)
+                visit(panel[first - start : last - start], sums.rows(first, last), place)
+            if home is not None:
+                self.gradients[piece.rows][start:stop].addmm_(panel, columns, alpha=piece.weight)
+                home.addmm_(panel.T, rows[start:stop], alpha=piece.weight)
+
+    def _place(self, piece: Slice, first: int, last: int, first_column: int) -> Place:
+        offset = self._first_row - first_column
+        positive = excluded = labels = counts = None
+        if 0 <= offset <= self._block - self._b:
+            positive = offset + first + piece.positive * self._block
+            if piece.excluded is not None:
+                excluded = offset + first + piece.excluded * self._block
+        if self._labels is not None and self._counts is not None:
+            rows = self._labels[self._first_row + first : self._first_row + last]
+            columns = self._labels[first_column : first_column + self._block].repeat(len(piece.columns))
+            labels, counts = (rows, columns), self._counts[first:last]
+        return Place(positive, excluded, labels, counts)
+
+    def _label_counts(self, labels: Tensor) -> Tensor:
+        """Columns with the label of each row, without the excluded one (b,)."""
+        _, which, counts = labels.unique(return_inverse=True, return_counts=True)
+        mine = counts[which[self._first_row : self._first_row + self._b]]
+        piece = self.objective.slices[0]
+        return mine * len(piece.columns) - int(piece.excluded is not None)
+
+    def _at_uniform(self, like: Tensor) -> Tensor:
+        if self._counts is None:
+            return torch.full_like(like, self._b * self.objective.at_uniform(self._batch))
+        counts = self._counts.tolist()
+        values = {n: self.objective.at_uniform(self._batch, n) for n in set(counts)}
+        return torch.full_like(like, sum(values[n] for n in counts))
 
 
-def _strip(
-    objective: Objective, piece: Slice, s: Tensor, first: int, batch: int, labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient with respect to similarities (r, N), to tau0 (r,), and the parts (P, r) of consecutive
-    rows."""
-    r = s.shape[0]
-    index = torch.arange(r, device=s.device)
-    tiny = torch.finfo(s.dtype).tiny
-    excluded = None if piece.excluded is None else (index, index + first + piece.excluded * batch)
-    p = torch.zeros_like(s)
-    if labels is None or not objective.needs_labels:
-        p[index, index + first + piece.positive * batch] = 1
-    else:
-        same = labels[first : first + r, None] == labels.repeat(len(piece.columns))[None, :]
-        p.copy_(same)
-        if excluded is not None:
-            p[excluded] = 0
-        p /= p.sum(1, keepdim=True)
-    positive = p > 0
-    counts = positive.sum(1)
-    log_q: list[Tensor] = []
-    for tau in objective.temperatures:
-        logits = s / tau
-        if excluded is not None:
-            logits[excluded] = -torch.inf
-        log_q.append(torch.log_softmax(logits, dim=1))
-        if excluded is not None:
-            log_q[-1][excluded] = 0  # p = q = 0 there: any finite number gives contribution 0
-    q = [x.exp() for x in log_q]
-    if excluded is not None:
-        for x in q:
-            x[excluded] = 0
-    ps, ratios, crosses, entropies = [], [], [], []
-    for t, alpha in enumerate(objective.couplings, start=1):
-        p = (1 - alpha) * p + alpha * q[t - 1]
-        log_p = p.clamp_min(tiny).log()
-        ps.append(p)
-        ratios.append(log_p - log_q[t])
-        crosses.append(-(p * log_q[t]).sum(1))
-        entropies.append(-(p * log_p).sum(1))
-    slope = s.new_zeros(r)
-    ds = torch.zeros_like(s)
-    adjoint = torch.zeros_like(s)  # derivative with respect to p(t)
-    for t in range(objective.depth, -1, -1):
-        dz = torch.zeros_like(s)  # derivative with respect to s / tau(t)
-        if t > 0:
-            dz += q[t] - ps[t - 1]
-        if t < objective.depth and objective.supervisor_grad == "flow":
-            flow = objective.couplings[t] * adjoint
-            dz += q[t] * (flow - (q[t] * flow).sum(1, keepdim=True))
-        if t > 0:
-            adjoint = ratios[t - 1] + (1 - objective.couplings[t] if t < objective.depth else 0) * adjoint
-        ds += dz / objective.temperatures[t]
-        slope -= (dz * s).sum(1) / (objective.temperatures[t] * objective.temperature)
-    values = [c - h for c, h in zip(crosses, entropies, strict=True)]
-    mass = torch.where(positive, q[-1], 0).sum(1)
-    known = {n: objective.at_uniform(batch, n) for n in set(counts.tolist())}
-    uniform = s.new_tensor([known[n] for n in counts.tolist()])
-    parts = [*values, torch.stack(crosses).sum(0), torch.stack(entropies).sum(0), mass, uniform]
-    return ds, slope, torch.stack(parts)
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of the computation: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

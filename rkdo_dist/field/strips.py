@@ -1,0 +1,295 @@
+"""RKDO on a strip of similarities: few rows, many columns, everything in place.
+
+A kernel is given scaled similarities x = <row, column> / tau(D) and works on them in preallocated buffers.
+With all columns in the strip, `fused` turns x into the gradient in one go. With columns in blocks,
+`normalise`, `correct` and `differentiate` do the same in three walks over the blocks. What a row needs to
+know between the walks, and what its loss is made of, are sums over columns; they live in `RowSums`.
+
+Two facts keep it short. Rows are unit-norm, so x is bounded by 1 / tau and exp(x) needs no running maximum
+(colder temperatures subtract the row's maximum first). And constants of a row drop out of the gradient of a
+softmax, q (g - <q, g>), so log p may be off by any constant of the row that is restored in the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rkdo_dist.field.objectives import Objective
+
+
+@dataclass
+class RowSums:
+    """What is known of b rows: sums over the columns seen so far, in scaled (and shifted) coordinates.
+
+    Attributes:
+        shift: the largest x of the row (b,), where temperatures are so low that exp(x) might overflow.
+        z: sum_j e_t (D+1, b), with e_t = exp(x tau(D) / tau(t)).
+        mean: sum_j e_(t-1) x (D, b); for a static objective sum_j x.
+        log_ratio: sum_j P_t rho_t (D, b), P_t proportional to p(t), rho_t = log p(t) - log q(t) + constant.
+        flow: sum_j e_(t-1) G_t (D, b), G_t the derivative of the loss by p(t), up to a constant.
+        positive: sums over the positive columns of p(0) x, of e_D, and of p(0) G_1 (3, b).
+    """
+
+    shift: Tensor
+    z: Tensor
+    mean: Tensor
+    log_ratio: Tensor
+    flow: Tensor
+    positive: Tensor
+
+    @staticmethod
+    def zeros(depth: int, b: int, dtype: torch.dtype, device: torch.device) -> RowSums:
+        """No column seen yet."""
+        sums = [torch.zeros(n, b, dtype=dtype, device=device) for n in (depth + 1, depth, depth, depth, 3)]
+        return RowSums(torch.full((b,), -math.inf, dtype=dtype, device=device), *sums)
+
+    def rows(self, start: int, stop: int) -> RowSums:
+        """Views of rows start..stop - 1."""
+        return RowSums(*(x[..., start:stop] for x in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a strip of r rows and n columns lies in the field.
+
+    Attributes:
+        positive: column of the first row's positive in this strip (the next row's is one further), or None if
+            the strip does not hold it.
+        excluded: the same for the excluded self column.
+        labels: labels of the rows (r,) and of the columns (n,), where p(0) comes from labels.
+        counts: number of columns of the whole field with the row's label (r,), without the excluded one.
+    """
+
+    positive: int | None
+    excluded: int | None
+    labels: tuple[Tensor, Tensor] | None = None
+    counts: Tensor | None = None
+
+
+def exponent_limit(dtype: torch.dtype) -> float:
+    """The largest |x| that needs no shift: exp(x) and the products made of it stay in range."""
+    return 0.35 * math.log(torch.finfo(dtype).max)
+
+
+def hide(x: Tensor, place: Place, value: float) -> None:
+    """Give the excluded column of every row of x (r, n) a harmless value."""
+    if place.excluded is not None:
+        x.diagonal(place.excluded).fill_(value)
+
+
+class RecursiveKernel:
+    """In-batch recursion from the identity, D levels (eq. 3 and 4).
+
+    Args:
+        objective: with finite temperatures.
+        rows, columns: size of the largest strip; all strips have this many columns.
+        dtype: float32 or float64.
+        parts: keep the sums of every part; without, only those that the loss and its gradient need.
+    """
+
+    walks = ("normalise", "correct")
+
+    def __init__(
+        self, objective: Objective, rows: int, columns: int, dtype: torch.dtype, device: torch.device, parts: bool
+    ) -> None:
+        depth, alpha = objective.depth, objective.couplings
+        self.objective = objective
+        self.flows = objective.supervisor_grad == "flow"
+        self.keeps_parts = parts or not self.flows
+        inverse = [1 / tau for tau in objective.temperatures]
+        self.scale = inverse[-1]
+        self.shifts = max(inverse) > exponent_limit(dtype)
+        self._ratio = [x / self.scale for x in inverse]
+        self._alpha, self._fold, added, self._scale_of_p = alpha, *scaled_chain(alpha)
+        # log p must stay finite where p is 0 or underflows
+        self._clamps = self.shifts or alpha[0] == 0 or any(fold != 1 for fold in self._fold)
+        self._tiny = torch.finfo(dtype).tiny
+        kept = [math.prod(1 - a for a in alpha[:t]) for t in range(1, depth + 1)]
+        self._on_positive = sum(x * k for x, k in zip(inverse[1:], kept, strict=True))
+        table = [[*added, 0.0], *gradient_coefficients(objective)]
+        self._table = torch.tensor(table, dtype=dtype, device=device)[:, :, None]
+        self._ratios = torch.tensor(self._ratio[:-1], dtype=dtype, device=device)[:, None, None]
+        self._e = torch.empty(depth + 1, rows, columns, dtype=dtype, device=device)
+        self._rho = torch.empty(depth, rows, columns, dtype=dtype, device=device)
+        self._p = torch.empty(rows, columns, dtype=dtype, device=device)
+
+    def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """All columns at once: fill `sums` from x (r, N) and turn x into d loss / d <row, column>."""
+        if self.shifts:
+            self.maximum(x, sums, place)
+        e = self._normalise(x, sums, place)
+        rho = self._log_ratios(e, x, sums, place, note=self.keeps_parts)
+        self._differentiate(e, rho, x, sums, place, flow_known=False)
+
+    def maximum(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """The walk before the others, only if `shifts`: the largest x of every row."""
+        hide(x, place, -math.inf)
+        torch.maximum(sums.shift, x.amax(1), out=sums.shift)
+
+    def normalise(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """First walk over column blocks x (r, n): normalisers and means. Overwrites x, as every walk."""
+        self._normalise(x, sums, place)
+
+    def correct(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """Second walk: log-ratios, and <q, g>, by which gradients through p are corrected."""
+        e = self._levels(x, sums, place)
+        rho = self._log_ratios(e, x, sums, place, note=self.keeps_parts)
+        if self.flows:
+            for s, g in self._adjoints(rho):
+                sums.flow[s].add_(torch.mul(e[s], g, out=self._p[: len(x)]).sum(1))
+            self._note_positive(2, rho[0], sums, place)
+
+    def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """Third walk, with complete `sums`: turn x into d loss / d <row, column>."""
+        e = self._levels(x, sums, place)
+        rho = self._log_ratios(e, x, sums, place, note=False) if self.flows else self._rho
+        self._differentiate(e, rho, x, sums, place, flow_known=True)
+
+    def row_parts(self, sums: RowSums) -> list[Tensor]:
+        """Parts of every row's loss: kl_t, cross_entropy, entropy_p, positive_mass; each (b,) float64."""
+        z, mean, log_ratio = sums.z.double(), sums.mean.double(), sums.log_ratio.double()
+        divergences, cross = [], torch.zeros_like(z[0])
+        mean_of_p = sums.positive[0].double()
+        for t, alpha in enumerate(self._alpha, start=1):
+            mean_of_p = (1 - alpha) * mean_of_p + alpha * mean[t - 1] / z[t - 1]
+            cross = cross + z[t].log() - self._ratio[t] * mean_of_p
+            divergences.append(log_ratio[t - 1] * self._scale_of_p[t - 1] / z[-1] + self._constant(t, z))
+        entropy = cross - torch.stack(divergences).sum(0)
+        return [*divergences, cross, entropy, sums.positive[1].double() / z[-1]]
+
+    def row_loss(self, sums: RowSums) -> Tensor:
+        """Every row's loss (b,) float64."""
+        if self.keeps_parts:
+            return torch.stack(self.row_parts(sums)[: len(self._alpha)]).sum(0)
+        # sum_t <p(t), rho_t>, with p(t) resolved into p(0) and the q(s): what the gradient has summed already
+        z, flow = sums.z.double(), sums.flow.double()
+        loss = (1 - self._alpha[0]) * sums.positive[2].double()
+        for t, alpha in enumerate(self._alpha, start=1):
+            loss = loss + alpha * flow[t - 1] / z[t - 1] + self._constant(t, z)
+        return loss
+
+    def _constant(self, t: int, z: Tensor) -> Tensor:
+        """The constant by which rho_t is smaller than log p(t) - log q(t)."""
+        return math.log(self._scale_of_p[t - 1]) + (z[t] / z[-1]).log()
+
+    def _levels(self, x: Tensor, sums: RowSums, place: Place) -> Tensor:
+        """e_0..e_D (D+1, r, n), 0 at the excluded column; x is shifted in place."""
+        if self.shifts:
+            x.sub_(sums.shift[:, None])
+        hide(x, place, 0)
+        e = self._e[:, : len(x)]
+        torch.mul(x, self._ratios, out=e[:-1])
+        e[:-1].exp_()
+        torch.exp(x, out=e[-1])
+        if place.excluded is not None:
+            e.diagonal(place.excluded, 1, 2).zero_()
+        return e
+
+    def _normalise(self, x: Tensor, sums: RowSums, place: Place) -> Tensor:
+        e = self._levels(x, sums, place)
+        sums.z.add_(e.sum(2))
+        if self.keeps_parts:
+            sums.mean.add_(torch.mul(e[:-1], x, out=self._rho[:, : len(x)]).sum(2))
+        self._note_positive(0, x, sums, place)
+        self._note_positive(1, e[-1], sums, place)
+        return e
+
+    def _log_ratios(self, e: Tensor, x: Tensor, sums: RowSums, place: Place, note: bool) -> Tensor:
+        """rho_1..rho_D (D, r, n). P_t = p(t) z_D / scale keeps rho_t small: it is log p - log q but for a
+        constant that is 0 where temperatures agree."""
+        p, rho = self._p[: len(x)], self._rho[:, : len(x)]
+        added = self._table[0] * (sums.z[-1] / sums.z)
+        for t, fold in enumerate(self._fold):
+            if t == 0:
+                torch.mul(e[0], added[0][:, None], out=p)
+                hide(p, place, self._tiny)
+                if place.positive is not None:
+                    p.diagonal(place.positive).add_(sums.z[-1], alpha=fold)
+            else:
+                if fold != 1:
+                    p.mul_(fold)
+                p.addcmul_(e[t], added[t][:, None])
+            if self._clamps:
+                p.clamp_min_(self._tiny)
+            torch.log(p, out=rho[t]).sub_(x, alpha=self._ratio[t + 1])
+            if note:
+                scratch = rho[-1] if t + 1 < len(rho) else p
+                sums.log_ratio[t].add_(torch.mul(p, rho[t], out=scratch).sum(1))
+        return rho
+
+    def _adjoints(self, rho: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(s, G_(s+1)) for s = D-1..0: G_t = rho_t + (1 - alpha(t+1)) G_(t+1), in place of rho_t."""
+        for s in range(len(rho) - 1, -1, -1):
+            if s + 1 < len(rho):
+                rho[s].add_(rho[s + 1], alpha=1 - self._alpha[s + 1])
+            yield s, rho[s]
+
+    def _differentiate(
+        self, e: Tensor, rho: Tensor, x: Tensor, sums: RowSums, place: Place, flow_known: bool
+    ) -> None:
+        """x <- sum_s e_s (K_s + f_s G_(s+1)) - p(0) on_positive, with factors K_s and f_s of the row."""
+        inverse = sums.z.reciprocal()
+        through_p, direct = self._table[1] * inverse, self._table[2] * inverse
+        correction = through_p * inverse
+        gradient, product = e[-1].mul_(direct[-1][:, None]), self._p[: len(x)]
+        adjoints = self._adjoints(rho) if self.flows else ((s, None) for s in range(len(rho) - 1, -1, -1))
+        for s, g in adjoints:
+            factor = direct[s]
+            if g is not None:
+                torch.mul(e[s], g, out=product)
+                if not flow_known:
+                    torch.sum(product, 1, out=sums.flow[s])
+                gradient.addcmul_(product, through_p[s][:, None])
+                factor = torch.addcmul(factor, correction[s], sums.flow[s], value=-1)
+            torch.addcmul(gradient, e[s], factor[:, None], out=gradient if s else x)
+        if self.flows and not flow_known:
+            self._note_positive(2, rho[0], sums, place)
+        if place.positive is not None:
+            x.diagonal(place.positive).sub_(self._on_positive)
+
+    def _note_positive(self, which: int, values: Tensor, sums: RowSums, place: Place) -> None:
+        if place.positive is not None:
+            sums.positive[which].copy_(values.diagonal(place.positive))
+
+
+def scaled_chain(alpha: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
+    """Coefficients of P_t = fold P_(t-1) + added q(t-1), where P_t = p(t) / scale.
+
+    The scale absorbs the factors 1 - alpha, so that a step of the recursion is one multiply-add; when it
+    becomes small (or alpha is 1), it is folded into P and starts again from 1.
+
+    Returns:
+        fold, added, scale, one number per level.
+    """
+    folds, added, scales, scale = [], [], [], 1.0
+    for a in alpha:
+        scale *= 1 - a
+        fold = 1.0
+        if scale < 1e-3:
+            fold, scale = scale, 1.0
+        folds.append(fold)
+        added.append(a / scale)
+        scales.append(scale)
+    return folds, added, scales
+
+
+def gradient_coefficients(objective: Objective) -> list[list[float]]:
+    """Factors of q(s), s = 0..D, in d loss / d <row, column>: of g through p, and directly.
+
+    Directly: 1/tau(s) from KL(p(s) || q(s)), and -1/tau(t) times the share of q(s) in p(t) from the later
+    ones.
+    """
+    alpha, inverse = objective.couplings, [1 / tau for tau in objective.temperatures]
+    depth = objective.depth
+    through_p = [inverse[s] * alpha[s] for s in range(depth)] + [0.0]
+    direct = []
+    for s in range(depth + 1):
+        shares = [alpha[s] * math.prod(1 - a for a in alpha[s + 1 : t]) for t in range(s + 1, depth + 1)]
+        later = sum(share * inverse[t] for t, share in enumerate(shares, start=s + 1))
+        direct.append((inverse[s] if s > 0 else 0.0) - later)
+    return [through_p, direct]
