@@ -1,0 +1,38 @@
+"""Checkpoints: whole or not there, verified when read, keyed by global names. safetensors and JSON only, no pickle.
+
+    checkpoints/
+      latest                     the newest step, as text
+      <step>/
+        model.safetensors        parameters and buffers by name
+        optimizer.safetensors    "<parameter name>.<state>", such as "head.0.weight.exp_avg"
+        parts/<name>.safetensors anything else, each part written by the rank that owns it
+        state.json               step, hyper-parameters of the optimizer, whatever the caller adds
+        manifest.json            length and SHA-256 of every file above, and of itself
+
+A checkpoint is built under a temporary name, flushed to the disk and renamed; then `latest` is replaced; then older
+ones are removed. So whatever instant a save is ended at, the old or the new checkpoint loads. Nothing is keyed by
+rank: another world size can load it.
+
+Inside: `manifest` knows when a directory is whole, `optimizer` turns an optimizer into names and tensors, `reading` and
+`writing` use both.
+"""
+
+from rkdo_dist.checkpoint.manifest import CheckpointError
+from rkdo_dist.checkpoint.optimizer import OptimizerState, optimizer_to_tensors, tensors_to_optimizer
+from rkdo_dist.checkpoint.reading import Checkpoint, CheckpointWarning, load, load_latest
+from rkdo_dist.checkpoint.writing import begin, commit, save, write_part
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWarning",
+    "OptimizerState",
+    "begin",
+    "commit",
+    "load",
+    "load_latest",
+    "optimizer_to_tensors",
+    "save",
+    "tensors_to_optimizer",
+    "write_part",
+]
