@@ -55,6 +55,7 @@ class DataConfig:
     image_size: int | None = None
     shuffle_buffer: int = 2048
     workers: int = free(1)
+    on_corrupt: Literal["abort", "skip"] = "abort"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class TrainConfig:
     batches_per_epoch: int | None = None
     max_steps: int | None = None
     recompute: bool = free(False)
+    skip_nonfinite: int = 0
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 1e-3
     weight_decay: float = 1e-5
@@ -317,7 +319,7 @@ def check(config: Config) -> None:
     for key in positive:
         if flat[key] is not None and not 0 < flat[key] < float("inf"):
             raise ConfigError(f"{key} must be greater than 0, got {flat[key]}")
-    for key in ("data.workers", "train.warmup_steps", "train.weight_decay", "run.seed"):
+    for key in ("data.workers", "train.warmup_steps", "train.skip_nonfinite", "train.weight_decay", "run.seed"):
         if not 0 <= flat[key] < float("inf"):
             raise ConfigError(f"{key} must not be negative, got {flat[key]}")
     for key in (

@@ -156,10 +156,19 @@ def _small_tensor_device(group: Group = None) -> torch.device:
 
 def all_reduce_max(value: float, group: Group = None) -> float:
     """The largest `value` over ranks."""
+    return _all_reduce(value, dist.ReduceOp.MAX, group)
+
+
+def all_reduce_sum(value: float, group: Group = None) -> float:
+    """The sum of `value` over ranks in float64: exact for counts."""
+    return _all_reduce(value, dist.ReduceOp.SUM, group)
+
+
+def _all_reduce(value: float, operation: dist.ReduceOp, group: Group) -> float:
     if world_size(group) == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=_small_tensor_device(group))
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(tensor, op=operation, group=group)
     return float(tensor)
 
 

@@ -57,6 +57,8 @@ def summarise(directory: Path) -> RunSummary:
     epochs: dict[int, list[float]] = {}
     speeds, uniform = [], float("nan")
     for record in run.steps():
+        if record["loss"] is None:  # a skipped step
+            continue
         epochs.setdefault(record["epoch"], []).append(record["loss"])
         speeds.append(record["pairs_per_second"])
         uniform = record["loss_at_uniform"]

@@ -27,7 +27,7 @@ from rkdo_dist.train import build
 from rkdo_dist.train.journal import Journal
 from rkdo_dist.train.judgement import evaluate_encoder
 from rkdo_dist.train.runtime import Runtime
-from rkdo_dist.train.step import Step, StepResult, StepSettings
+from rkdo_dist.train.step import NonFiniteError, Step, StepResult, StepSettings
 
 
 class Job:
@@ -45,12 +45,14 @@ class Job:
         self.config, self.runtime, self.index, self.run = config, runtime, index, run
         self.steps_per_epoch, self.total_steps = build.run_length(config, index)
         self.objective(0)
-        check_shards(index, config.data.split)
+        if config.data.on_corrupt == "abort":
+            check_shards(index, config.data.split)
         self.views = build.make_views(config, index)
         self.encoder = build.make_encoder(config).to(runtime.device)
         self.optimizer = build.make_optimizer(config, self.encoder)
         self.position = 0
         self._saved = 0
+        self._skipped_in_a_row = 0
 
     def make_step(self) -> Step:
         """The step; with several ranks and run.reduction=fast this is collective."""
@@ -87,6 +89,7 @@ class Job:
             window=data.shuffle_buffer,
             size=data.image_size,
             workers=data.workers,
+            on_corrupt=data.on_corrupt,
             pin_memory=self.runtime.device.type == "cuda",
         )
         with contextlib.closing(stream):
@@ -105,17 +108,39 @@ class Job:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
 
+    def attempt(self, step: Step, batch: Batch, stop: int) -> StepResult:
+        """The gradient of a batch; where it is not finite, a result to be skipped, if `train.skip_nonfinite` allows.
+
+        Raises:
+            NonFiniteError: on every rank, when too many steps in a row were not finite.
+        """
+        try:
+            result = step(batch.lanes, self.objective(self.position), batch.epoch, self.position, stop)
+            self._skipped_in_a_row = 0
+        except NonFiniteError as error:
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row > self.config.train.skip_nonfinite:
+                raise NonFiniteError(
+                    f"{error}; no weight was changed. Lower train.learning_rate, or allow some skipped steps in a row "
+                    f"with train.skip_nonfinite (now {self.config.train.skip_nonfinite})"
+                ) from None
+            result = StepResult(None, {}, int(group.all_reduce_max(stop)), str(error))
+        return result
+
     def record(self, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
         """The line of metrics.jsonl for the step just done (collective: the keys come from every rank)."""
         keys: list[Any] = group.gather_objects([key for lane in batch.lanes for key in lane.keys])
         digest = hashlib.sha256("\n".join(key for part in keys for key in part).encode())
         parts = dict(result.parts)
+        replaced = group.all_reduce_sum(sum(lane.skipped for lane in batch.lanes))
         return {
             "step": self.position,
             "epoch": batch.epoch,
             "loss": result.loss,
-            "loss_at_uniform": parts.pop("uniform"),
+            "loss_at_uniform": parts.pop("uniform", None),
             **parts,
+            **({} if result.finite else {"skipped": result.skipped}),
+            **({"replaced_samples": int(replaced)} if self.config.data.on_corrupt == "skip" else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "temperature": self.objective(self.position - 1).temperatures[-1],
             "batch_digest": digest.hexdigest(),
@@ -148,7 +173,7 @@ class Job:
             self.position,
             self.encoder.state_dict(),
             checkpoint.optimizer_to_tensors(self.optimizer, self.encoder.named_parameters()),
-            self.facts(),
+            {**self.facts(), "skipped_in_a_row": self._skipped_in_a_row},
             keep=self.config.train.keep_checkpoints,
         )
 
@@ -167,6 +192,7 @@ class Job:
         self.encoder.load_state_dict(found.model)
         checkpoint.tensors_to_optimizer(found.optimizer, self.optimizer, self.encoder.named_parameters())
         self.position = self._saved = found.step
+        self._skipped_in_a_row = found.extra["skipped_in_a_row"]
 
     def evaluate(self, journal: Journal) -> None:
         """Judge the encoder as it is now, unless that has been done (collective)."""

@@ -77,7 +77,8 @@ class Journal:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        note = f"loss {record['loss']:.4f}  {record['pairs_per_second']:.0f} pairs/s"
+        loss = "skipped" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        note = f"{loss}  {record['pairs_per_second']:.0f} pairs/s"
         self._progress.update(self._task, completed=record["step"], note=note)
         self._tell_plainly(record["step"], note)
 

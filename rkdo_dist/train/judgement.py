@@ -123,15 +123,15 @@ def _score(
     console: Console | None,
 ) -> None:
     assert console is not None
-    test = found[config.evaluate.test_split]
+    test, neighbours = found[config.evaluate.test_split], config.evaluate.neighbours
     assert test is not None
     with console.status("scoring"):
         if config.evaluate.protocol == "paper":
-            result = scores.paper_protocol(test, config.train.global_batch, PAPER_BATCHES)
+            result = scores.paper_protocol(test, config.train.global_batch, PAPER_BATCHES, neighbours)
         else:
             train = found[config.evaluate.train_split]
             assert train is not None
-            result = scores.full_protocol(train, test)
+            result = scores.full_protocol(train, test, neighbours)
     path = run.write_evaluation(step, {"step": step, **result})
     console.print(_table(step, result))
     console.print(f"evaluation: {path}")

@@ -23,8 +23,9 @@ def run(job: Job, step: Step, journal: Journal, stop: StopRequest) -> int:
     for batch in job.batches():
         done = job.position
         job.set_learning_rate(done)
-        result = step(batch.lanes, job.objective(done), batch.epoch, done, stop.code)
-        job.optimizer.step()
+        result = job.attempt(step, batch, stop.code)
+        if result.finite:
+            job.optimizer.step()
         job.position = done + 1
         ended = time.perf_counter()
         journal.step(job.record(batch, result, seconds=ended - began))

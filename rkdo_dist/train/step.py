@@ -40,14 +40,21 @@ class StepResult:
     """What a step found, the same on every rank.
 
     Attributes:
-        loss: mean over the global batch.
+        loss: mean over the global batch; None if something was not finite.
         parts: the loss's parts (`field.objectives`), means over the global batch.
         stop: the largest stop code that any rank brought.
+        skipped: why there is no gradient; empty when there is one.
     """
 
-    loss: float
+    loss: float | None
     parts: dict[str, float]
     stop: int
+    skipped: str = ""
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is a gradient to apply."""
+        return not self.skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +146,7 @@ class Step:
 
     def _exact(self, lanes: Sequence[MicroBatch], objective: Objective, at: _Place, stop: int) -> StepResult:
         embedded = self._first_pass(self._encoder, lanes, at)
+        _require_finite([e.views() for e in embedded], "an embedding", at)
         field = _exact_field(
             [e.u.detach() for e in embedded], [e.v.detach() for e in embedded], objective, at.first_lane
         )
@@ -146,21 +154,23 @@ class Step:
         loss, parts, code = _lane_means(field.reports, stop, rows)
         _require_finite_loss(loss, at)
         gradients, statistics = group.TreeSum(len(lanes)), group.TreeSum(len(lanes))
+        finite = []
         for number, lane in enumerate(lanes):
             outputs = self._second_pass(self._encoder, lane, number, at, embedded[number])
             weights = (field.du[number] / rows, field.dv[number] / rows)
             found = torch.autograd.grad(outputs, self._parameters, weights, materialize_grads=True)
-            gradients.add(torch.cat([g.flatten() for g in found]))
+            flat = torch.cat([g.flatten() for g in found])
+            finite.append((flat.sum(),))  # a sum is finite only if all it adds is
+            gradients.add(flat)
             statistics.add(embedded[number].statistics)
             embedded[number] = embedded[number].detached()  # frees this lane's graph
-        self._install(group.exact_all_reduce(gradients.total()), at)
+        _require_finite(finite, "the gradient", at)
+        self._install(group.exact_all_reduce(gradients.total()))
         local = statistics.total()
         self._move_statistics(group.exact_all_reduce(local.flatten()).view_as(local))
         return StepResult(loss, parts, code)
 
-    def _install(self, flat: Tensor, at: _Place) -> None:
-        if not bool(torch.isfinite(flat).all()):
-            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite")
+    def _install(self, flat: Tensor) -> None:
         for parameter, part in zip(self._parameters, flat.split([p.numel() for p in self._parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
@@ -170,6 +180,7 @@ class Step:
         for parameter in self._parameters:
             parameter.grad = None
         embedded = self._first_pass(self._wrapped, lanes, at)
+        _require_finite([e.views() for e in embedded], "an embedding", at)
         u, v = (torch.cat([e.views()[k].detach() for e in embedded]).requires_grad_() for k in (0, 1))
         local, parts = FieldLoss(objective, exchange=self._settings.exchange)(u, v, parts=True)
         du, dv = torch.autograd.grad(local, (u, v), materialize_grads=True)
@@ -177,9 +188,7 @@ class Step:
         _require_finite_loss(loss, at)
         sizes = [len(e.u) for e in embedded]
         self._fast_backward(lanes, embedded, list(zip(du.split(sizes), dv.split(sizes), strict=True)), at)
-        finite = all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
-        if group.all_reduce_max(float(not finite)):
-            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite")
+        _require_finite([[p.grad for p in self._parameters if p.grad is not None]], "the gradient", at)
         statistics = torch.stack([e.statistics for e in embedded]).sum(0)
         if self._runtime.world > 1:
             torch.distributed.all_reduce(statistics)
@@ -282,6 +291,16 @@ def _rank_means(loss: Tensor, parts: dict[str, Tensor], stop: int) -> tuple[floa
     everyone = group.all_gather_rows(local[None]).cpu()
     means = everyone[:, :-1].mean(0).tolist()
     return means[0], dict(zip(names, means[1:], strict=True)), int(everyone[:, -1].max())
+
+
+def _require_finite(lanes: Sequence[Sequence[Tensor]], what: str, at: _Place) -> None:
+    """Raise on every rank if any tensor of any rank's lanes is not finite, naming rank and lane (collective)."""
+    mine = torch.stack([torch.stack([torch.isfinite(x).all() for x in tensors]).all() for tensors in lanes])
+    everyone = group.all_gather_rows(mine.to(torch.uint8)).tolist()
+    broken = [number for number, fine in enumerate(everyone) if not fine]
+    if broken:
+        rank, first = broken[0] // len(lanes), broken[0]
+        raise NonFiniteError(f"{what} of step {at.step + 1} is not finite (rank {rank}, lane {first})")
 
 
 def _require_finite_loss(loss: float, at: _Place) -> None:
