@@ -13,11 +13,11 @@ elements pooled:
 
     mean = S1 / N,    variance = (S2 - N mean^2) / (N - 1)        (unbiased, as torch's running variance is)
 
-By the law of total variance this is the mean variance within lanes plus the variance between their means.
-The mean of the lanes' variances alone would be too small whenever elements of one lane are alike (the two
-views of an image, the pixels of one channel, neighbours in a shard): the evaluated network would then see
-activations of variance above the one it was trained with. With a single lane the result is torch's own
-update.
+By the law of total variance this is the variance within lanes plus the variance between their means, so the
+evaluated network sees activations of the variance it was trained with. The mean of the lanes' variances is
+off in both directions when lanes are small: too small where a lane's elements are alike (the two views of an
+image, the pixels of a channel), too large in deep layers, whose input earlier batch norms have centred lane
+by lane. With a single lane the result is torch's own update.
 """
 
 from __future__ import annotations
