@@ -31,13 +31,14 @@ def command(arguments: list[str]) -> tuple[int, str]:
     return code, text.getvalue()
 
 
-def _rank(rank: int, world: int, arguments: list[str]) -> tuple[int, str]:
+def rank_command(rank: int, world: int, arguments: list[str]) -> tuple[int, str]:
+    """`command` on one of several ranks."""
     return command(arguments)
 
 
 def on_ranks(world: int, arguments: list[str], timeout: float = 120) -> list[tuple[int, str]]:
     """Run `rkdo` on forked ranks of one gloo group."""
-    return run_ranks(_rank, world, arguments, timeout=timeout)
+    return run_ranks(rank_command, world, arguments, timeout=timeout)
 
 
 def launch(ranks: int, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +52,46 @@ def _entry(
             dist.destroy_process_group()
 
 
+class Ranks:
+    """Ranks that are running: `kill` some, `join` all. Use as a context, so that none is left behind."""
+
+    def __init__(self, function: Callable[..., Any], world: int, args: tuple, timeout: float) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._results = _context.Queue()
+        self._timeout = timeout
+        store = os.path.join(self._folder.name, "store")
+        self.processes = [
+            _context.Process(target=_entry, args=(r, world, store, timeout, self._results, function, args))
+            for r in range(world)
+        ]
+
+    def __enter__(self) -> Ranks:
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._folder.cleanup()
+
+    def running(self) -> bool:
+        """Whether any rank is still there."""
+        return any(process.is_alive() for process in self.processes)
+
+    def kill(self, ranks: Sequence[int]) -> None:
+        """kill -9."""
+        for rank in ranks:
+            self.processes[rank].kill()
+
+    def answers(self) -> dict[int, tuple[bool, Any]]:
+        """By rank: whether its function returned, and what, or the reason."""
+        return _collect(self._results, self.processes, len(self.processes), self._timeout)
+
+
 def run_ranks(
     function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0, check: bool = True
 ) -> list[Any]:
@@ -63,23 +103,8 @@ def run_ranks(
         timeout: seconds for the group's collectives and for the whole call.
         check: raise `RankFailed` if any rank raised; otherwise a failed rank's result is its traceback as `str`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        results = _context.Queue()
-        store = os.path.join(folder, "store")
-        ranks = [
-            _context.Process(target=_entry, args=(r, world, store, timeout, results, function, args))
-            for r in range(world)
-        ]
-        for process in ranks:
-            process.start()
-        try:
-            answers = _collect(results, ranks, world, timeout)
-        finally:
-            for process in ranks:
-                process.join(5)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+    with Ranks(function, world, args, timeout) as ranks:
+        answers = ranks.answers()
     failures = [f"--- rank {r}\n{text}" for r, (ok, text) in sorted(answers.items()) if not ok]
     if failures and check:
         raise RankFailed("\n".join(failures))
