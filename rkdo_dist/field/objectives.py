@@ -249,7 +249,7 @@ def dense(
         raise ValueError("a supervised objective needs labels")
     batch, device = u.shape[0], u.device
     scale = 1.0 if temperature is None else temperature / objective.temperature
-    taus = [tau * scale for tau in objective.temperatures]
+    taus = [tau if math.isinf(tau) else tau * scale for tau in objective.temperatures]
     views = {"u": u, "v": v}
     totals = {name: u.new_zeros(()) for name in objective.part_names}
     index = torch.arange(batch, device=device)

@@ -23,7 +23,7 @@ from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums
 # Entries of a panel, and of all buffers of a strip together. On a CPU the strip's buffers stay in the cache
 # of the cores; a GPU wants large kernels. Sizes depend on nothing else, so that results are reproducible.
 PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 PANEL_ROWS = 64  # at least: a matrix product of fewer rows wastes the machine
 
 
@@ -144,13 +144,13 @@ class FieldRows:
         self._sums = [RowSums.zeros(objective.depth, b, dtype, device) for _ in objective.slices]
         self.gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
         width = block * len(objective.slices[0].columns)
-        self._panel_rows = min(b, max(PANEL_ROWS, PANEL_ELEMENTS.get(device.type, 1 << 20) // width))
+        self._panel_rows = min(b, max(PANEL_ROWS, PANEL_ELEMENTS.get(device.type, PANEL_ELEMENTS["cpu"]) // width))
         self._kernel: RecursiveKernel | StaticKernel
         if math.isinf(objective.temperatures[0]):
             self._strip_rows = self._panel_rows
             self._kernel = StaticKernel(objective, objective.column_count(batch), dtype, self._counts)
         else:
-            budget = STRIP_BUFFER_ELEMENTS.get(device.type, 1 << 20) // (2 * objective.depth + 2)
+            budget = STRIP_BUFFER_ELEMENTS.get(device.type, STRIP_BUFFER_ELEMENTS["cpu"]) // (2 * objective.depth + 2)
             self._strip_rows = min(self._panel_rows, max(1, budget // width))
             self._kernel = RecursiveKernel(objective, self._strip_rows, width, dtype, device, parts)
         self.walks = (("maximum",) if self._kernel.shifts else ()) + self._kernel.walks
@@ -187,6 +187,11 @@ class FieldRows:
         found = [[p.weight * part.sum() for part in self._kernel.row_parts(sums)] for p, sums in pieces]
         totals = [torch.stack(values).sum() for values in zip(*found, strict=True)]
         return dict(zip(self.objective.part_names, [*totals, self._at_uniform(totals[0])], strict=True))
+
+    def clear_gradients(self) -> None:
+        """Forget `gradients`, before "differentiate" visits begin again."""
+        for gradient in self.gradients.values():
+            gradient.zero_()
 
     def temperature_gradient(self) -> Tensor:
         """Derivative of `loss` with respect to tau0, float64 scalar: the loss depends on rows / tau0

@@ -1,0 +1,144 @@
+"""How the columns of the field reach the rows, and how their gradients travel back to the ranks that own them.
+
+The field is sharded by row: each of W ranks holds b rows and needs all B = W b columns. A block of columns is a tensor
+(V, n, d): n consecutive samples in V views. Three ways, the same numbers:
+
+- `LocalColumns`: a rank's columns are its own samples (no exchange).
+- `GatheredColumns`: all-gather of the columns; reduce-scatter of their gradients.
+- `RingColumns`: blocks travel from rank to rank, and a rank holds at most two besides its own; gradients travel with
+  their block until they are home. Exchange overlaps with computation.
+
+The gradient of a column is the SUM of what all ranks' rows contribute (the adjoint of all-gather), see `group`.
+Every rank must take part in every call. Blocks have the same shape on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rkdo_dist.exchange import group as ranks
+from rkdo_dist.exchange.group import Group
+
+
+class LocalColumns:
+    """Columns are this rank's own samples, whatever the other ranks do."""
+
+    resident = True
+    world, rank = 1, 0
+
+    def gather(self, own: Tensor) -> Tensor:
+        """The columns (V, b, d): `own` itself."""
+        return own
+
+    def send_home(self, gradients: Tensor) -> Tensor:
+        """The gradient of this rank's columns (V, b, d): `gradients` itself."""
+        return gradients
+
+
+class GatheredColumns:
+    """All columns on every rank: 1 / W of them its own, B d numbers in all.
+
+    Args:
+        group: process group; None is the default group, or one rank without a process group.
+    """
+
+    resident = True
+
+    def __init__(self, group: Group = None) -> None:
+        self._group = group
+        self.world, self.rank = ranks.world_size(group), ranks.rank(group)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """All ranks' `own` (V, b, d) side by side in rank order, (V, W b, d). No autograd."""
+        if self.world == 1:
+            return own
+        views, b, d = own.shape
+        columns = own.new_empty(views, self.world * b, d)
+        for view, mine in zip(columns, own, strict=True):
+            dist.all_gather_into_tensor(view, mine.contiguous(), group=self._group)
+        return columns
+
+    def send_home(self, gradients: Tensor) -> Tensor:
+        """This rank's share (V, b, d) of the sum over ranks of `gradients` (V, W b, d)."""
+        if self.world == 1:
+            return gradients
+        views, batch, d = gradients.shape
+        home = gradients.new_empty(views, batch // self.world, d)
+        for mine, view in zip(home, gradients, strict=True):
+            dist.reduce_scatter_tensor(mine, view.contiguous(), group=self._group)
+        return home
+
+
+class RingColumns:
+    """Blocks of columns pass from rank r to rank r + 1; the block at step k of a walk is that of rank r - k.
+
+    Args:
+        group: process group; None is the default group, or one rank without a process group.
+    """
+
+    resident = False
+
+    def __init__(self, group: Group = None) -> None:
+        self._group = group
+        self.world, self.rank = ranks.world_size(group), ranks.rank(group)
+
+    def walk(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Every rank's block once, this rank's first: (index of its first sample, block (V, b, d)).
+
+        While a block is in use, the next one is on its way. The yielded block is overwritten two steps later. The walk
+        must be finished, or the other ranks wait.
+        """
+        own = own.contiguous()
+        current, spare = own, [torch.empty_like(own) for _ in range(min(2, self.world - 1))]
+        for step in range(self.world):
+            under_way: list[dist.Work] = []
+            if step < self.world - 1:
+                coming = spare[step % 2]
+                under_way = self._pass_on(current, coming)
+            yield self._first(step, own), current
+            for work in under_way:
+                work.wait()
+            if under_way:
+                current = coming
+
+    def walk_home(self, own: Tensor, visit: Callable[[Tensor, int, Tensor], None]) -> Tensor:
+        """Walk again; every rank adds to a block's gradient, which ends at the block's owner.
+
+        Args:
+            own: this rank's block (V, b, d).
+            visit: called as `visit(block, index of its first sample, gradient)`; adds this rank's contribution to
+                `gradient` (zeros, shaped like the block).
+
+        Returns:
+            The gradient of `own`, summed over ranks in ring order: the owner's contribution first.
+        """
+        mine, sending, arrived = (torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(3))
+        under_way: list[dist.Work] = []
+        for step, (first, block) in enumerate(self.walk(own)):
+            visit(block, first, mine.zero_())
+            for work in under_way:  # the gradient from the previous rank; and `sending` is free again
+                work.wait()
+            if step > 0:
+                mine += arrived
+            if self.world > 1:
+                mine, sending = sending, mine
+                under_way = self._pass_on(sending, arrived)
+        for work in under_way:
+            work.wait()
+        return arrived if self.world > 1 else mine
+
+    def _first(self, step: int, own: Tensor) -> int:
+        return (self.rank - step) % self.world * own.shape[1]
+
+    def _pass_on(self, block: Tensor, into: Tensor) -> list[dist.Work]:
+        """Start sending `block` to the next rank and receiving the previous rank's."""
+        following, previous = ((self.rank + step) % self.world for step in (1, -1))
+        if self._group is not None:
+            following, previous = (dist.get_global_rank(self._group, r) for r in (following, previous))
+        send = dist.P2POp(dist.isend, block, following, self._group)
+        receive = dist.P2POp(dist.irecv, into, previous, self._group)
+        return dist.batch_isend_irecv([send, receive])
