@@ -194,6 +194,27 @@ def test_fast_agrees_in_float64(world: int, options: dict[str, Any]) -> None:
         assert got["losses"] == pytest.approx(one["losses"], rel=1e-8)
 
 
+def _without_batch_norm(rank: int, world: int) -> str:
+    rt = runtime.start(1, 60, "exact")
+    torch.manual_seed(0)
+    encoder = nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 16), nn.Softmax(dim=1), nn.LayerNorm(16, elementwise_affine=False)
+    )
+    unit = nn.Sequential(encoder, _Unit())
+    step = Step(unit, make_view, rt, StepSettings(3, "exact", False, True, "gather"))
+    step([micro_batch(0, lane) for lane in own(rank, world)], OBJECTIVES["rkdo"], 0, 0)
+    return weights_digest(unit)
+
+
+class _Unit(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.normalize(x, dim=1)
+
+
+def test_an_encoder_without_batch_norm() -> None:
+    assert run_ranks(_without_batch_norm, 2) == [_without_batch_norm(0, 1)] * 2
+
+
 def test_a_stop_on_one_rank_reaches_all() -> None:
     assert [r["stop"] for r in run_ranks(train, 2, {"steps": 1, "stop": {1: 75}})] == [75, 75]
 

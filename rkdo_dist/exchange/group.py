@@ -139,7 +139,7 @@ def exact_all_reduce(flat: Tensor, group: Group = None) -> Tensor:
     not change any bit.
     """
     world = world_size(group)
-    if world == 1:
+    if world == 1 or not flat.numel():
         return flat
     length = flat.numel()
     padding = -length % world
@@ -164,7 +164,7 @@ def all_reduce_sum(value: float, group: Group = None) -> float:
     return _all_reduce(value, dist.ReduceOp.SUM, group)
 
 
-def _all_reduce(value: float, operation: dist.ReduceOp, group: Group) -> float:
+def _all_reduce(value: float, operation: dist.ReduceOp.RedOpType, group: Group) -> float:
     if world_size(group) == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=_small_tensor_device(group))

@@ -10,6 +10,7 @@ from rkdo_dist.data.order import EpochPlan
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.sync_norm import synchronised
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -46,7 +47,10 @@ def make_encoder(config: Config) -> Encoder:
     """The encoder, with weights drawn from `run.seed`: the same on every rank."""
     torch.manual_seed(config.run.seed)
     section = config.encoder
-    return Encoder(section.backbone, section.head, section.embedding_dim, section.stem)
+    encoder = Encoder(section.backbone, section.head, section.embedding_dim, section.stem)
+    if section.batch_norm == "sync":
+        synchronised(encoder)
+    return encoder
 
 
 def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,42 @@
+"""Configuration: small frozen sections, read from YAML and changed by dotted overrides.
+
+An unknown or ill-typed key is an error that names the key, the allowed ones and the nearest match. A setting marked
+`free` does not change what is computed, so it may differ when a run is resumed.
+"""
+
+from rkdo_dist.config.ranges import check, check_world
+from rkdo_dist.config.reading import from_tree, load, to_yaml
+from rkdo_dist.config.sections import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    FieldConfig,
+    RunConfig,
+    TrainConfig,
+    ViewsConfig,
+    decisive,
+    digest,
+    flatten,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EncoderConfig",
+    "EvaluateConfig",
+    "FieldConfig",
+    "RunConfig",
+    "TrainConfig",
+    "ViewsConfig",
+    "check",
+    "check_world",
+    "decisive",
+    "digest",
+    "flatten",
+    "from_tree",
+    "load",
+    "to_yaml",
+]

@@ -1,0 +1,108 @@
+"""Ranges of settings, and of settings that depend on each other or on the number of ranks."""
+
+from __future__ import annotations
+
+from rkdo_dist.config.sections import Config, ConfigError, TrainConfig, ViewsConfig, flatten
+
+_POSITIVE = (
+    "field.depth", "field.temperature", "data.shuffle_buffer", "data.image_size", "encoder.embedding_dim",
+    "train.global_batch", "train.micro_batch", "train.epochs", "train.batches_per_epoch", "train.max_steps",
+    "train.learning_rate", "train.checkpoint_every", "train.keep_checkpoints", "train.evaluate_every",
+    "evaluate.batch_size", "evaluate.neighbours", "run.threads", "run.timeout", "views.std",
+)  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Ranges of single values and of values that depend on each other.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    flat = flatten(config)
+    for key in _POSITIVE:
+        if flat[key] is not None and not 0 < flat[key] < float("inf"):
+            raise ConfigError(f"{key} must be greater than 0, got {flat[key]}")
+    for key in ("data.workers", "train.warmup_steps", "train.skip_nonfinite", "train.weight_decay", "run.seed"):
+        if not 0 <= flat[key] < float("inf"):
+            raise ConfigError(f"{key} must not be negative, got {flat[key]}")
+    for key in (
+        "field.coupling",
+        "field.debias",
+        "views.flip",
+        "views.jitter_probability",
+        "views.grayscale",
+    ):
+        if not 0 <= flat[key] <= 1:
+            raise ConfigError(f"{key} must lie in [0, 1], got {flat[key]}")
+    if not 0 <= config.field.cooling < 1:
+        raise ConfigError(
+            f"field.cooling must lie in [0, 1): the last temperature must stay above 0, got {config.field.cooling}"
+        )
+    _check_views(config.views)
+    _check_batch(config.train)
+
+
+def _check_views(views: ViewsConfig) -> None:
+    low, high = views.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ConfigError(
+            f"views.crop_scale must be [low, high] with 0 < low <= high <= 1, got {list(views.crop_scale)}"
+        )
+    if any(not 0 <= value <= 1 for value in views.jitter[:3]) or not 0 <= views.jitter[3] <= 0.5:
+        raise ConfigError(
+            "views.jitter must be [brightness, contrast, saturation] in [0, 1] and hue in [0, 0.5], "
+            f"got {list(views.jitter)}"
+        )
+
+
+def _check_batch(train: TrainConfig) -> None:
+    if train.global_batch % train.micro_batch:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} does not divide into micro-batches of "
+            f"train.micro_batch={train.micro_batch}; choose a divisor of {train.global_batch}"
+        )
+    if train.global_batch < 2:
+        raise ConfigError("train.global_batch must be at least 2: one sample has nothing to be compared with")
+
+
+def check_world(config: Config, world: int) -> None:
+    """Whether `world` ranks can share the lanes of a step.
+
+    Raises:
+        ConfigError: saying which setting to change.
+    """
+    lanes, train = config.train.lanes, config.train
+    if lanes % world:
+        raise ConfigError(
+            f"{world} ranks cannot share a step of {lanes} lanes (train.global_batch={train.global_batch} / "
+            f"train.micro_batch={train.micro_batch}): the number of ranks must divide the lanes. "
+            f"{_suggest_micro_batch(train, world)}"
+        )
+    if config.run.reduction == "exact":
+        _check_exact(config, world)
+
+
+def _check_exact(config: Config, world: int) -> None:
+    """What does not go with sums in an order of their own."""
+    if world & (world - 1):
+        raise ConfigError(
+            f"run.reduction=exact needs a power of two of ranks, got {world}: use 2, 4, 8, ... or run.reduction=fast"
+        )
+    if config.field.exchange == "ring" and world > 1:
+        raise ConfigError(
+            "field.exchange=ring sums column gradients in the order of the ring: "
+            "use run.reduction=fast with it, or field.exchange=gather"
+        )
+    if config.encoder.batch_norm == "sync":
+        raise ConfigError(
+            "encoder.batch_norm=sync normalises over the micro-batches of all ranks, so results depend on their "
+            "number: use run.reduction=fast with it, or encoder.batch_norm=lane"
+        )
+
+
+def _suggest_micro_batch(train: TrainConfig, world: int) -> str:
+    if train.global_batch % world:
+        return f"Choose a train.global_batch that {world} divides."
+    rows = train.global_batch // world
+    size = max(d for d in range(1, min(rows, train.micro_batch) + 1) if rows % d == 0)
+    return f"For example train.micro_batch={size}."

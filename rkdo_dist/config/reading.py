@@ -1,0 +1,157 @@
+"""YAML and dotted overrides to a checked configuration, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rkdo_dist.config.ranges import check
+from rkdo_dist.config.sections import Config, ConfigError, flatten
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice (plain YAML silently keeps the last)."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = {str(key) for key in keys if keys.count(key) > 1}
+    if twice:
+        raise ConfigError(f"key given twice: {', '.join(sorted(twice))}")
+    loader.flatten_mapping(node)
+    return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in `path` (YAML), changed by `overrides` ("section.key=value", values in YAML).
+
+    Raises:
+        ConfigError: unreadable file, unknown or ill-typed key, or a value out of range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path} is not a valid configuration: {error}") from error
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path}: expected sections (field:, data:, ...), found {type(tree).__name__}")
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return from_tree(merged)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _apply(tree: dict[Any, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or not dot or not name:
+        full = next((flat for flat in _flat_names() if flat.split(".")[1] == key.strip()), "train.epochs")
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. {full}={text or 5}")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    if not isinstance(tree.get(section), dict):
+        tree[section] = {} if tree.get(section) is None else tree[section]
+    if not isinstance(tree[section], dict):
+        raise ConfigError(f"section {section!r} is not a mapping")
+    tree[section][name] = value
+
+
+def from_tree(tree: Mapping[Any, Any]) -> Config:
+    """A checked `Config` from nested mappings.
+
+    Raises:
+        ConfigError: as for `load`.
+    """
+    sections = typing.get_type_hints(Config)
+    built = {}
+    for section, values in tree.items():
+        if section not in sections:
+            raise ConfigError(_unknown(f"section {section!r}", str(section), list(sections), _flat_names()))
+        built[section] = _section(str(section), sections[str(section)], values)
+    config = Config(**built)
+    check(config)
+    return config
+
+
+def _flat_names() -> list[str]:
+    return list(flatten(Config()))
+
+
+def _unknown(what: str, name: str, allowed: Sequence[str], also: Sequence[str] = ()) -> str:
+    near = difflib.get_close_matches(name, [*allowed, *also], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return (
+        f"unknown {what}{hint} Allowed: {', '.join(allowed)}"
+        if hint
+        else f"unknown {what}. Allowed: {', '.join(allowed)}"
+    )
+
+
+def _section(section: str, kind: type, values: Any) -> Any:
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"section {section!r} must be a mapping of keys to values, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            names = list(hints)
+            raise ConfigError(
+                _unknown(f"key '{section}.{name}'", str(name), names, ()).replace("mean '", f"mean '{section}.")
+            )
+        arguments[name] = _coerce(f"{section}.{name}", hints[name], value)
+    return kind(**arguments)
+
+
+def _coerce(key: str, kind: Any, value: Any) -> Any:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(_unknown(f"value {value!r} for {key}", str(value), [str(o) for o in options]))
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _coerce(key, next(o for o in options if o is not type(None)), value)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(options):
+            raise ConfigError(f"{key} needs a list of {len(options)} numbers, got {value!r}")
+        return tuple(_coerce(key, option, item) for option, item in zip(options, value, strict=True))
+    return _scalar(key, kind, value)
+
+
+def _scalar(key: str, kind: type, value: Any) -> Any:
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except (TypeError, ValueError):
+            pass
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is kind:
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{key} must be {names[kind]}, got {value!r} ({type(value).__name__})")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, readable by `load`."""
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))
+    return yaml.safe_dump(tree, sort_keys=False)
