@@ -20,6 +20,7 @@ help:  ## this list
 setup: $(READY)  ## the virtual environment, from the pinned lock
 
 $(READY): requirements.lock pyproject.toml tools/environment.py
+	@echo "Setting up $(VENV) from requirements.lock (torch and its libraries: some minutes the first time)"
 	$(PYTHON) tools/environment.py $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q -c requirements.lock --index-url $(TORCH_INDEX) torch torchvision)
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[test,lint]'

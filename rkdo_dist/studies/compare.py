@@ -1,7 +1,8 @@
 """Several runs side by side: one table and one figure, read from run directories.
 
 The objectives are different functions, so their raw values do not compare: each row shows the value at a uniform
-learned distribution (an encoder that knows nothing) and how far below it the run has come.
+learned distribution (an encoder that knows nothing), its ideal value, and how much of the way between them the run has
+come.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from rkdo_dist.config import Config
 from rkdo_dist.rundir import RunDirectory, RunError
 
 _SCORES = {
-    "linear_accuracy": "linear acc. (embedding)",
-    "linear_accuracy_backbone": "linear acc. (backbone)",
+    "linear_accuracy": "linear accuracy (embedding)",
+    "linear_accuracy_backbone": "linear accuracy (backbone)",
+    "knn_accuracy": "k-NN accuracy (embedding)",
     "nmi": "NMI",
     "ari": "ARI",
-    "neighbourhood": "neighbourhood",
+    "neighbourhood": "neighbourhood preservation",
 }
 
 
@@ -32,6 +34,7 @@ class RunSummary:
     Attributes:
         loss: mean over the last epoch's steps.
         at_uniform: the objective's value at a uniform learned distribution.
+        at_ideal: its value at the ideal simplex.
         curve: mean loss of each epoch.
         scores: the last evaluation, empty if there is none.
         pairs_per_second: median over steps.
@@ -41,9 +44,14 @@ class RunSummary:
     config: Config
     loss: float
     at_uniform: float
+    at_ideal: float
     curve: list[float]
     scores: dict[str, Any]
     pairs_per_second: float
+
+    def attained(self, loss: float) -> float:
+        """The share of the way from the value at uniform to the ideal one that `loss` has come."""
+        return (self.at_uniform - loss) / (self.at_uniform - self.at_ideal)
 
 
 def summarise(directory: Path) -> RunSummary:
@@ -55,13 +63,13 @@ def summarise(directory: Path) -> RunSummary:
     run = RunDirectory(directory)
     config = run.config()
     epochs: dict[int, list[float]] = {}
-    speeds, uniform = [], float("nan")
+    speeds, uniform, ideal = [], float("nan"), float("nan")
     for record in run.steps():
         if record["loss"] is None:  # a skipped step
             continue
         epochs.setdefault(record["epoch"], []).append(record["loss"])
         speeds.append(record["pairs_per_second"])
-        uniform = record["loss_at_uniform"]
+        uniform, ideal = record["loss_at_uniform"], record["loss_at_ideal"]
     if not epochs:
         raise RunError(f"{directory} has no steps in metrics.jsonl yet")
     curve = [statistics.fmean(losses) for _, losses in sorted(epochs.items())]
@@ -70,6 +78,7 @@ def summarise(directory: Path) -> RunSummary:
         config=config,
         loss=curve[-1],
         at_uniform=uniform,
+        at_ideal=ideal,
         curve=curve,
         scores=run.last_evaluation() or {},
         pairs_per_second=statistics.median(speeds),
@@ -77,24 +86,25 @@ def summarise(directory: Path) -> RunSummary:
 
 
 def comparison_table(directories: list[Path]) -> Table:
-    """A row per run: the loss beside its value at uniform, the scores of the last evaluation, the speed."""
-    table = Table(title="Runs side by side", caption=(
-        "Losses of different objectives are different functions: compare the scores, and each loss with its own "
-        "value at uniform."))  # fmt: skip
-    table.add_column("run")
-    for column in ("loss", "at uniform", "below it", *_SCORES.values(), "pairs/s"):
-        table.add_column(column, justify="right")
-    for run in map(summarise, directories):
-        scores = [_number(run.scores.get(name)) for name in _SCORES]
-        below = f"{1 - run.loss / run.at_uniform:.1%}"
-        table.add_row(
-            run.name,
-            f"{run.loss:.4f}",
-            f"{run.at_uniform:.4f}",
-            below,
-            *scores,
-            f"{run.pairs_per_second:.0f}",
-        )
+    """A column per run: the loss beside its value at uniform, the scores of the last evaluation, the speed."""
+    runs = [summarise(directory) for directory in directories]
+    table = Table(
+        title="Runs side by side",
+        caption="Losses of different objectives are different functions: compare the scores, "
+        "and each loss with its own value at uniform.",
+    )
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.name.replace(" (", "\n("), justify="right")
+    table.add_row("loss, mean of the last epoch", *(f"{run.loss:.4f}" for run in runs))
+    table.add_row("  at uniform (knows nothing)", *(f"{run.at_uniform:.4f}" for run in runs))
+    table.add_row("  at the ideal simplex", *(f"{run.at_ideal:.4f}" for run in runs))
+    table.add_row("  share of the way attained", *(f"{run.attained(run.loss):.1%}" for run in runs), end_section=True)
+    for name, title in _SCORES.items():
+        table.add_row(title, *(_number(run.scores.get(name)) for run in runs))
+    table.add_section()
+    table.add_row("protocol", *(str(run.scores.get("protocol", "-")) for run in runs))
+    table.add_row("pairs/s, median step", *(f"{run.pairs_per_second:.0f}" for run in runs))
     return table
 
 
@@ -103,7 +113,7 @@ def _number(value: float | None) -> str:
 
 
 def loss_figure(directories: list[Path], path: Path) -> None:
-    """Save loss curves: each objective's own value (left), and as a share of its value at uniform (right).
+    """Save loss curves: each objective's own value (left), and the share attained of the way to the ideal (right).
 
     Raises:
         ValueError: for a file name whose ending matplotlib does not know.
@@ -119,13 +129,13 @@ def loss_figure(directories: list[Path], path: Path) -> None:
         colour = f"C{number}"
         own.plot(epochs, run.curve, marker="o", color=colour, label=run.name)
         own.axhline(run.at_uniform, color=colour, linestyle=":", linewidth=1)
-        share.plot(epochs, [value / run.at_uniform for value in run.curve], marker="o", color=colour, label=run.name)
+        share.plot(epochs, [run.attained(value) for value in run.curve], marker="o", color=colour, label=run.name)
     own.set(
         xlabel="epoch",
         ylabel="mean loss of the epoch",
         title="Each objective's own value (dotted: at uniform)",
     )
-    share.set(xlabel="epoch", ylabel="loss / loss at uniform", title="As a share of the value at uniform")
+    share.set(xlabel="epoch", ylabel="share", title="Share attained of the way from uniform to the ideal simplex")
     for axes in (own, share):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

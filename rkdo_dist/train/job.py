@@ -131,18 +131,19 @@ class Job:
         """The line of metrics.jsonl for the step just done (collective: the keys come from every rank)."""
         keys: list[Any] = group.gather_objects([key for lane in batch.lanes for key in lane.keys])
         digest = hashlib.sha256("\n".join(key for part in keys for key in part).encode())
-        parts = dict(result.parts)
+        parts, objective = dict(result.parts), self.objective(self.position - 1)
         replaced = group.all_reduce_sum(sum(lane.skipped for lane in batch.lanes))
         return {
             "step": self.position,
             "epoch": batch.epoch,
             "loss": result.loss,
             "loss_at_uniform": parts.pop("uniform", None),
+            "loss_at_ideal": objective.at_ideal(self.config.train.global_batch),
             **parts,
             **({} if result.finite else {"skipped": result.skipped}),
             **({"replaced_samples": int(replaced)} if self.config.data.on_corrupt == "skip" else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "temperature": self.objective(self.position - 1).temperatures[-1],
+            "temperature": objective.temperatures[-1],
             "batch_digest": digest.hexdigest(),
             "seconds": round(seconds, 6),
             "pairs_per_second": round(self.config.train.global_batch / seconds, 3),
