@@ -61,6 +61,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Sample:
+    """A decoded sample: image uint8 (3, H, W), label -1 for none; `replaced` if it stands in for an unreadable one."""
+
     key: str
     id: int
     image: np.ndarray
@@ -177,6 +179,11 @@ class Packed:
 
 
 def pack(samples: list[Sample]) -> Packed:
+    """Samples of one size as tensors that travel cheaply between processes.
+
+    Raises:
+        DataError: if their images differ in size.
+    """
     shapes = sorted({sample.image.shape[1:] for sample in samples})
     if len(shapes) > 1:
         first, second = shapes[:2]
