@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -114,10 +116,22 @@ class _EvaluationItems(_Items):
 
 
 def _settle(worker: int) -> None:
-    """Signals that a terminal or scheduler sends to the whole process group are for the rank, which ends
-    its workers."""
+    """Make a worker quiet.
+
+    Signals that a terminal or scheduler sends to the whole process group are for the rank, which ends its
+    workers. When it does so in the middle of a hand-over, the thread that serves it would print a broken
+    connection.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _report_unless_disconnected
+
+
+def _report_unless_disconnected(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -156,10 +170,11 @@ def _loaded(items: _Items, workers: int, prefetch: int, pin: bool) -> Generator[
             if isinstance(item, _Failure):
                 raise DataError(item.message)
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A worker that is killed while a tensor is handed over shows as a broken connection.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        raise DataError(f"a loader worker ended unexpectedly ({error})") from None
+        raise DataError(f"a loader worker ended unexpectedly ({error or type(error).__name__})") from None
     finally:
         del iterator  # ends the workers
 
