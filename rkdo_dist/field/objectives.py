@@ -79,8 +79,10 @@ class Objective:
         schedules.require_positive("temperature", self.temperature)
         for value in self.temperatures[1:]:
             schedules.require_positive("temperature", value)
-        if not self.temperatures[0] > 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperatures[0]}")
+        if not math.isinf(self.temperatures[0]):
+            schedules.require_positive("temperature", self.temperatures[0])
+        elif len(self.temperatures) > 2:
+            raise ValueError("an infinite tau(0) stands for a fixed supervisor, which has one level")
         for value in self.couplings:
             schedules.require_share("coupling", value)
 

@@ -37,7 +37,7 @@ class StaticKernel:
         self._taking_part, self._counts = taking_part, counts
 
     def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
-        """All columns at once: fill `sums` from x (r, N) and turn x into d loss / d <row, column>."""
+        """All columns at once: fill `sums` from x (r, N) and turn x into d loss / d x."""
         if self.shifts:
             self.maximum(x, sums, place)
         mask = self._normalise(x, sums, place)
@@ -53,7 +53,7 @@ class StaticKernel:
         self._normalise(x, sums, place)
 
     def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
-        """Last walk, with complete `sums`: turn x into d loss / d <row, column>."""
+        """Last walk, with complete `sums`: turn x into d loss / d x."""
         if self.shifts:
             x.sub_(sums.shift[:, None])
         x.exp_()
@@ -97,14 +97,14 @@ class StaticKernel:
             sums.positive[which].copy_(values.diagonal(place.positive))
 
     def _differentiate(self, e: Tensor, mask: Tensor | None, sums: RowSums, place: Place) -> None:
-        """e <- (q - p) / tau."""
-        e.mul_((self.scale / sums.z[-1])[:, None])
+        """e <- q - p."""
+        e.div_(sums.z[-1][:, None])
         if self._spread:
-            e.sub_(self.scale * self._spread)
+            e.sub_(self._spread)
         if mask is not None and place.counts is not None:
-            e.addcmul_(mask, (self.scale * self._kept / place.counts)[:, None], value=-1)
+            e.addcmul_(mask, (self._kept / place.counts)[:, None], value=-1)
         elif place.positive is not None:
-            e.diagonal(place.positive).sub_(self.scale * self._kept)
+            e.diagonal(place.positive).sub_(self._kept)
         hide(e, place, 0)
 
 

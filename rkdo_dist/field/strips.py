@@ -107,11 +107,11 @@ class RecursiveKernel:
         self._ratio = [x / self.scale for x in inverse]
         self._alpha, self._fold, added, self._scale_of_p = alpha, *scaled_chain(alpha)
         # log p must stay finite where p is 0 or underflows
-        self._clamps = self.shifts or alpha[0] == 0 or any(fold != 1 for fold in self._fold)
+        self._clamps = self.shifts or alpha[0] < 1e-6 or any(fold != 1 for fold in self._fold)
         self._tiny = torch.finfo(dtype).tiny
         kept = [math.prod(1 - a for a in alpha[:t]) for t in range(1, depth + 1)]
-        self._on_positive = sum(x * k for x, k in zip(inverse[1:], kept, strict=True))
-        table = [[*added, 0.0], *gradient_coefficients(objective)]
+        self._on_positive = sum(x * k for x, k in zip(self._ratio[1:], kept, strict=True))
+        table = [[*added, 0.0], *gradient_coefficients(alpha, self._ratio)]
         self._table = torch.tensor(table, dtype=dtype, device=device)[:, :, None]
         self._ratios = torch.tensor(self._ratio[:-1], dtype=dtype, device=device)[:, None, None]
         self._e = torch.empty(depth + 1, rows, columns, dtype=dtype, device=device)
@@ -119,7 +119,7 @@ class RecursiveKernel:
         self._p = torch.empty(rows, columns, dtype=dtype, device=device)
 
     def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
-        """All columns at once: fill `sums` from x (r, N) and turn x into d loss / d <row, column>."""
+        """All columns at once: fill `sums` from x (r, N) and turn x into d loss / d x."""
         if self.shifts:
             self.maximum(x, sums, place)
         e = self._normalise(x, sums, place)
@@ -145,7 +145,7 @@ class RecursiveKernel:
             self._note_positive(2, rho[0], sums, place)
 
     def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
-        """Third walk, with complete `sums`: turn x into d loss / d <row, column>."""
+        """Third walk, with complete `sums`: turn x into d loss / d x."""
         e = self._levels(x, sums, place)
         rho = self._log_ratios(e, x, sums, place, note=False) if self.flows else self._rho
         self._differentiate(e, rho, x, sums, place, flow_known=True)
@@ -278,18 +278,20 @@ def scaled_chain(alpha: Sequence[float]) -> tuple[list[float], list[float], list
     return folds, added, scales
 
 
-def gradient_coefficients(objective: Objective) -> list[list[float]]:
-    """Factors of q(s), s = 0..D, in d loss / d <row, column>: of g through p, and directly.
+def gradient_coefficients(alpha: Sequence[float], ratio: Sequence[float]) -> list[list[float]]:
+    """Factors of q(s), s = 0..D, in d loss / d x: of g through p, and directly.
 
-    Directly: 1/tau(s) from KL(p(s) || q(s)), and -1/tau(t) times the share of q(s) in p(t) from the later
-    ones.
+    Directly: ratio(s) from KL(p(s) || q(s)), and -ratio(t) times the share of q(s) in p(t) from the later levels.
+
+    Args:
+        alpha: couplings, levels 1..D.
+        ratio: tau(D) / tau(s), levels 0..D.
     """
-    alpha, inverse = objective.couplings, [1 / tau for tau in objective.temperatures]
-    depth = objective.depth
-    through_p = [inverse[s] * alpha[s] for s in range(depth)] + [0.0]
+    depth = len(alpha)
+    through_p = [ratio[s] * alpha[s] for s in range(depth)] + [0.0]
     direct = []
     for s in range(depth + 1):
         shares = [alpha[s] * math.prod(1 - a for a in alpha[s + 1 : t]) for t in range(s + 1, depth + 1)]
-        later = sum(share * inverse[t] for t, share in enumerate(shares, start=s + 1))
-        direct.append((inverse[s] if s > 0 else 0.0) - later)
+        later = sum(share * ratio[t] for t, share in enumerate(shares, start=s + 1))
+        direct.append((ratio[s] if s > 0 else 0.0) - later)
     return [through_p, direct]

@@ -23,7 +23,7 @@ from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums
 # Entries of a panel, and of all buffers of a strip together. On a CPU the strip's buffers stay in the cache
 # of the cores; a GPU wants large kernels. Sizes depend on nothing else, so that results are reproducible.
 PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 PANEL_ROWS = 64  # at least: a matrix product of fewer rows wastes the machine
 
 
@@ -211,8 +211,9 @@ class FieldRows:
                 place = self._place(piece, first, last, first_column)
                 visit(panel[first - start : last - start], sums.rows(first, last), place)
             if home is not None:
-                self.gradients[piece.rows][start:stop].addmm_(panel, columns, alpha=piece.weight)
-                home.addmm_(panel.T, rows[start:stop], alpha=piece.weight)
+                scale = piece.weight * self._kernel.scale
+                self.gradients[piece.rows][start:stop].addmm_(panel, columns, alpha=scale)
+                home.addmm_(panel.T, rows[start:stop], alpha=scale)
 
     def _place(self, piece: Slice, first: int, last: int, first_column: int) -> Place:
         offset = self._first_row - first_column
