@@ -194,7 +194,7 @@ def test_no_tensor_grows_with_the_square_of_the_batch(pairing: str) -> None:
             value_and_gradient(Objective.rkdo(pairing=pairing), u, v, u, v, 0)
         largest[batch] = mode.elements
     patch.undo()
-    assert largest[512] < 512**2 / 8
+    assert largest[512] <= 512**2 / 8
     assert largest[512] <= 4 * largest[128]  # as the embeddings do, and the least panel of 8 rows
 
 
