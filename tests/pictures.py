@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from rkdo_dist.data.index import ShardIndex, load_index
 
 SHARED_CIFAR = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "cifar10-jpeg.tar"
 
@@ -57,3 +61,24 @@ def cifar_tar() -> Path:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a directory with its bytes."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def reindexed(index: ShardIndex, name: str, content: bytes, count: int) -> ShardIndex:
+    """The index after shard `name` has been given another content, honestly described."""
+    (index.root / name).write_bytes(content)
+    path = index.root / "index.json"
+    tree = json.loads(path.read_text())
+    for entry in (e for split in tree["splits"].values() for e in split if e["name"] == name):
+        entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), samples=count)
+    path.write_text(json.dumps(tree))
+    return load_index(index.root)
+
+
+def shard_of(members: list[tuple[str, bytes]]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -27,7 +26,7 @@ from rkdo_dist.data.index import DataError, ShardIndex, load_index
 from rkdo_dist.data.order import EpochPlan, rank_lanes
 from rkdo_dist.data.prepare import prepare
 from rkdo_dist.data.stream import Batch, MicroBatch, evaluation_stream, lane_stream
-from tests.pictures import cifar_tar, image_folder, picture
+from tests.pictures import cifar_tar, image_folder, picture, reindexed, shard_of
 from tests.ranks import PRELOAD
 
 multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, "rkdo_dist.data.stream"])
@@ -174,7 +173,7 @@ def test_bytes_are_verified_before_any_sample_is_used(
     data = bytearray(path.read_bytes())
     data[-2000] ^= 1  # far behind the first sample
     path.write_bytes(data)
-    with pytest.raises(DataError, match=rf"{path.name} is damaged: its SHA-256"):
+    with pytest.raises(DataError, match=rf"{path.name} is damaged .*: its SHA-256"):
         next(lane_stream(copy, "train", **PLAN))
     assert not fetched
 
@@ -202,29 +201,6 @@ def test_a_damaged_shard_is_one_clear_error(
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=message):
         shards.check_shards(copy, "train")
-
-
-def reindexed(index: ShardIndex, name: str, content: bytes, count: int) -> ShardIndex:
-    """The index after shard `name` has been given another content, honestly described."""
-    import hashlib
-
-    (index.root / name).write_bytes(content)
-    path = index.root / "index.json"
-    tree = json.loads(path.read_text())
-    for entry in (e for split in tree["splits"].values() for e in split if e["name"] == name):
-        entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), samples=count)
-    path.write_text(json.dumps(tree))
-    return load_index(index.root)
-
-
-def shard_of(members: list[tuple[str, bytes]]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return out.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -306,51 +282,6 @@ def test_evaluation_delivers_every_sample_once(index: ShardIndex, world: int, wo
     assert np.array_equal(images, np.stack([e[1] for e in expected]))
     limited = [m for _, m in evaluation_stream(index, "test", 7, limit=9)]
     assert [len(m.keys) for m in limited] == [7, 2]
-
-
-def skipping(index: ShardIndex, world: int, workers: int) -> list[Any]:
-    parts = [
-        all_of(
-            lane_stream(
-                index,
-                "train",
-                **PLAN,
-                epochs=2,
-                lanes=rank_lanes(4, r, world),
-                workers=workers,
-                on_corrupt="skip",
-            )
-        )
-        for r in range(world)
-    ]
-    return [[micro for part in parts for micro in part[k][2]] for k in range(len(parts[0]))]
-
-
-def test_skipping_puts_the_same_samples_in_place_for_everybody(copy: ShardIndex) -> None:
-    want = all_of(lane_stream(copy, "train", **PLAN, epochs=2))
-    (copy.root / "train-00001.tar").write_bytes(b"gone")
-    (copy.root / "train-00005.tar").unlink()
-    members = [(f"n{k}.png", picture(k, kind="PNG") if k % 3 else b"broken") for k in range(17)]
-    broken = reindexed(copy, "train-00002.tar", shard_of(members), 17)
-    got = skipping(broken, 1, 0)
-    ends = np.cumsum((0, *broken.split("train").counts))
-    bad = {k for s in (1, 5) for k in range(ends[s], ends[s + 1])} | {ends[2] + k for k in range(0, 17, 3)}
-    for (_, _, planned), delivered in zip(want, got, strict=True):
-        for lane, micro in zip(planned, delivered, strict=True):
-            assert micro[4] == sum(k in bad for k in lane[1])
-            for was, now in zip(lane[1], micro[1], strict=True):
-                assert (was == now) if was not in bad else (now not in bad)
-    assert sum(micro[4] for batch in got for micro in batch) > 30
-    assert skipping(broken, 2, 0) == got
-    assert skipping(broken, 4, 0) == got
-    assert skipping(broken, 2, 2) == got
-
-
-def test_nothing_usable_left_is_an_error_even_when_skipping(copy: ShardIndex) -> None:
-    for shard in copy.split("train").shards:
-        (copy.root / shard.name).unlink()
-    with pytest.raises(DataError, match=r"no shard of split 'train' .* can be read"):
-        next(lane_stream(copy, "train", **PLAN, on_corrupt="skip"))
 
 
 def test_a_change_during_reading_is_noticed(copy: ShardIndex) -> None:

@@ -38,12 +38,15 @@ class Shard:
         samples: how many samples it holds.
         sha256: of the whole file, 64 hexadecimal digits.
         bytes: length of the file.
+        checks: checksums of its samples, by which damage is located (`archive.checksums`); "" if there are
+            none.
     """
 
     name: str
     samples: int
     sha256: str
     bytes: int
+    checks: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,10 @@ def _shard(entry: Any, where: str) -> Shard:
     for field in ("samples", "bytes"):
         if not _is_count(entry.get(field)):
             raise _Bad(f'{where}: "{field}" must be a whole number >= 0, got {entry.get(field)!r}')
-    return Shard(str(name), entry["samples"], digest, entry["bytes"])
+    checks = entry.get("checks", "")
+    if not isinstance(checks, str):
+        raise _Bad(f'{where}: "checks" must be text, got {checks!r}')
+    return Shard(str(name), entry["samples"], digest, entry["bytes"], checks)
 
 
 def _is_count(value: Any) -> bool:

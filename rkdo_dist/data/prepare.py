@@ -187,7 +187,7 @@ def _build(
             )
             finished.append(entry)
             write_atomic(out / JOURNAL_NAME, json.dumps({**wanted, "shards": finished}))
-            shards.append(Shard(**{k: entry[k] for k in ("name", "samples", "sha256", "bytes")}))
+            shards.append(Shard(**{k: entry[k] for k in ("name", "samples", "sha256", "bytes", "checks")}))
             start += entry["samples"]
         built[name] = Split(name, tuple(shards))
     sizes = {tuple(entry["size"]) if entry["size"] else None for entry in finished}

@@ -2,9 +2,7 @@
 
 Reading goes by position: the whole file is hashed once, its headers are scanned once, and samples are then
 fetched from their offsets through the open file. So no shuffle buffer holds encoded images, a seek inside
-a shard costs nothing, and an error knows its offset. The headers are walked by `tarfile` and grouped by
-webdataset's rule. webdataset's own reader is not used for this: it takes a damaged header for the end of
-the archive, and reads members of any type and length into memory.
+a shard costs nothing, and an error knows its offset.
 """
 
 from __future__ import annotations
@@ -12,40 +10,18 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tarfile
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import numpy as np
-from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
-from rkdo_dist.data.images import EXTENSIONS, MAX_BYTES
+from rkdo_dist.data.archive import PIECE, Table, checksums, locate, scan
 from rkdo_dist.data.index import DataError, Shard, ShardIndex
 from rkdo_dist.files import TEMPORARY, sync_directory
 
-_PIECE = 1 << 20
 _MAX_CACHED_SAMPLES = 1 << 18  # about 40 MB of tables a process
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where the samples of a shard are.
-
-    Attributes:
-        keys: sample keys in the order of the shard.
-        images: int64 (n, 2): offset and length of each image.
-        labels: int64 (n, 2): offset and length of each `.cls` member; (-1, 0) where there is none.
-    """
-
-    keys: tuple[str, ...]
-    images: np.ndarray
-    labels: np.ndarray
 
 
 class ShardWriter:
@@ -81,9 +57,10 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        checks = _read_back(self._temporary, self.samples)
         os.replace(self._temporary, self.path)
         sync_directory(self.path.parent)
-        return Shard(self.path.name, self.samples, self._digest.hexdigest(), self.bytes)
+        return Shard(self.path.name, self.samples, self._digest.hexdigest(), self.bytes, checks)
 
     def abandon(self) -> None:
         """Remove what was written so far (nothing after `finish`)."""
@@ -93,6 +70,16 @@ class ShardWriter:
             with suppress(OSError):
                 self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def _read_back(path: Path, samples: int) -> str:
+    descriptor = _open(path)
+    try:
+        table = scan(descriptor, str(path))
+        assert len(table.keys) == samples
+        return checksums(descriptor, table)
+    finally:
+        os.close(descriptor)
 
 
 class OpenShard:
@@ -168,7 +155,8 @@ def open_shard(root: Path, shard: Shard) -> OpenShard:
             raise DataError(f"{path} is not an ordinary file")
         if status.st_size != shard.bytes:
             raise DataError(
-                f"{path} has {status.st_size} bytes, the index says {shard.bytes}: {_guess(descriptor)}"
+                f"{path} has {status.st_size} bytes, the index says {shard.bytes}"
+                f"{_first_damage(descriptor, shard)}: {_guess(descriptor)}"
             )
         key = (shard, _identity(status))
         table = _verified.get(key)
@@ -202,20 +190,28 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 def _verify(descriptor: int, path: Path, shard: Shard) -> Table:
     digest, offset = hashlib.sha256(), 0
     try:
-        while piece := os.pread(descriptor, _PIECE, offset):
+        while piece := os.pread(descriptor, PIECE, offset):
             digest.update(piece)
             offset += len(piece)
     except OSError as error:
         raise DataError(f"{path} cannot be read at offset {offset}: {error.strerror}") from error
     if digest.hexdigest() != shard.sha256:
         raise DataError(
-            f"{path} is damaged: its SHA-256 is {digest.hexdigest()[:16]}..., the index says "
-            f"{shard.sha256[:16]}... ({_guess(descriptor)})"
+            f"{path} is damaged{_first_damage(descriptor, shard)}: its SHA-256 is {digest.hexdigest()[:16]}..., "
+            f"the index says {shard.sha256[:16]}...; {_guess(descriptor)}"
         )
     table = scan(descriptor, str(path))
     if len(table.keys) != shard.samples:
         raise DataError(f"{path} holds {len(table.keys)} samples, the index says {shard.samples}")
     return table
+
+
+def _first_damage(descriptor: int, shard: Shard) -> str:
+    try:
+        place = locate(descriptor, shard.checks)
+    except OSError:
+        place = ""
+    return f" (first in {place})" if place else ""
 
 
 def _guess(descriptor: int) -> str:
@@ -225,112 +221,6 @@ def _guess(descriptor: int) -> str:
     if not head.strip(b"\0"):
         return "it begins with zeros; copy it again"
     return "copy it again from where it came from, or prepare the shards again with --force"
-
-
-class _Capped:
-    """A file for `tarfile` that refuses to read one long piece (headers are short) and remembers its
-    place."""
-
-    def __init__(self, descriptor: int, where: str) -> None:
-        self._descriptor, self._where, self._place = descriptor, where, 0
-        self._length = os.fstat(descriptor).st_size
-
-    def read(self, size: int) -> bytes:
-        if size > _PIECE:
-            raise DataError(f"{self._where}: a header at offset {self._place} claims {size} bytes")
-        data = os.pread(self._descriptor, size, self._place)
-        self._place += len(data)
-        return data
-
-    def seek(self, place: int, whence: int = 0) -> int:
-        self._place = place + (0, self._place, self._length)[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-
-def scan(descriptor: int, where: str) -> Table:
-    """Walk the headers of a tar file and group its members into samples; no payload is read.
-
-    Raises:
-        DataError: a compressed or damaged archive, a member that is not an ordinary file, a key that
-            occurs twice, a sample without exactly one image, or an archive without its end mark (as a
-            truncated one).
-    """
-    length = os.fstat(descriptor).st_size
-    head = os.pread(descriptor, 8, 0)
-    for magic, kind in _COMPRESSED.items():
-        if head.startswith(magic):
-            raise DataError(
-                f"{where} is compressed ({kind}); shards must be plain tar files: decompress it first"
-            )
-    keys: list[str] = []
-    places: list[tuple[int, int, int, int]] = []
-    try:
-        for sample in group_by_keys(_members(descriptor, where, length)):
-            keys.append(sample["__key__"])
-            places.append(_parts(sample, where))
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where}: {error.args[0]}") from None
-    if len(set(keys)) < len(keys):
-        twice = Counter(keys).most_common(1)[0][0]
-        raise DataError(f"{where}: key {twice!r} occurs twice")
-    table = np.array(places, dtype=np.int64).reshape(-1, 4)
-    return Table(tuple(keys), table[:, :2].copy(), table[:, 2:].copy())
-
-
-def _members(descriptor: int, where: str, length: int) -> Iterator[dict[str, Any]]:
-    source: Any = _Capped(descriptor, where)
-    offset = 0
-    try:
-        with tarfile.open(fileobj=source, mode="r:", errors="strict", encoding="utf-8") as archive:
-            for member in archive:
-                offset = member.offset
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise DataError(
-                        f"{where}: member {member.name!r} at offset {offset} is not an ordinary file "
-                        "(a link, device or sparse file); it is refused"
-                    )
-                if member.offset_data + member.size > length:
-                    raise DataError(f"{where}: member {member.name!r} at offset {offset} is cut off")
-                if "\0" in member.name or member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise DataError(f"{where}: member {member.name!r} at offset {offset} has an unsafe name")
-                yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": where}
-            _check_end(descriptor, where, int(archive.offset), length)
-    except (tarfile.TarError, UnicodeDecodeError, OverflowError) as error:
-        raise DataError(f"{where} is not a readable tar file after offset {offset} ({error})") from None
-
-
-def _check_end(descriptor: int, where: str, offset: int, length: int) -> None:
-    """Nothing but zeros, and at least one block of them, may follow the last member."""
-    if length - offset < tarfile.BLOCKSIZE:
-        raise DataError(f"{where} has no end mark at offset {offset}: it is truncated")
-    while piece := os.pread(descriptor, _PIECE, offset):
-        if piece.strip(b"\0"):
-            raise DataError(f"{where}: the header at offset {offset} is damaged")
-        offset += len(piece)
-
-
-def _parts(sample: dict[str, Any], where: str) -> tuple[int, int, int, int]:
-    images = [extension for extension in EXTENSIONS if extension in sample]
-    if len(images) != 1:
-        found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
-        raise DataError(
-            f"{where}: sample {sample['__key__']!r} needs exactly one image "
-            f"({', '.join(EXTENSIONS)}), it has: {found}"
-        )
-    offset, size = sample[images[0]]
-    if size > MAX_BYTES:
-        raise DataError(
-            f"{where}: the image of sample {sample['__key__']!r} has {size} bytes; the limit is {MAX_BYTES}"
-        )
-    return (offset, size, *sample.get("cls", (-1, 0)))
 
 
 def check_shards(index: ShardIndex, split: str, most_bytes: int = 2 << 30) -> None:
