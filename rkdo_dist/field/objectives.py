@@ -230,6 +230,7 @@ def dense(
     v: Tensor,
     labels: Tensor | None = None,
     temperature: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss over a whole global batch and its parts, with r x N matrices and plain autograd: the oracle.
 
@@ -237,6 +238,7 @@ def dense(
         u, v: unit-norm embeddings (B, d) of view 1 and view 2, floating point.
         labels: (B,) integers, for objectives that need them.
         temperature: a scalar that replaces tau0, for its gradient.
+        rows: indices (r,) of the samples whose rows are averaged; all by default.
 
     Returns:
         The mean over samples of their row losses, and the means of its parts: `kl_t` of every level,
@@ -269,7 +271,8 @@ def dense(
             similarity, initial.to(device), taus, objective.couplings, excluded, objective.supervisor_grad
         )
         for name, value in _parts(objective, field, initial, batch).items():
-            totals[name] = totals[name] + piece.weight * value.mean()
+            chosen = value if rows is None else value[rows]
+            totals[name] = totals[name] + piece.weight * chosen.mean()
     return totals["cross_entropy"] - totals["entropy_p"], totals
 
 

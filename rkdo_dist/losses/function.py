@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rkdo_dist.exchange.columns import GatheredColumns, LocalColumns, RingColumns
 from rkdo_dist.exchange.group import Group
@@ -93,8 +92,9 @@ class _FieldFunction(torch.autograd.Function):
         return loss, parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the gradients below would look like constants
+            raise RuntimeError("the field loss has no second derivative; field.objectives.dense has")
         u, v, temperature = ctx.saved_tensors  # raises if u or v were changed in place since
         call, field = ctx.call, ctx.field
         scale = gradient / len(u)

@@ -50,8 +50,6 @@ class FieldLoss(nn.Module):
         super().__init__()
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
-        if temperature is not None and (temperature.numel() != 1 or not temperature.is_floating_point()):
-            raise ValueError(f"temperature must be a floating-point scalar, got shape {tuple(temperature.shape)}")
         self.objective = objective
         self.exchange = exchange
         self.group = group
@@ -225,6 +223,9 @@ class SupervisedLoss(FieldLoss):
 
 def _split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
     """A number for the objective, and the tensor if the temperature is one."""
-    if isinstance(temperature, Tensor):
-        return float(temperature.detach()), temperature
-    return temperature, None
+    if not isinstance(temperature, Tensor):
+        return temperature, None
+    if temperature.numel() != 1 or not temperature.is_floating_point():
+        shape = tuple(temperature.shape)
+        raise ValueError(f"temperature must be a number or a floating-point scalar, got {temperature.dtype} {shape}")
+    return float(temperature.detach()), temperature
