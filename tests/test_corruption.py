@@ -3,20 +3,33 @@ everybody."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
+import json
+import multiprocessing
+import os
+import pickle
 import random
+import resource
 import shutil
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
+from PIL import Image
 
 from rkdo_dist.data import shards
-from rkdo_dist.data.index import DataError, ShardIndex, load_index
+from rkdo_dist.data.archive import scan
+from rkdo_dist.data.images import decode
+from rkdo_dist.data.index import DataError, Shard, ShardIndex, load_index
 from rkdo_dist.data.order import rank_lanes
 from rkdo_dist.data.prepare import prepare
 from rkdo_dist.data.stream import Batch, lane_stream
@@ -185,3 +198,185 @@ def test_nothing_usable_left_is_an_error_even_when_skipping(copy: ShardIndex) ->
         (copy.root / shard.name).unlink()
     with pytest.raises(DataError, match=r"no shard of split 'train' .* can be read"):
         next(lane_stream(copy, "train", **PLAN, on_corrupt="skip"))
+
+
+class Bomb:
+    """Unpickling it leaves a mark."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+EXTENSIONS = (
+    "pyd",
+    "pkl",
+    "pickle",
+    "pth",
+    "pt",
+    "npy",
+    "npz",
+    "ten",
+    "tb",
+    "mp",
+    "json",
+    "txt",
+    "cbor",
+    "jpg.pyd",
+)
+
+
+def read_all(index: ShardIndex) -> int:
+    return sum(len(b.lanes[0].keys) for b in lane_stream(index, "train", seed=0, all_lanes=1, micro_batch=1))
+
+
+def test_pickles_are_never_opened(copy: ShardIndex, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    payload = pickle.dumps(Bomb(canary))
+    name, rest = copy.split("train").shards[0].name, 125 - 17
+    beside = [("a.jpg", picture(1)), *((f"a.{extension}", payload) for extension in EXTENSIONS)]
+    assert read_all(reindexed(copy, name, shard_of(beside), 1)) == rest + 1  # present, but nobody looks
+    for extension in ("jpg", "jpeg", "png", "webp", "cls"):
+        members = [(f"a.{extension}", payload), *([("a.jpg", picture(1))] if extension == "cls" else [])]
+        with pytest.raises(DataError, match=r"sample 'a'"):
+            read_all(reindexed(copy, name, shard_of(members), 1))
+    for content in (payload, payload.ljust(10240, b"\0")):
+        with pytest.raises(DataError, match=name):
+            read_all(reindexed(copy, name, content, 1))
+    (copy.root / "index.json").write_bytes(payload)
+    with pytest.raises(DataError, match="not valid JSON"):
+        load_index(copy.root)
+    assert not canary.exists()
+    pickle.loads(payload)  # the trap works
+    assert canary.exists()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, size
+    return info
+
+
+def sparse_header(name: str, length: int) -> bytes:
+    """An old GNU sparse member: no data, `length` bytes of zeros when read."""
+    header = bytearray(member(name, tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = f"{length:011o}\0".encode()
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return bytes(header)
+
+
+def pax_header(length: int) -> bytes:
+    return member("pax", tarfile.XHDTYPE, size=length).tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            member("a.jpg", tarfile.SYMTYPE, "/etc/passwd").tobuf(),
+            "member 'a.jpg' at offset 0 is not an ordinary file",
+        ),
+        (member("a.jpg", tarfile.LNKTYPE, "/etc/passwd").tobuf(), "not an ordinary file"),
+        (member("a.jpg", tarfile.FIFOTYPE).tobuf(), "not an ordinary file"),
+        (member("a.jpg", tarfile.CHRTYPE).tobuf(), "not an ordinary file"),
+        (sparse_header("a.jpg", 6 << 30), "not an ordinary file"),
+        (member("../a.jpg").tobuf(), "unsafe name"),
+        (member("/a.jpg").tobuf(), "unsafe name"),
+        (member("a.jpg", size=1 << 40).tobuf(tarfile.GNU_FORMAT), "cut off|not a readable"),
+        (pax_header(4 << 30), "claims 4294967296 bytes|not a readable"),
+    ],
+)
+def test_hostile_members_are_refused(copy: ShardIndex, content: bytes, message: str) -> None:
+    name = copy.split("train").shards[0].name
+    with pytest.raises(DataError, match=message):
+        read_all(reindexed(copy, name, content + bytes(10240), 1))
+
+
+def bombs() -> Iterator[tuple[str, bytes]]:
+    """Small files that want to be large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def png(width: int, height: int, extra: bytes = b"") -> bytes:
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        return (
+            b"\x89PNG\r\n\x1a\n"
+            + header
+            + extra
+            + chunk(b"IDAT", zlib.compress(bytes(1 << 16)))
+            + chunk(b"IEND", b"")
+        )
+
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200 << 20)))
+    webp = io.BytesIO()
+    Image.new("RGB", (6000, 6000)).save(webp, "WEBP")
+    jpeg = bytearray(picture(1))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65_000, 65_000)
+    yield "wide.png", png(60_000, 60_000)
+    yield "long.png", png(1, 2**31 - 1)
+    yield "text.png", png(8, 8, text)
+    yield "large.webp", webp.getvalue()
+    yield "large.jpg", bytes(jpeg)
+    yield "shard", gzip.compress(bytes(300 << 20))
+
+
+def _open_bombs(root: Path, names: list[str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in names:
+        data = (root / name).read_bytes()
+        try:
+            if name == "shard":
+                shards.open_shard(root, Shard(name, 1, hashlib.sha256(data).hexdigest(), len(data)))
+            else:
+                decode(data, name)
+        except DataError:
+            continue
+        raise AssertionError(f"{name} was accepted")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    total = psutil.Process().memory_info().rss / 2**20
+    assert grown < 150, f"memory grew by {grown} MB"
+    assert total + grown < 500
+
+
+def test_bombs_stay_small(tmp_path: Path) -> None:
+    names = []
+    for name, content in bombs():
+        assert len(content) < 1 << 20
+        (tmp_path / name).write_bytes(content)
+        names.append(name)
+    child = multiprocessing.get_context("forkserver").Process(target=_open_bombs, args=(tmp_path, names))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_a_scan_needs_the_end_mark() -> None:
+    whole = shard_of([("a.jpg", picture(1))])
+    cut = whole[: 512 + 512 * -(-len(picture(1)) // 512)]
+    with open(os.memfd_create("shard"), "r+b") as file:
+        file.write(cut)
+        file.flush()
+        with pytest.raises(DataError, match="no end mark"):
+            scan(file.fileno(), "x")
+
+
+def test_urls_in_an_index_are_refused(copy: ShardIndex, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    tree = json.loads((copy.root / "index.json").read_text())
+    for name in (
+        f"pipe:touch {canary}",
+        f"file:{canary}",
+        "http://localhost/x.tar",
+        "s3://bucket/x.tar",
+        "gopen:x",
+    ):
+        tree["splits"]["train"][0]["name"] = name
+        (copy.root / "index.json").write_text(json.dumps(tree))
+        with pytest.raises(DataError, match="no scheme or colon is allowed"):
+            load_index(copy.root)
+    assert not canary.exists()
