@@ -251,6 +251,35 @@ def test_accelerate_launch_runs_on_two_ranks(small: list[str]) -> None:
 
 
 @pytest.mark.slow
+def test_thirty_steps_of_resnet18_are_one_run_on_one_two_and_four_ranks(small: list[str]) -> None:
+    """Batch norm, Adam, float32; loader workers and recomputation differ too."""
+    arguments = [*small[:-1], "encoder.backbone=resnet18", "train.batches_per_epoch=30", "train.checkpoint_every=1000"]
+    arguments.append("evaluate.at_end=true")
+    found = []
+    for world, extra in (
+        (1, ["data.workers=0"]),
+        (2, ["data.workers=1", "train.recompute=true"]),
+        (4, ["data.workers=2"]),
+    ):
+        run = run_of(small).with_name(f"world{world}")
+        answers = on_ranks(world, [*arguments, *extra, f"run.dir={run}"], timeout=240)
+        assert [code for code, _ in answers] == [0] * world, answers
+        found.append((fingerprint(run, 30), metrics(run), (run / "evaluations" / "30.json").read_text()))
+    assert found[0] == found[1] == found[2]
+
+
+def test_fast_reduction_sees_the_same_batches(small: list[str]) -> None:
+    run, fast = run_of(small), run_of(small).with_name("fast")
+    command(small)
+    answers = on_ranks(2, [*small, "run.reduction=fast", f"run.dir={fast}"])
+    assert [code for code, _ in answers] == [0, 0], answers
+    exact, other = metrics(run), metrics(fast)
+    assert [r["batch_digest"] for r in exact] == [r["batch_digest"] for r in other]
+    assert other[0]["loss"] == pytest.approx(exact[0]["loss"], abs=1e-6)
+    assert fingerprint(run, 6) != fingerprint(fast, 6)  # the control: another order of summation shows in the bits
+
+
+@pytest.mark.slow
 def test_a_launcher_that_would_start_one_rank_starts_all(small: list[str]) -> None:
     """Without --multi_gpu Accelerate starts a single process on a CPU machine and says nothing."""
     accelerate = str(Path(sys.executable).with_name("accelerate"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 INTERRUPTED = 130  # Ctrl-C, as shells report it
+PATIENCE = 3.0  # seconds in which a repeated Ctrl-C is taken for an echo of the first
 PREEMPTED = 75  # EX_TEMPFAIL: "try again later", for schedulers that requeue
 
 _CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
@@ -14,11 +16,13 @@ _CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1:
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `code` instead of ending the process.
 
-    A second SIGINT gets the usual KeyboardInterrupt, for whoever cannot wait for the end of the step.
+    A second SIGINT gets the usual KeyboardInterrupt, for whoever cannot wait for the end of the step; but not at once,
+    because a launcher passes on the SIGINT that the terminal has sent to the whole process group already.
     """
 
     def __init__(self) -> None:
         self.code = 0
+        self._patient_until = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -31,6 +35,8 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.code and number == signal.SIGINT:
+        if self.code and number == signal.SIGINT and time.monotonic() > self._patient_until:
             raise KeyboardInterrupt
+        if not self.code:
+            self._patient_until = time.monotonic() + PATIENCE
         self.code = max(self.code, _CODES[signal.Signals(number)])
