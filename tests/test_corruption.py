@@ -128,7 +128,7 @@ def test_none_of_500_corruptions_passes_silently(copy: ShardIndex) -> None:
     entries = copy.split("train").shards
     originals = [(copy.root / entry.name).read_bytes() for entry in entries]
     shard, path = entries[0], copy.root / entries[0].name
-    opened = shards.open_shard(copy.root, shard)
+    opened = shards.open_shard(copy, shard)
     keys, starts = opened.table.keys, opened.table.starts.tolist()
     opened.close()
     silent, located = 0, 0
@@ -137,7 +137,7 @@ def test_none_of_500_corruptions_passes_silently(copy: ShardIndex) -> None:
         assert data != originals[0], kind
         path.write_bytes(data)
         with pytest.raises(DataError) as caught:
-            shards.open_shard(copy.root, shard)
+            shards.open_shard(copy, shard)
         message = str(caught.value)
         assert path.name in message, kind
         assert "\n" not in message
@@ -152,7 +152,7 @@ def test_none_of_500_corruptions_passes_silently(copy: ShardIndex) -> None:
     assert located > 250  # the rest has lost the header with the key in it
     assert silent > 150  # the control: plain webdataset lets these pass
     path.write_bytes(originals[0])
-    shards.open_shard(copy.root, shard).close()
+    shards.open_shard(copy, shard).close()
 
 
 def skipping(index: ShardIndex, world: int, workers: int) -> list[Any]:
@@ -332,7 +332,8 @@ def _open_bombs(root: Path, names: list[str]) -> None:
         data = (root / name).read_bytes()
         try:
             if name == "shard":
-                shards.open_shard(root, Shard(name, 1, hashlib.sha256(data).hexdigest(), len(data)))
+                shard = Shard(name, 1, hashlib.sha256(data).hexdigest(), len(data))
+                shards.open_shard(ShardIndex(root, {}), shard)
             else:
                 decode(data, name)
         except DataError:

@@ -32,7 +32,7 @@ def contents(out: Path, split: str) -> list[tuple[str, bytes, int | None]]:
     """(key, image bytes, label) of every sample, through the verifying reader."""
     index, found = load_index(out), []
     for shard in index.split(split).shards:
-        opened = open_shard(index.root, shard)
+        opened = open_shard(index, shard)
         for k, key in enumerate(opened.table.keys):
             label = opened.label(k)
             found.append((key, opened.image(k), None if label is None else int(label)))

@@ -145,7 +145,7 @@ def test_shards_are_opened_about_once_and_a_seek_reads_nothing_else(
     fetched: list[int] = []
     original = samples.open_shard
     monkeypatch.setattr(
-        samples, "open_shard", lambda root, shard: opened.append(shard.name) or original(root, shard)
+        samples, "open_shard", lambda index, shard: opened.append(shard.name) or original(index, shard)
     )
     image = shards.OpenShard.image
     monkeypatch.setattr(shards.OpenShard, "image", lambda self, k: fetched.append(k) or image(self, k))

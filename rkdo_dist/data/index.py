@@ -2,7 +2,7 @@
 
 `index.json` lies beside the shards and is the only description of them that is believed; a reader checks
 every shard against it before using a sample. It is plain JSON and is checked strictly: nothing in it can
-make a reader open a file outside its directory or start a program.
+make a reader open a file outside its directory, start a program, or, unless that is allowed, fetch anything.
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rkdo_dist.data.errors import DataError
+from rkdo_dist.data.remote import Address, default_cache, fetch, is_url, read_all
 from rkdo_dist.files import write_atomic
 
 INDEX_NAME = "index.json"
 FORMAT, VERSION = "rkdo-shards", 1
 _MAX_INDEX_BYTES = 256 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class DataError(ValueError):
-    """Something is wrong with data or its index; the message names the file (shard, key, offset) and what
-    to do."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,12 @@ class ShardIndex:
     """A directory of shards.
 
     Attributes:
-        root: the directory that shard names are relative to.
+        root: the directory that shard names are relative to; the cache if they lie elsewhere.
         splits: by name ("train", "test", "unlabeled", ...).
         classes: class names; a sample's label is a position in it. Empty when there are no labels.
         image_size: (height, width) of every image, or None when it varies.
         source, identity, seed, shard_size: what the shards were made from and how.
+        address: of the index, if the shards lie elsewhere (see `remote`); None: they are files below `root`.
     """
 
     root: Path
@@ -87,6 +85,26 @@ class ShardIndex:
     identity: str = ""
     seed: int | None = None
     shard_size: int | None = None
+    address: Address | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def place(self) -> str:
+        """Where the shards are, for messages."""
+        return str(self.root) if self.address is None else self.address.shown
+
+    def file_of(self, shard: Shard) -> Path:
+        """The local file of a shard, fetched into the cache first if it lies elsewhere.
+
+        Raises:
+            DataError: if it cannot be fetched.
+        """
+        if self.address is None:
+            return self.root / shard.name
+        return fetch(self.address.beside(shard.name), shard.sha256, shard.bytes, self.root)
+
+    def name_of(self, shard: Shard) -> str:
+        """What messages call a shard."""
+        return str(self.root / shard.name) if self.address is None else self.address.beside(shard.name).shown
 
     def split(self, name: str) -> Split:
         """The split called `name`.
@@ -95,17 +113,19 @@ class ShardIndex:
             DataError: if there is none, naming those there are.
         """
         if name not in self.splits:
-            raise DataError(f"{self.root} has no split {name!r}; it has {', '.join(self.splits) or 'none'}")
+            raise DataError(f"{self.place} has no split {name!r}; it has {', '.join(self.splits) or 'none'}")
         return self.splits[name]
 
     def digest(self) -> str:
         """SHA-256 over the content that a run depends on (not over where it lies)."""
-        return hashlib.sha256(json.dumps(to_tree(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(to_tree(replace(self, address=None)), sort_keys=True).encode()
+        ).hexdigest()
 
 
 def to_tree(index: ShardIndex) -> dict[str, Any]:
-    """The index as the JSON object that is stored."""
-    return {
+    """The index as the JSON object that is stored; no secret part of an address gets into it."""
+    tree = {
         "format": FORMAT,
         "version": VERSION,
         "source": index.source,
@@ -116,6 +136,7 @@ def to_tree(index: ShardIndex) -> dict[str, Any]:
         "classes": list(index.classes),
         "splits": {name: [vars(s) for s in split.shards] for name, split in index.splits.items()},
     }
+    return tree if index.address is None else {**tree, "base": index.address.base}
 
 
 def save_index(index: ShardIndex, path: str | os.PathLike[str] | None = None) -> Path:
@@ -125,18 +146,43 @@ def save_index(index: ShardIndex, path: str | os.PathLike[str] | None = None) ->
     return target
 
 
-def load_index(path: str | os.PathLike[str]) -> ShardIndex:
+def load_index(path: str | os.PathLike[str], *, allow_remote: bool = False) -> ShardIndex:
     """Read and check an index.
 
     Args:
-        path: a directory with index.json in it, or that file.
+        path: a directory with index.json in it, or that file, or the http(s) or object-store URL of
+            either: then the shards lie beside it, and are fetched as they are needed into the cache
+                (`remote.default_cache`).
+        allow_remote: follow a local index to shards that it says lie elsewhere.
 
     Raises:
         DataError: no such directory, no index in it, not an index, or a value that cannot be; the message
             names the file and what to do.
     """
+    if is_url(path):
+        address = Address(str(path))
+        if not address.shown.endswith(".json"):
+            address = address.below(INDEX_NAME)
+        tree = _parse(read_all(address, _MAX_INDEX_BYTES), address.shown)
+        return _checked(tree, address.shown, default_cache(), address)
     given = Path(path)
     target = given / INDEX_NAME if given.is_dir() else given
+    tree = _parse(_read(given, target), str(target))
+    base = tree.get("base") if isinstance(tree, dict) else None
+    if base is None:
+        return _checked(tree, str(target), target.parent, None)
+    if not isinstance(base, str):
+        raise DataError(f'{target}: "base" must be a URL, got {base!r}')
+    address = Address(base).below(INDEX_NAME)
+    if not allow_remote:
+        raise DataError(
+            f"the shards of {target} lie at {address.shown.removesuffix(INDEX_NAME)}: they are fetched only where that "
+            "is allowed expressly"
+        )
+    return _checked(tree, str(target), default_cache(), address)
+
+
+def _read(given: Path, target: Path) -> bytes:
     if not given.exists():
         raise DataError(
             f"there is no shard directory {given}; make one with `rkdo prepare SOURCE --out {given}`"
@@ -153,16 +199,23 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
         raise DataError(f"cannot read {target}: {error.strerror or error}") from error
     if len(text) > _MAX_INDEX_BYTES:
         raise DataError(f"{target} is larger than {_MAX_INDEX_BYTES >> 20} MiB: this is not an index")
+    return text
+
+
+def _parse(text: bytes, where: str) -> Any:
     try:
-        tree = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{target} is not valid JSON ({error}); prepare the shards again with --force"
+            f"{where} is not valid JSON ({error}); prepare the shards again with --force"
         ) from None
+
+
+def _checked(tree: Any, where: str, root: Path, address: Address | None) -> ShardIndex:
     try:
-        return _from_tree(tree, target.parent)
+        return replace(_from_tree(tree, root), address=address)
     except _Bad as error:
-        raise DataError(f"{target}: {error}") from None
+        raise DataError(f"{where}: {error}") from None
 
 
 class _Bad(Exception):
@@ -222,9 +275,9 @@ def _shard(entry: Any, where: str) -> Shard:
     check_name(name, where)
     if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
         raise _Bad(f'{where}: "sha256" must be 64 hexadecimal digits, got {digest!r}')
-    for field in ("samples", "bytes"):
-        if not _is_count(entry.get(field)):
-            raise _Bad(f'{where}: "{field}" must be a whole number >= 0, got {entry.get(field)!r}')
+    for number in ("samples", "bytes"):
+        if not _is_count(entry.get(number)):
+            raise _Bad(f'{where}: "{number}" must be a whole number >= 0, got {entry.get(number)!r}')
     checks = entry.get("checks", "")
     if not isinstance(checks, str):
         raise _Bad(f'{where}: "checks" must be text, got {checks!r}')

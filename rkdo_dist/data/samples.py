@@ -61,7 +61,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded sample: image uint8 (3, H, W), label -1 for none; `replaced` if it stands in for an unreadable one."""
+    """A decoded sample: image uint8 (3, H, W), label -1 for none; `replaced` if it stands in for an
+    unreadable one."""
 
     key: str
     id: int
@@ -103,7 +104,7 @@ class Cursor:
         if window.shard != self._shard:
             self.close()
             try:
-                self._open = open_shard(self._reading.index.root, self._reading.split.shards[window.shard])
+                self._open = open_shard(self._reading.index, self._reading.split.shards[window.shard])
             except DataError:
                 if self._reading.on_corrupt == "abort":
                     raise
@@ -149,11 +150,11 @@ class Cursor:
         for other in substitutes(len(shards), broken, *self._draw):
             if shards[other].samples:
                 try:
-                    return other, open_shard(self._reading.index.root, shards[other])
+                    return other, open_shard(self._reading.index, shards[other])
                 except DataError:
                     continue
         raise DataError(
-            f"no shard of split {self._reading.split.name!r} in {self._reading.index.root} can be read"
+            f"no shard of split {self._reading.split.name!r} in {self._reading.index.place} can be read"
         )
 
 

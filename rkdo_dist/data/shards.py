@@ -73,7 +73,7 @@ class ShardWriter:
 
 
 def _read_back(path: Path, samples: int) -> str:
-    descriptor = _open(path)
+    descriptor = open_plain(path, str(path))
     try:
         table = scan(descriptor, str(path))
         assert len(table.keys) == samples
@@ -138,71 +138,89 @@ class OpenShard:
 _verified: OrderedDict[tuple, Table] = OrderedDict()
 
 
-def open_shard(root: Path, shard: Shard) -> OpenShard:
+def open_shard(index: ShardIndex, shard: Shard) -> OpenShard:
     """Open a shard after checking its length, SHA-256 and sample count against the index.
 
     A file that this process has verified before, and that nobody has written to since (same inode, length,
-    times of modification and of status change), is not hashed again.
+    times of modification and of status change), is not hashed again. A file of the cache that has been
+    damaged there is fetched again.
 
     Raises:
         DataError: missing, changed, truncated or damaged; the message names the shard.
     """
-    path = root / shard.name
-    descriptor = _open(path)
+    path, name = index.file_of(shard), index.name_of(shard)
+    try:
+        return _open_verified(path, name, shard)
+    except DataError:
+        if index.address is None:
+            raise
+        path.unlink(missing_ok=True)
+        return _open_verified(index.file_of(shard), name, shard)
+
+
+def _open_verified(path: Path, name: str, shard: Shard) -> OpenShard:
+    descriptor = open_plain(path, name)
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path} is not an ordinary file")
         if status.st_size != shard.bytes:
             raise DataError(
-                f"{path} has {status.st_size} bytes, the index says {shard.bytes}"
+                f"{name} has {status.st_size} bytes, the index says {shard.bytes}"
                 f"{_first_damage(descriptor, shard)}: {_guess(descriptor)}"
             )
         key = (shard, _identity(status))
         table = _verified.get(key)
         if table is None:
-            table = _verify(descriptor, path, shard)
+            table = _verify(descriptor, name, shard)
             _verified[key] = table
             while len(_verified) > 1 and sum(len(t.keys) for t in _verified.values()) > _MAX_CACHED_SAMPLES:
                 _verified.popitem(last=False)
         else:
             _verified.move_to_end(key)
-        return OpenShard(str(path), descriptor, table)
+        return OpenShard(name, descriptor, table)
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def _open(path: Path) -> int:
+def open_plain(path: Path, name: str) -> int:
+    """A descriptor of a shard's file, nothing verified; the caller closes it.
+
+    Raises:
+        DataError: missing, unreadable, or not an ordinary file.
+    """
     try:
         # A pipe under a shard's name must not block the reader: it is refused as soon as it is open.
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing, but the index lists it; prepare the shards again") from None
+        raise DataError(f"{name} is missing, but the index lists it; prepare the shards again") from None
     except OSError as error:
-        raise DataError(f"cannot open {path}: {error.strerror or error}") from error
+        raise DataError(f"cannot open {name}: {error.strerror or error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{name} is not an ordinary file")
+    return descriptor
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _verify(descriptor: int, path: Path, shard: Shard) -> Table:
+def _verify(descriptor: int, name: str, shard: Shard) -> Table:
     digest, offset = hashlib.sha256(), 0
     try:
         while piece := os.pread(descriptor, PIECE, offset):
             digest.update(piece)
             offset += len(piece)
     except OSError as error:
-        raise DataError(f"{path} cannot be read at offset {offset}: {error.strerror}") from error
+        raise DataError(f"{name} cannot be read at offset {offset}: {error.strerror}") from error
     if digest.hexdigest() != shard.sha256:
         raise DataError(
-            f"{path} is damaged{_first_damage(descriptor, shard)}: its SHA-256 is {digest.hexdigest()[:16]}..., "
+            f"{name} is damaged{_first_damage(descriptor, shard)}: its SHA-256 is {digest.hexdigest()[:16]}..., "
             f"the index says {shard.sha256[:16]}...; {_guess(descriptor)}"
         )
-    table = scan(descriptor, str(path))
+    table = scan(descriptor, name)
     if len(table.keys) != shard.samples:
-        raise DataError(f"{path} holds {len(table.keys)} samples, the index says {shard.samples}")
+        raise DataError(f"{name} holds {len(table.keys)} samples, the index says {shard.samples}")
     return table
 
 
@@ -228,14 +246,17 @@ def check_shards(index: ShardIndex, split: str, most_bytes: int = 2 << 30) -> No
 
     Args:
         most_bytes: lengths are always compared; SHA-256 too if the split has no more bytes than this. (The
-            stream verifies each shard again before it uses it.)
+            stream verifies each shard again before it uses it.) Shards that lie elsewhere are
+            not fetched for this.
 
     Raises:
         DataError: naming the first shard that is missing or differs.
     """
     shards = index.split(split).shards
+    if index.address is not None:
+        return
     thorough = sum(shard.bytes for shard in shards) <= most_bytes
     for shard in shards:
-        path = index.root / shard.name
+        path = index.file_of(shard)
         if thorough or not path.is_file() or path.stat().st_size != shard.bytes:
-            open_shard(index.root, shard).close()
+            open_shard(index, shard).close()

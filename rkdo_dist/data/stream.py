@@ -230,7 +230,7 @@ def lane_stream(
     plan, steps = run.plan(reading.split, epoch)
     if plan.steps == 0:
         raise DataError(
-            f"split {split!r} of {index.root} has {plan.samples} samples, fewer than one global batch of "
+            f"split {split!r} of {index.place} has {plan.samples} samples, fewer than one global batch of "
             f"{all_lanes * micro_batch}: use a smaller train.global_batch or more data"
         )
     if not 0 <= start_step <= steps:

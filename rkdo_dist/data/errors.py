@@ -1,0 +1,6 @@
+"""What goes wrong with data."""
+
+
+class DataError(ValueError):
+    """Something is wrong with data or its index; the message names the file (shard, key, offset) and what
+    to do."""
