@@ -13,7 +13,7 @@ upper levels of the same tree, so world sizes that are powers of two give the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
+P = TypeVar("P", Tensor, list[Tensor])
 
 # Newer releases of torch rename the collective; older ones know only the longer name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -47,14 +48,14 @@ def barrier(group: Group = None) -> None:
         dist.barrier(group)
 
 
-class TreeSum:
+class TreeSum(Generic[P]):
     """Sum of a known number of equal-shaped tensors in the order of one fixed tree.
 
     Let `count` = 2^k * odd. Runs of `odd` neighbours are added from left to right, and the 2^k results by a balanced
     binary tree. For W = 2^w dividing 2^k, each contiguous share of count / W parts is a complete subtree, so adding
     the shares first and their sums afterwards gives the same bits. At most k + 2 tensors are held at a time.
 
-    The first part given may be consumed (added to in place): do not reuse it.
+    Parts given may be consumed (added to in place): do not reuse them. A part may also be a list of tensors.
 
     Raises:
         ValueError: if `count` is not positive.
@@ -67,12 +68,12 @@ class TreeSum:
         self._run = count // (count & -count)  # the odd part
         self._in_run = 0
         self._added = 0
-        self._open: Tensor | None = None  # the unfinished run
-        self._pending: list[tuple[int, Tensor]] = []  # (runs in it, partial sum), sizes falling
+        self._open: P | None = None  # the unfinished run
+        self._pending: list[tuple[int, P]] = []  # (runs in it, partial sum), sizes falling
 
-    def add(self, part: Tensor) -> None:
+    def add(self, part: P) -> None:
         """Append the next part."""
-        self._open = part if self._open is None else self._open.add_(part)
+        self._open = part if self._open is None else _add(self._open, part)
         self._in_run += 1
         self._added += 1
         if self._in_run < self._run:
@@ -80,11 +81,11 @@ class TreeSum:
         done, self._open, self._in_run = self._open, None, 0
         size = 1
         while self._pending and self._pending[-1][0] == size:
-            done = self._pending.pop()[1].add_(done)
+            done = _add(self._pending.pop()[1], done)
             size *= 2
         self._pending.append((size, done))
 
-    def total(self) -> Tensor:
+    def total(self) -> P:
         """The sum.
 
         Raises:
@@ -93,6 +94,14 @@ class TreeSum:
         if self._added != self.count:
             raise ValueError(f"expected {self.count} parts, got {self._added}")
         return self._pending[0][1]
+
+
+def _add(first: P, second: P) -> P:
+    """`second` added to `first` in place."""
+    if isinstance(first, Tensor):
+        return first.add_(second)
+    torch._foreach_add_(first, second)
+    return first
 
 
 def tree_sum(parts: Sequence[Tensor]) -> Tensor:
@@ -132,19 +141,42 @@ def all_gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     return out
 
 
-def exact_all_reduce(flat: Tensor, group: Group = None) -> Tensor:
-    """Sum over ranks of a 1-d tensor in tree order: all-to-all of chunks, tree sum on the owner, all-gather.
+class ExactAllReduce:
+    """Sums a vector over ranks in tree order: all-to-all of chunks, tree sum on the owner, all-gather.
 
     The traffic is that of a ring all-reduce. Elementwise addition does not mix elements, so padding and chunking do
-    not change any bit.
+    not change any bit. The buffers are kept: fresh ones of a gradient's size cost more than the sum.
+
+    Args:
+        length: of the vectors.
+        like: gives dtype and device.
+
+    Attributes:
+        vector: (length,), to be filled before `reduce`; holds the sum afterwards.
     """
-    world = world_size(group)
-    if world == 1 or not flat.numel():
+
+    def __init__(self, length: int, like: Tensor, group: Group = None) -> None:
+        self._group, self._world = group, world_size(group)
+        self._padded = like.new_zeros(length + -length % self._world)
+        self._received = torch.empty_like(self._padded) if self._world > 1 else self._padded
+        self.vector = self._padded[:length]
+
+    def reduce(self) -> Tensor:
+        """Replace `vector` by its sum over ranks (collective); returns it."""
+        if self._world > 1 and self._padded.numel():
+            dist.all_to_all_single(self._received, self._padded, group=self._group)
+            chunk = tree_sum(self._received.view(self._world, -1).unbind(0))
+            _all_gather(self._padded, chunk, group=self._group)
+        return self.vector
+
+
+def exact_all_reduce(flat: Tensor, group: Group = None) -> Tensor:
+    """Sum over ranks of a 1-d tensor in tree order (`ExactAllReduce`, once)."""
+    if world_size(group) == 1:
         return flat
-    length = flat.numel()
-    padding = -length % world
-    padded = torch.cat([flat, flat.new_zeros(padding)]) if padding else flat
-    return all_gather_rows(exact_reduce_scatter(padded, group), group)[:length]
+    once = ExactAllReduce(flat.numel(), flat, group)
+    once.vector.copy_(flat)
+    return once.reduce()
 
 
 def _small_tensor_device(group: Group = None) -> torch.device:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -50,7 +51,10 @@ class Runtime:
 
     def wrap(self, encoder: nn.Module) -> nn.Module:
         """The encoder under the strategy's wrapper (DDP when there are several ranks)."""
-        return self.accelerator.prepare_model(encoder)
+        with warnings.catch_warnings():
+            # Newer torch renames an option that Accelerate passes on.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            return self.accelerator.prepare_model(encoder)
 
     def without_sync(self, wrapped: nn.Module) -> contextlib.AbstractContextManager:
         """A context in which backward passes of `wrapped` only accumulate on this rank."""

@@ -82,6 +82,7 @@ class Step:
         self._encoder, self._make_view, self._runtime, self._settings = encoder, make_view, runtime, settings
         self._parameters = [p for p in encoder.parameters() if p.requires_grad]
         self._statistics = BatchStatistics(encoder)
+        self._reduce: group.ExactAllReduce | None = None
         fast = settings.reduction == "fast"
         self._wrapped = runtime.wrap(encoder) if fast else encoder
 
@@ -153,25 +154,31 @@ class Step:
         rows = field.rows * len(lanes) * self._runtime.world
         loss, parts, code = _lane_means(field.reports, stop, rows)
         _require_finite_loss(loss, at)
-        gradients, statistics = group.TreeSum(len(lanes)), group.TreeSum(len(lanes))
+        gradients: group.TreeSum[list[Tensor]] = group.TreeSum(len(lanes))
+        statistics: group.TreeSum[Tensor] = group.TreeSum(len(lanes))
         finite = []
         for number, lane in enumerate(lanes):
             outputs = self._second_pass(self._encoder, lane, number, at, embedded[number])
             weights = (field.du[number] / rows, field.dv[number] / rows)
             found = torch.autograd.grad(outputs, self._parameters, weights, materialize_grads=True)
-            flat = torch.cat([g.flatten() for g in found])
-            finite.append((flat.sum(),))  # a sum is finite only if all it adds is
-            gradients.add(flat)
+            finite.append((_sum_of_all(found),))  # finite only if everything in it is
+            gradients.add(list(found))
             statistics.add(embedded[number].statistics)
             embedded[number] = embedded[number].detached()  # frees this lane's graph
         _require_finite(finite, "the gradient", at)
-        self._install(group.exact_all_reduce(gradients.total()))
+        self._install(gradients.total())
         local = statistics.total()
         self._move_statistics(group.exact_all_reduce(local.flatten()).view_as(local))
         return StepResult(loss, parts, code)
 
-    def _install(self, flat: Tensor) -> None:
-        for parameter, part in zip(self._parameters, flat.split([p.numel() for p in self._parameters]), strict=True):
+    def _install(self, gradients: list[Tensor]) -> None:
+        """Sum over ranks into the vector that the parameters' gradients are views of."""
+        if self._reduce is None:
+            like = self._parameters[0]
+            self._reduce = group.ExactAllReduce(sum(p.numel() for p in self._parameters), like.detach())
+        torch.cat([g.flatten() for g in gradients], out=self._reduce.vector)
+        parts = self._reduce.reduce().split([p.numel() for p in self._parameters])
+        for parameter, part in zip(self._parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
     # --- fast -------------------------------------------------------------------------------------------------
@@ -258,7 +265,7 @@ def _exact_field(u: list[Tensor], v: list[Tensor], objective: Objective, offset:
     lanes, m = len(u), u[0].shape[0]
     columns_u, columns_v = group.all_gather_rows(torch.cat(u)), group.all_gather_rows(torch.cat(v))
     results = []
-    sums = {"u": group.TreeSum(lanes), "v": group.TreeSum(lanes)}
+    sums: dict[str, group.TreeSum[Tensor]] = {"u": group.TreeSum(lanes), "v": group.TreeSum(lanes)}
     used = {"u": False, "v": False}
     for i in range(lanes):
         result = value_and_gradient(objective, u[i], v[i], columns_u, columns_v, (offset + i) * m)
@@ -301,6 +308,10 @@ def _require_finite(lanes: Sequence[Sequence[Tensor]], what: str, at: _Place) ->
     if broken:
         rank, first = broken[0] // len(lanes), broken[0]
         raise NonFiniteError(f"{what} of step {at.step + 1} is not finite (rank {rank}, lane {first})")
+
+
+def _sum_of_all(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.sum() for t in tensors]).sum()
 
 
 def _require_finite_loss(loss: float, at: _Place) -> None:
