@@ -369,3 +369,27 @@ def test_urls_can_be_indexed_and_are_followed_only_where_allowed(
     assert index.split("train") == load_index(folder / "s").split("train")
     assert flat(index) == flat(load_index(folder / "s"))
     assert max(server.requests.values()) == 1  # the cache has them since they were indexed
+
+
+def test_a_bucket_of_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moto = pytest.importorskip("moto.server", reason="needs moto[server] and s3fs")
+    s3fs = pytest.importorskip("s3fs", reason="needs moto[server] and s3fs")
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        for name, value in (
+            ("AWS_ENDPOINT_URL", endpoint), ("AWS_ACCESS_KEY_ID", "hunter2"), ("AWS_SECRET_ACCESS_KEY", "hunter2"),
+            ("AWS_DEFAULT_REGION", "us-east-1"), ("RKDO_CACHE", str(tmp_path / "cache")),
+        ):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(remote, "FIRST_DELAY", 0.0)
+        store = s3fs.S3FileSystem()
+        store.mkdir("bucket")
+        store.put(str(folder / "s"), "bucket/s", recursive=True)
+        index = load_index("s3://bucket/s")
+        assert flat(index) == flat(load_index(folder / "s"))
+        with pytest.raises(DataError, match=r"cannot read s3://bucket/none/index\.json"):
+            load_index("s3://bucket/none")
+    finally:
+        server.stop()
