@@ -1,4 +1,4 @@
-"""The command line: prepare, train, evaluate, compare. Imports are lazy, so `--help` is instant."""
+"""The command line: prepare, index, train, evaluate, compare. Imports are lazy, so `--help` is instant."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rkdo_dist.data.index import ShardIndex
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -70,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--force", action="store_true", help="rebuild what is complete")
     prepare.set_defaults(run=_prepare)
 
+    index = commands.add_parser("index", help="describe existing WebDataset shards, without rewriting them")
+    index.add_argument("shards", nargs="+", metavar="DIR_OR_URL", help="a directory of tar files, or tar files or URLs")
+    index.add_argument("--out", metavar="DIR", help="where index.json goes (default: beside the shards)")
+    index.set_defaults(run=_index)
+
     train = commands.add_parser("train", help="train an encoder")
     train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/digits-rkdo.yaml")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.epochs=5 run.dir=runs/five")
@@ -89,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(options: argparse.Namespace, words: list[str]) -> int:
     from rich.console import Console
-    from rich.table import Table
 
     from rkdo_dist.data.prepare import prepare
     from rkdo_dist.train.journal import progress_bar
@@ -109,15 +119,40 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
             force=options.force,
             progress=progress,
         )
-    table = Table(title=str(made.root))
-    for column in ("split", "samples", "shards", "classes", "image size"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    size = "varies" if made.image_size is None else "x".join(map(str, made.image_size))
-    for split in made.splits.values():
-        table.add_row(split.name, f"{split.samples:,}", str(len(split.shards)), str(len(made.classes)), size)
-    console.print(table)
+    console.print(_split_table(made))
     console.print("written" if made.built else "complete already: nothing to do (--force rebuilds it)")
     return 0
+
+
+def _index(options: argparse.Namespace, words: list[str]) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.data.foreign import index_shards
+    from rkdo_dist.train.journal import progress_bar
+
+    console = Console(stderr=True)
+    source = options.shards[0] if len(options.shards) == 1 else options.shards
+    with progress_bar(console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("indexing", total=None, note="")
+
+        def progress(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, note=label)
+
+        made = index_shards(source, out=options.out, progress=progress)
+    console.print(_split_table(made))
+    return 0
+
+
+def _split_table(index: ShardIndex) -> Table:
+    from rich.table import Table
+
+    table = Table(title=str(index.root))
+    for column in ("split", "samples", "shards", "classes", "image size"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    size = "varies" if index.image_size is None else "x".join(map(str, index.image_size))
+    for split in index.splits.values():
+        table.add_row(split.name, f"{split.samples:,}", str(len(split.shards)), str(len(index.classes)), size)
+    return table
 
 
 def _train(options: argparse.Namespace, words: list[str]) -> int:

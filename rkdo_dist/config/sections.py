@@ -40,6 +40,7 @@ class DataConfig:
     """Where the samples are and how they are read (`rkdo_dist.data`)."""
 
     shards: str = free("")
+    allow_remote: bool = free(False)
     split: str = "train"
     image_size: int | None = None
     shuffle_buffer: int = 2048

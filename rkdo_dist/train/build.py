@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from rkdo_dist.config import Config, ConfigError
-from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.index import ShardIndex, load_index
 from rkdo_dist.data.order import EpochPlan
+from rkdo_dist.data.remote import Address, is_url
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.sync_norm import synchronised
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def open_index(config: Config) -> ShardIndex:
+    """The index that `data.shards` names.
+
+    Raises:
+        DataError: if it cannot be read, or leads elsewhere without `data.allow_remote`.
+    """
+    return load_index(config.data.shards, allow_remote=config.data.allow_remote)
+
+
+def without_secrets(config: Config) -> Config:
+    """The configuration as it may be written down: a URL of shards loses its query and password."""
+    shards = config.data.shards
+    if not is_url(shards):
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, shards=Address(shards).shown))
 
 
 def epoch_plan(config: Config, index: ShardIndex, epoch: int) -> EpochPlan:

@@ -188,7 +188,7 @@ class Job:
         if found is None:
             return
         if found.extra["data"] != self.index.digest():
-            raise RunError(f"{found.path} was trained on other data than data.shards={self.config.data.shards} holds")
+            raise RunError(f"{found.path} was trained on other data than data.shards now holds ({self.index.root})")
         assert found.optimizer is not None  # `save` writes it
         self.encoder.load_state_dict(found.model)
         checkpoint.tensors_to_optimizer(found.optimizer, self.optimizer, self.encoder.named_parameters())

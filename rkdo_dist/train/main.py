@@ -10,7 +10,6 @@ from rich.console import Console
 
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
-from rkdo_dist.data.index import load_index
 from rkdo_dist.exchange import group
 from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.train import build, loop, runtime
@@ -58,12 +57,12 @@ def train(config: Config) -> int:
 def _set_up(config: Config, rt: Runtime) -> Job:
     """Everything that can fail because of the request fails here, on every rank alike."""
     configuration.check_world(config, rt.world)
-    index = group.together(lambda: load_index(config.data.shards), "reading the index")
+    index = group.together(lambda: build.open_index(config), "reading the index")
     run = RunDirectory(config.run.dir)
     job = group.together(lambda: Job(config, rt, index, run), "building the run")
     _agree(job.facts())
     source = group.together(lambda: other_run(config), "looking at run.resume")
-    group.together(lambda: run.claim(config, source) if rt.is_main else None, "claiming run.dir")
+    group.together(lambda: run.claim(build.without_secrets(config), source) if rt.is_main else None, "claiming run.dir")
     if config.run.resume != "never":
         group.together(job.restore, "loading the checkpoint")
     _agree({"step of the checkpoint": job.position})
@@ -119,7 +118,7 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
         )
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
-        index = group.together(lambda: load_index(config.data.shards), "reading the index")
+        index = group.together(lambda: build.open_index(config), "reading the index")
         encoder = build.make_encoder(config).to(rt.device)
         found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
         if found is None:
