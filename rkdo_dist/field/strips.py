@@ -13,8 +13,9 @@ softmax, q (g - <q, g>), so log p may be off by any constant of the row that is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -113,18 +114,25 @@ class RecursiveKernel:
         self._on_positive = sum(x * k for x, k in zip(self._ratio[1:], kept, strict=True))
         table = [[*added, 0.0], *gradient_coefficients(alpha, self._ratio)]
         self._table = torch.tensor(table, dtype=dtype, device=device)[:, :, None]
-        self._ratios = torch.tensor(self._ratio[:-1], dtype=dtype, device=device)[:, None, None]
-        self._e = torch.empty(depth + 1, rows, columns, dtype=dtype, device=device)
-        self._rho = torch.empty(depth, rows, columns, dtype=dtype, device=device)
-        self._p = torch.empty(rows, columns, dtype=dtype, device=device)
+        self._ratios = torch.tensor(self._ratio, dtype=dtype, device=device)[:, None, None]
+        self._shape = rows, columns
+
+    @cached_property
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """e (D+1, r, n), rho (D, r, n), and P (D, r, n), which shares memory with rho if nothing asks for both."""
+        e = self._table.new_empty(len(self._ratio), *self._shape)
+        rho = e.new_empty(len(self._alpha), *self._shape)
+        return e, rho, torch.empty_like(rho) if self.keeps_parts else rho
 
     def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """All columns at once: fill `sums` from x (r, N) and turn x into d loss / d x."""
         if self.shifts:
             self.maximum(x, sums, place)
         e = self._normalise(x, sums, place)
-        rho = self._log_ratios(e, x, sums, place, note=self.keeps_parts)
-        self._differentiate(e, rho, x, sums, place, flow_known=False)
+        product = self._log_ratios(e, x, sums, place, note=self.keeps_parts)
+        if self.flows:
+            product = self._flow(e, product, sums, place, note=True)
+        self._differentiate(e, product, x, sums, place)
 
     def maximum(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """The walk before the others, only if `shifts`: the largest x of every row."""
@@ -140,15 +148,15 @@ class RecursiveKernel:
         e = self._levels(x, sums, place)
         rho = self._log_ratios(e, x, sums, place, note=self.keeps_parts)
         if self.flows:
-            for s, g in self._adjoints(rho):
-                sums.flow[s].add_(torch.mul(e[s], g, out=self._p[: len(x)]).sum(1))
-            self._note_positive(2, rho[0], sums, place)
+            self._flow(e, rho, sums, place, note=True)
 
     def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """Third walk, with complete `sums`: turn x into d loss / d x."""
         e = self._levels(x, sums, place)
-        rho = self._log_ratios(e, x, sums, place, note=False) if self.flows else self._rho
-        self._differentiate(e, rho, x, sums, place, flow_known=True)
+        product = self._buffers[1]
+        if self.flows:
+            product = self._flow(e, self._log_ratios(e, x, sums, place, note=False), sums, place, note=False)
+        self._differentiate(e, product, x, sums, place)
 
     def row_parts(self, sums: RowSums) -> list[Tensor]:
         """Parts of every row's loss: kl_t, cross_entropy, entropy_p, positive_mass; each (b,) float64."""
@@ -182,8 +190,8 @@ class RecursiveKernel:
         if self.shifts:
             x.sub_(sums.shift[:, None])
         hide(x, place, 0)
-        e = self._e[:, : len(x)]
-        torch.mul(x, self._ratios, out=e[:-1])
+        e = self._buffers[0][:, : len(x)]
+        torch.mul(x, self._ratios[:-1], out=e[:-1])
         e[:-1].exp_()
         torch.exp(x, out=e[-1])
         if place.excluded is not None:
@@ -194,61 +202,53 @@ class RecursiveKernel:
         e = self._levels(x, sums, place)
         sums.z.add_(e.sum(2))
         if self.keeps_parts:
-            sums.mean.add_(torch.mul(e[:-1], x, out=self._rho[:, : len(x)]).sum(2))
+            sums.mean.add_(torch.mul(e[:-1], x, out=self._buffers[1][:, : len(x)]).sum(2))
         self._note_positive(0, x, sums, place)
         self._note_positive(1, e[-1], sums, place)
         return e
 
     def _log_ratios(self, e: Tensor, x: Tensor, sums: RowSums, place: Place, note: bool) -> Tensor:
-        """rho_1..rho_D (D, r, n). P_t = p(t) z_D / scale keeps rho_t small: it is log p - log q but for a
-        constant that is 0 where temperatures agree."""
-        p, rho = self._p[: len(x)], self._rho[:, : len(x)]
-        added = self._table[0] * (sums.z[-1] / sums.z)
-        for t, fold in enumerate(self._fold):
-            if t == 0:
-                torch.mul(e[0], added[0][:, None], out=p)
-                hide(p, place, self._tiny)
-                if place.positive is not None:
-                    p.diagonal(place.positive).add_(sums.z[-1], alpha=fold)
-            else:
-                if fold != 1:
-                    p.mul_(fold)
-                p.addcmul_(e[t], added[t][:, None])
-            if self._clamps:
-                p.clamp_min_(self._tiny)
-            torch.log(p, out=rho[t]).sub_(x, alpha=self._ratio[t + 1])
-            if note:
-                scratch = rho[-1] if t + 1 < len(rho) else p
-                sums.log_ratio[t].add_(torch.mul(p, rho[t], out=scratch).sum(1))
+        """rho_1..rho_D (D, r, n). P_t = p(t) z_D / scale keeps rho_t small: it is log p - log q but for a constant
+        that is 0 where temperatures agree."""
+        rho, p = (buffer[:, : len(x)] for buffer in self._buffers[1:])
+        added = (self._table[0] * (sums.z[-1] / sums.z))[:, :, None]
+        torch.mul(e[0], added[0], out=p[0])
+        hide(p[0], place, self._tiny)
+        if place.positive is not None:
+            p[0].diagonal(place.positive).add_(sums.z[-1], alpha=self._fold[0])
+        for t in range(1, len(p)):
+            previous = p[t - 1] if self._fold[t] == 1 else torch.mul(p[t - 1], self._fold[t], out=p[t])
+            torch.addcmul(previous, e[t], added[t], out=p[t])
+        if self._clamps:
+            p.clamp_min_(self._tiny)
+        torch.log(p, out=rho).addcmul_(x, self._ratios[1:], value=-1)
+        if note:
+            sums.log_ratio.add_(p.mul_(rho).sum(2))
         return rho
 
-    def _adjoints(self, rho: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(s, G_(s+1)) for s = D-1..0: G_t = rho_t + (1 - alpha(t+1)) G_(t+1), in place of rho_t."""
-        for s in range(len(rho) - 1, -1, -1):
-            if s + 1 < len(rho):
-                rho[s].add_(rho[s + 1], alpha=1 - self._alpha[s + 1])
-            yield s, rho[s]
+    def _flow(self, e: Tensor, rho: Tensor, sums: RowSums, place: Place, note: bool) -> Tensor:
+        """e_(t-1) G_t (D, r, n) in place of rho_t, where G_t = rho_t + (1 - alpha(t+1)) G_(t+1)."""
+        for t in range(len(rho) - 1, 0, -1):
+            rho[t - 1].add_(rho[t], alpha=1 - self._alpha[t])
+        if note:
+            self._note_positive(2, rho[0], sums, place)
+        product = rho.mul_(e[:-1])
+        if note:
+            sums.flow.add_(product.sum(2))
+        return product
 
-    def _differentiate(
-        self, e: Tensor, rho: Tensor, x: Tensor, sums: RowSums, place: Place, flow_known: bool
-    ) -> None:
+    def _differentiate(self, e: Tensor, product: Tensor, x: Tensor, sums: RowSums, place: Place) -> None:
         """x <- sum_s e_s (K_s + f_s G_(s+1)) - p(0) on_positive, with factors K_s and f_s of the row."""
         inverse = sums.z.reciprocal()
-        through_p, direct = self._table[1] * inverse, self._table[2] * inverse
-        correction = through_p * inverse
-        gradient, product = e[-1].mul_(direct[-1][:, None]), self._p[: len(x)]
-        adjoints = self._adjoints(rho) if self.flows else ((s, None) for s in range(len(rho) - 1, -1, -1))
-        for s, g in adjoints:
-            factor = direct[s]
-            if g is not None:
-                torch.mul(e[s], g, out=product)
-                if not flow_known:
-                    torch.sum(product, 1, out=sums.flow[s])
-                gradient.addcmul_(product, through_p[s][:, None])
-                factor = torch.addcmul(factor, correction[s], sums.flow[s], value=-1)
-            torch.addcmul(gradient, e[s], factor[:, None], out=gradient if s else x)
-        if self.flows and not flow_known:
-            self._note_positive(2, rho[0], sums, place)
+        through_p, factor = self._table[1] * inverse, self._table[2] * inverse
+        gradient = e[-1].mul_(factor[-1][:, None])
+        if self.flows:
+            factor = torch.addcmul(factor[:-1], (through_p * inverse)[:-1], sums.flow, value=-1)
+        through_p, factor = through_p[:, :, None], factor[:, :, None]
+        for s in range(len(product) - 1, -1, -1):
+            if self.flows:
+                gradient.addcmul_(product[s], through_p[s])
+            torch.addcmul(gradient, e[s], factor[s], out=gradient if s else x)
         if place.positive is not None:
             x.diagonal(place.positive).sub_(self._on_positive)
 

@@ -11,7 +11,9 @@ When columns arrive in blocks (a ring of ranks), `FieldRows` makes the same comp
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums
 # Entries of a panel, and of all buffers of a strip together. On a CPU the strip's buffers stay in the cache
 # of the cores; a GPU wants large kernels. Sizes depend on nothing else, so that results are reproducible.
 PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 PANEL_ROWS = 64  # at least: a matrix product of fewer rows wastes the machine
 
 
@@ -152,7 +154,7 @@ class FieldRows:
         else:
             budget = STRIP_BUFFER_ELEMENTS.get(device.type, STRIP_BUFFER_ELEMENTS["cpu"]) // (2 * objective.depth + 2)
             self._strip_rows = min(self._panel_rows, max(1, budget // width))
-            self._kernel = RecursiveKernel(objective, self._strip_rows, width, dtype, device, parts)
+            self._kernel = _recursive_kernel(objective, self._strip_rows, width, dtype, device, parts)
         self.walks = (("maximum",) if self._kernel.shifts else ()) + self._kernel.walks
         self._panel = torch.empty(self._panel_rows, width, dtype=dtype, device=device)
 
@@ -246,3 +248,14 @@ class FieldRows:
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of the computation: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _recursive_kernel(
+    objective: Objective, rows: int, columns: int, dtype: torch.dtype, device: torch.device, parts: bool
+) -> RecursiveKernel:
+    """The fused kernel where triton and a device for it are there, and the eager one otherwise."""
+    if (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and find_spec("triton") is not None:
+        from rkdo_dist.field.triton_kernels import TritonKernel
+
+        return TritonKernel(objective, rows, columns, dtype, device)
+    return RecursiveKernel(objective, rows, columns, dtype, device, parts)
