@@ -21,6 +21,7 @@ from rkdo_dist.data.images import decode
 from rkdo_dist.data.index import DataError, load_index
 from rkdo_dist.data.prepare import prepare
 from rkdo_dist.data.shards import open_shard
+from rkdo_dist.data.stream import lane_stream
 from tests.pictures import cifar_tar, files_of, image_folder, picture, tar_of
 from tests.ranks import PRELOAD
 
@@ -366,3 +367,11 @@ def test_the_whole_of_cifar10_from_its_tar(tmp_path: Path) -> None:
     assert np.all(np.bincount(labels) == 5000)
     assert np.all(np.bincount(labels[:5000]) > 400)
     assert not prepare("imagefolder", tmp_path / "c", tar).built
+    seen: set[str] = set()
+    for batch in lane_stream(index, "test", seed=1, all_lanes=4, micro_batch=64, workers=2):
+        for micro in batch.lanes:
+            assert micro.images.shape == (64, 3, 32, 32)
+            seen.update(micro.keys)
+    assert len(seen) == 10_000 // 256 * 256
+    micro = next(lane_stream(index, "train", seed=1, all_lanes=1, micro_batch=1000, start_step=49)).lanes[0]
+    assert np.bincount(micro.labels.numpy(), minlength=10).min() > 60

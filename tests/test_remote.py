@@ -20,12 +20,13 @@ import psutil
 import pytest
 
 from rkdo_dist.data import remote
+from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.foreign import index_shards
 from rkdo_dist.data.index import DataError, ShardIndex, load_index
 from rkdo_dist.data.prepare import prepare
 from rkdo_dist.data.remote import Address
 from rkdo_dist.data.stream import lane_stream
-from tests.pictures import image_folder, picture, shard_of
+from tests.pictures import image_folder
 
 PLAN: dict[str, Any] = {"seed": 3, "all_lanes": 4, "micro_batch": 5, "window": 16}
 
@@ -173,6 +174,23 @@ def test_what_cannot_be_fetched_is_named(
     assert not list(Path(remote.default_cache()).rglob("*.t*"))  # nothing half-done stays
 
 
+@pytest.mark.parametrize(("status", "skipped"), [(404, True), (403, False), (503, False)])
+def test_only_what_is_missing_for_everybody_is_skipped(server: Server, status: int, skipped: bool) -> None:
+    def rule(handler: Any, number: int) -> bool:
+        if handler.path.endswith("train-00003.tar"):
+            handler.send_error(status)
+            return True
+        return False
+
+    server.rule = rule
+    stream = lane_stream(load_index(f"{server.url}/s"), "train", **PLAN, on_corrupt="skip")
+    if skipped:
+        assert sum(micro.skipped for batch in stream for micro in batch.lanes) > 5
+    else:
+        with pytest.raises(Unreachable, match=f"HTTP status {status}"):
+            list(stream)
+
+
 def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(server: Server, folder: Path) -> None:
     index = load_index(f"{server.url}/s")
     want = flat(index)
@@ -296,62 +314,6 @@ def test_object_stores_go_through_fsspec(
     with pytest.raises(DataError, match=r"memory://bucket/s/test-00000\.tar: FileNotFoundError"):
         index.file_of(index.split("test").shards[0])
     store.rm("/bucket", recursive=True)
-
-
-def foreign(root: Path) -> Path:
-    """Shards as somebody else might have them: no index, folders, odd members, two splits by name."""
-    (root / "a").mkdir(parents=True)
-    for name, first in (("a/my-train-0.tar", 0), ("a/my-train-1.tar", 8), ("my-val-0.tar", 16)):
-        members = []
-        for k in range(first, first + 8):
-            members += [
-                (f"x/{k:03d}.JPG", picture(k)),
-                (f"x/{k:03d}.cls", b"%d\n" % (k % 3)),
-                (f"x/{k:03d}.pyd", b"\x80\x04."),
-            ]
-        (root / name).write_bytes(shard_of(members))
-    return root
-
-
-def test_anybodys_shards_can_be_indexed(tmp_path: Path) -> None:
-    root = foreign(tmp_path / "w")
-    before = {p: p.read_bytes() for p in root.rglob("*.tar")}
-    calls: list[tuple[int, int, str]] = []
-    index = index_shards(root, progress=lambda *call: calls.append(call))
-    assert before == {p: p.read_bytes() for p in root.rglob("*.tar")}
-    assert {name: s.samples for name, s in index.splits.items()} == {"train": 16, "test": 8}
-    assert index.classes == ("0", "1", "2")
-    assert index.image_size == (12, 12)
-    assert calls[-1] == (3, 3, "index.json")
-    loaded = load_index(root)
-    assert loaded == index
-    labels = {k: v for b in lane_stream(loaded, "train", seed=0, all_lanes=2, micro_batch=4)
-              for m in b.lanes for k, v in zip(m.keys, m.labels.tolist(), strict=True)}  # fmt: skip
-    assert labels == {f"x/{k:03d}": k % 3 for k in range(16)}
-    named = index_shards(root, splits={"train": ["my-val-0.tar"]}, classes=["a", "b", "c"])
-    assert named.split("train").samples == 8
-    with pytest.raises(DataError, match="says class 2, but the index has 2 classes"):
-        index_shards(root, classes=["a", "b"])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (shard_of([("a.cls", b"0")]), "needs exactly one image"),
-        (shard_of([("a.jpg", b"no")]), "not a readable"),
-        (shard_of([("a.jpg", picture(1))])[:1500], "truncated|cut off|not a readable"),
-        (b"", "not a readable|truncated"),
-    ],
-)
-def test_unusable_shards_are_not_indexed(tmp_path: Path, content: bytes, message: str) -> None:
-    root = foreign(tmp_path / "w")
-    (root / "a" / "my-train-1.tar").write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        index_shards(root)
-    assert "my-train-1.tar" in str(caught.value)
-    assert not (root / "index.json").exists()
-    with pytest.raises(DataError, match=r"no \*\.tar files"):
-        index_shards(tmp_path / "w" / "b" if (tmp_path / "w" / "b").mkdir() is None else "")
 
 
 def test_urls_can_be_indexed_and_are_followed_only_where_allowed(

@@ -26,7 +26,7 @@ from rkdo_dist.data.index import DataError, ShardIndex, load_index
 from rkdo_dist.data.order import EpochPlan, rank_lanes
 from rkdo_dist.data.prepare import prepare
 from rkdo_dist.data.stream import Batch, MicroBatch, evaluation_stream, lane_stream
-from tests.pictures import cifar_tar, image_folder, picture, reindexed, shard_of
+from tests.pictures import image_folder, picture, reindexed, shard_of
 from tests.ranks import PRELOAD
 
 multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, "rkdo_dist.data.stream"])
@@ -354,19 +354,3 @@ def test_ctrl_c_is_answered_by_the_main_process_alone(index: ShardIndex, tmp_pat
     assert process.returncode == 0
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
-
-
-@pytest.mark.real
-def test_cifar10_streams_whole(tmp_path: Path) -> None:
-    index = prepare("imagefolder", tmp_path / "c", cifar_tar(), shard_size=5000)
-    seen: set[str] = set()
-    steps = 0
-    for batch in lane_stream(index, "test", seed=1, all_lanes=4, micro_batch=64, workers=2):
-        for micro in batch.lanes:
-            assert micro.images.shape == (64, 3, 32, 32)
-            seen.update(micro.keys)
-        steps += 1
-    assert steps == 10_000 // 256
-    assert len(seen) == steps * 256
-    micro = next(lane_stream(index, "train", seed=1, all_lanes=1, micro_batch=1000, start_step=49)).lanes[0]
-    assert np.bincount(micro.labels.numpy(), minlength=10).min() > 60

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from rkdo_dist.data.errors import DataError
+from rkdo_dist.data.errors import DataError, Unreachable
 from rkdo_dist.files import sha256_of, sync_file
 
 HTTP = ("http", "https")
@@ -105,6 +105,10 @@ class Address:
 
 class _Temporary(Exception):
     """Worth another try."""
+
+
+class _Wrong(_Temporary):
+    """Whole, but not what it should be."""
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):
@@ -192,8 +196,11 @@ def read_all(address: Address, limit: int) -> bytes:
     def once() -> None:
         content.clear()
         with _open(address, 0) as (stream, _):
+            expected = getattr(stream, "length", None)
             while piece := stream.read(min(_PIECE, limit + 1 - len(content))):
                 content.extend(piece)
+        if expected is not None and len(content) < min(expected, limit):
+            raise _Temporary(f"it ended after {len(content)} of {expected} bytes")
 
     _again_and_again(address, once)
     if len(content) > limit:
@@ -205,12 +212,14 @@ def _again_and_again(address: Address, once: Callable[[], None]) -> None:
     """Call `once` until it succeeds, with growing pauses after errors that may pass.
 
     Raises:
-        DataError: after the last try, or at once for errors that stay (such as 404). Its text and its
-            causes do not contain the secret parts of the address.
+        DataError: it is not there, or its content is wrong at every try.
+        Unreachable: any other error, at once if it is of the kind that stays (such as 403). No text and no
+            cause contains the secret parts of the address.
     """
     for attempt in range(TRIES):
         if attempt:
             time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
+        kind: type[DataError] = Unreachable
         try:
             return once()
         except DataError:
@@ -218,11 +227,14 @@ def _again_and_again(address: Address, once: Callable[[], None]) -> None:
         except urllib.error.HTTPError as error:
             reason = f"HTTP status {error.code}"
             passing = error.code in (408, 425, 429) or error.code >= 500
+            kind = DataError if error.code in (404, 410) else Unreachable
             error.close()
-        except (FileNotFoundError, PermissionError) as error:  # of an object store
-            reason, passing = type(error).__name__, False
         except _Temporary as error:
             reason, passing = str(error), True
+            kind = DataError if isinstance(error, _Wrong) else Unreachable
+        except (FileNotFoundError, PermissionError) as error:  # of an object store
+            reason, passing = type(error).__name__, False
+            kind = DataError if isinstance(error, FileNotFoundError) else Unreachable
         except (OSError, http.client.HTTPException) as error:
             reason, passing = _reason(error), True
         except Exception as error:  # drivers of object stores have kinds of their own
@@ -230,8 +242,8 @@ def _again_and_again(address: Address, once: Callable[[], None]) -> None:
                 raise
             reason, passing = type(error).__name__, False
         if not passing:
-            raise DataError(f"cannot read {address.shown}: {reason}") from None
-    raise DataError(f"cannot read {address.shown} after {TRIES} tries: {reason}") from None
+            raise kind(f"cannot read {address.shown}: {reason}") from None
+    raise kind(f"cannot read {address.shown} after {TRIES} tries: {reason}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -317,4 +329,4 @@ def _transfer(address: Address, sha256: str | None, length: int, temporary: Path
         temporary.unlink()
         if head.startswith((b"<!doctype", b"<html", b"<?xml")):
             raise DataError(f"{address.shown} is a web page, not the shard that the index lists")
-        raise _Temporary(f"its bytes are not those that the index lists ({start} of {length} bytes, SHA-256)")
+        raise _Wrong(f"its bytes are not those that the index lists ({start} of {length} bytes, SHA-256)")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.images import decode, parse_label
 from rkdo_dist.data.index import DataError, ShardIndex, Split
 from rkdo_dist.data.order import Window, substitutes
@@ -105,8 +106,8 @@ class Cursor:
             self.close()
             try:
                 self._open = open_shard(self._reading.index, self._reading.split.shards[window.shard])
-            except DataError:
-                if self._reading.on_corrupt == "abort":
+            except DataError as error:
+                if not self._may_skip(error):
                     raise
             self._shard = window.shard
         return self._open
@@ -115,10 +116,13 @@ class Cursor:
         if opened is not None:
             try:
                 return self._read(opened, shard, position)
-            except DataError:
-                if self._reading.on_corrupt == "abort":
+            except DataError as error:
+                if not self._may_skip(error):
                     raise
         return self._replacement(opened, shard, position)
+
+    def _may_skip(self, error: DataError) -> bool:
+        return self._reading.on_corrupt == "skip" and not isinstance(error, Unreachable)
 
     def _read(self, opened: OpenShard, shard: int, position: int) -> Sample:
         where = opened.where(position)
@@ -140,7 +144,9 @@ class Cursor:
         for step in range(count):
             try:
                 sample = self._read(opened, shard, (position + step) % count)
-            except DataError:
+            except DataError as error:
+                if not self._may_skip(error):
+                    raise
                 continue
             return Sample(sample.key, sample.id, sample.image, sample.label, replaced=True)
         raise DataError(f"{opened.name} holds no readable sample to go on with")
@@ -151,8 +157,9 @@ class Cursor:
             if shards[other].samples:
                 try:
                     return other, open_shard(self._reading.index, shards[other])
-                except DataError:
-                    continue
+                except DataError as error:
+                    if not self._may_skip(error):
+                        raise
         raise DataError(
             f"no shard of split {self._reading.split.name!r} in {self._reading.index.place} can be read"
         )

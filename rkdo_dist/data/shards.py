@@ -18,6 +18,7 @@ from typing import IO
 from webdataset.writer import TarWriter
 
 from rkdo_dist.data.archive import PIECE, Table, checksums, locate, scan
+from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.index import DataError, Shard, ShardIndex
 from rkdo_dist.files import TEMPORARY, sync_directory
 
@@ -129,7 +130,7 @@ class OpenShard:
         try:
             data = os.pread(self._descriptor, int(size), int(offset))
         except OSError as error:
-            raise DataError(f"{self.where(position)} cannot be read: {error.strerror}") from error
+            raise Unreachable(f"{self.where(position)} cannot be read: {error.strerror}") from error
         if len(data) != size:
             raise DataError(f"{self.where(position)} ends after {len(data)} of {size} bytes")
         return data
@@ -151,8 +152,8 @@ def open_shard(index: ShardIndex, shard: Shard) -> OpenShard:
     path, name = index.file_of(shard), index.name_of(shard)
     try:
         return _open_verified(path, name, shard)
-    except DataError:
-        if index.address is None:
+    except DataError as error:
+        if index.address is None or isinstance(error, Unreachable):
             raise
         path.unlink(missing_ok=True)
         return _open_verified(index.file_of(shard), name, shard)
@@ -194,7 +195,7 @@ def open_plain(path: Path, name: str) -> int:
     except FileNotFoundError:
         raise DataError(f"{name} is missing, but the index lists it; prepare the shards again") from None
     except OSError as error:
-        raise DataError(f"cannot open {name}: {error.strerror or error}") from error
+        raise Unreachable(f"cannot open {name}: {error.strerror or error}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DataError(f"{name} is not an ordinary file")
@@ -212,7 +213,7 @@ def _verify(descriptor: int, name: str, shard: Shard) -> Table:
             digest.update(piece)
             offset += len(piece)
     except OSError as error:
-        raise DataError(f"{name} cannot be read at offset {offset}: {error.strerror}") from error
+        raise Unreachable(f"{name} cannot be read at offset {offset}: {error.strerror}") from error
     if digest.hexdigest() != shard.sha256:
         raise DataError(
             f"{name} is damaged{_first_damage(descriptor, shard)}: its SHA-256 is {digest.hexdigest()[:16]}..., "

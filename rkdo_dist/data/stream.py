@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.index import DataError, ShardIndex, Split
 from rkdo_dist.data.order import EpochPlan, evaluation_blocks, worker_lanes
 from rkdo_dist.data.samples import Cursor, MicroBatch, Packed, Reading, pack
@@ -41,6 +42,7 @@ class _Failure:
     """An error on its way from a worker to the main process: its text alone, no traceback."""
 
     message: str
+    unreachable: bool
 
 
 class _Items(IterableDataset):
@@ -52,7 +54,7 @@ class _Items(IterableDataset):
         try:
             yield from self.items(worker, workers)
         except (DataError, OSError) as error:
-            yield _Failure(str(error))
+            yield _Failure(str(error), not isinstance(error, DataError) or isinstance(error, Unreachable))
 
     def items(self, worker: int, workers: int) -> Iterator[Packed]:
         raise NotImplementedError
@@ -168,7 +170,7 @@ def _loaded(items: _Items, workers: int, prefetch: int, pin: bool) -> Generator[
     try:
         for item in iterator:
             if isinstance(item, _Failure):
-                raise DataError(item.message)
+                raise (Unreachable if item.unreachable else DataError)(item.message)
             yield item
     except (RuntimeError, ConnectionError, EOFError) as error:
         # A worker that is killed while a tensor is handed over shows as a broken connection.
