@@ -26,6 +26,15 @@ class RunError(ValueError):
     """A run directory cannot be used as asked; the message names it and says what to do."""
 
 
+# What an evaluation says of the encoder, and how people read it.
+SCORE_TITLES = {
+    "linear_accuracy": "linear accuracy (embedding)",
+    "linear_accuracy_backbone": "linear accuracy (backbone)",
+    "knn_accuracy": "k-NN accuracy (embedding)",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "neighbourhood": "neighbourhood preservation",
+}
 # May grow when a run is continued, provided nothing in the run depends on the total number of steps.
 _LENGTH = {"train.epochs", "train.max_steps"}
 # What an interrupted copy of another run may have left before its config.yaml.

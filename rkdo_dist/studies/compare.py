@@ -15,16 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from rkdo_dist.config import Config
-from rkdo_dist.rundir import RunDirectory, RunError
-
-_SCORES = {
-    "linear_accuracy": "linear accuracy (embedding)",
-    "linear_accuracy_backbone": "linear accuracy (backbone)",
-    "knn_accuracy": "k-NN accuracy (embedding)",
-    "nmi": "NMI",
-    "ari": "ARI",
-    "neighbourhood": "neighbourhood preservation",
-}
+from rkdo_dist.rundir import SCORE_TITLES, RunDirectory, RunError
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def comparison_table(directories: list[Path]) -> Table:
     table.add_row("  at uniform (knows nothing)", *(f"{run.at_uniform:.4f}" for run in runs))
     table.add_row("  at the ideal simplex", *(f"{run.at_ideal:.4f}" for run in runs))
     table.add_row("  share of the way attained", *(f"{run.attained(run.loss):.1%}" for run in runs), end_section=True)
-    for name, title in _SCORES.items():
+    for name, title in SCORE_TITLES.items():
         table.add_row(title, *(_number(run.scores.get(name)) for run in runs))
     table.add_section()
     table.add_row("protocol", *(str(run.scores.get("protocol", "-")) for run in runs))

@@ -16,20 +16,12 @@ from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate import scores
 from rkdo_dist.evaluate.features import FrozenFeatures, gather_features
 from rkdo_dist.exchange import group
-from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.rundir import SCORE_TITLES, RunDirectory
 from rkdo_dist.train import build
 from rkdo_dist.train.journal import progress_bar
 from rkdo_dist.train.runtime import Runtime
 
 PAPER_BATCHES = 11  # of the test split, in the released code's evaluation
-_SHOWN = {
-    "linear_accuracy": "linear accuracy (embedding)",
-    "linear_accuracy_backbone": "linear accuracy (backbone)",
-    "knn_accuracy": "k-NN accuracy (embedding)",
-    "nmi": "NMI",
-    "ari": "ARI",
-    "neighbourhood": "neighbourhood preservation",
-}
 
 
 def evaluate_encoder(
@@ -141,6 +133,6 @@ def _table(step: int, result: dict[str, Any]) -> Table:
     table = Table(title=f"Step {step}, protocol {result['protocol']}")
     table.add_column("score")
     table.add_column("value", justify="right")
-    for name, title in _SHOWN.items():
+    for name, title in SCORE_TITLES.items():
         table.add_row(title, f"{result[name]:.4f}")
     return table
