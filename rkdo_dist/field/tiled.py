@@ -22,8 +22,9 @@ from rkdo_dist.field.objectives import Objective, Slice
 from rkdo_dist.field.static_strips import StaticKernel
 from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums
 
-# Entries of a panel, and of all buffers of a strip together. On a CPU the strip's buffers stay in the cache
-# of the cores; a GPU wants large kernels. Sizes depend on nothing else, so that results are reproducible.
+# Entries of a panel, and of all buffers of a strip together: large enough that starting threads (or a kernel) for
+# each operation costs little, small enough for a CPU's outer cache. Sizes depend on nothing else, so that results are
+# reproducible.
 PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 PANEL_ROWS = 64  # at least: a matrix product of fewer rows wastes the machine
