@@ -59,6 +59,9 @@ class StaticKernel:
         x.exp_()
         self._differentiate(x, _same_label(x, place), sums, place)
 
+    def release(self) -> None:
+        """Nothing to give back: everything happens in place."""
+
     def row_parts(self, sums: RowSums) -> list[Tensor]:
         """Parts of every row's loss: kl_1, cross_entropy, entropy_p, positive_mass; each (b,) float64."""
         z = sums.z[-1].double()

@@ -158,6 +158,10 @@ class RecursiveKernel:
             product = self._flow(e, self._log_ratios(e, x, sums, place, note=False), sums, place, note=False)
         self._differentiate(e, product, x, sums, place)
 
+    def release(self) -> None:
+        """Give the buffers back; they are made again when needed."""
+        self.__dict__.pop("_buffers", None)
+
     def row_parts(self, sums: RowSums) -> list[Tensor]:
         """Parts of every row's loss: kl_t, cross_entropy, entropy_p, positive_mass; each (b,) float64."""
         z, mean, log_ratio = sums.z.double(), sums.mean.double(), sums.log_ratio.double()

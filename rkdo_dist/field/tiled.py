@@ -157,7 +157,7 @@ class FieldRows:
             self._strip_rows = min(self._panel_rows, max(1, budget // width))
             self._kernel = _recursive_kernel(objective, self._strip_rows, width, dtype, device, parts)
         self.walks = (("maximum",) if self._kernel.shifts else ()) + self._kernel.walks
-        self._panel = torch.empty(self._panel_rows, width, dtype=dtype, device=device)
+        self._width = width
 
     def visit(self, walk: str, columns: Tensor, first_column: int, home: Tensor | None = None) -> None:
         """One visit of a block of columns.
@@ -178,6 +178,10 @@ class FieldRows:
                 view = self.objective.column_views.index(piece.columns)
                 flat, flat_home = columns[view], None if home is None else home[view]
             self._visit(piece, sums, walk, flat, first_column, flat_home)
+
+    def release(self) -> None:
+        """Give the workspace of the visits back; a further visit takes it again."""
+        self._kernel.release()
 
     def loss(self) -> Tensor:
         """Sum of the row losses, float64 scalar."""
@@ -206,9 +210,10 @@ class FieldRows:
         self, piece: Slice, sums: RowSums, walk: str, columns: Tensor, first_column: int, home: Tensor | None
     ) -> None:
         rows, visit = self._rows[piece.rows], getattr(self._kernel, walk)
+        workspace = rows.new_empty(self._panel_rows, self._width)
         for start in range(0, self._b, self._panel_rows):
             stop = min(start + self._panel_rows, self._b)
-            panel = torch.mm(rows[start:stop] * self._kernel.scale, columns.T, out=self._panel[: stop - start])
+            panel = torch.mm(rows[start:stop] * self._kernel.scale, columns.T, out=workspace[: stop - start])
             for first in range(start, stop, self._strip_rows):
                 last = min(first + self._strip_rows, stop)
                 place = self._place(piece, first, last, first_column)

@@ -82,6 +82,7 @@ class _FieldFunction(torch.autograd.Function):
         with torch.autocast(u.device.type, enabled=False):
             own, field = call.own_block(u, v), call.rows(u, v)
             home = _walk(call, field, own)
+            field.release()
             loss = (field.loss() / len(u)).to(own.dtype)
             parts = torch.stack(list(field.parts().values())) / len(u) if call.parts else loss.new_empty(0)
         parts = parts.to(own.dtype)
