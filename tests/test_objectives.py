@@ -156,6 +156,18 @@ def test_lemma_1_the_jensen_step(columns, alpha, seed) -> None:
     assert (recursion.kl_divergence(mixed, log_q) <= bound + 1e-12).all()
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 12), st.floats(0.01, 1), st.floats(0, 1), st.integers(0, 99))
+def test_theorem_3_geometric_decay_where_fitting_does_not_make_q_worse(columns, alpha, fitted, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p, q = (torch.randn(5, columns, generator=generator, dtype=torch.float64).softmax(1) for _ in range(2))
+    first = recursion.kl_divergence(p, q.log())
+    for t in range(1, 8):
+        p = recursion.supervisory(p, q, alpha)
+        q = (1 - fitted) * q + fitted * p  # fitted = 1 is the exact inner minimisation
+        assert (recursion.kl_divergence(p, q.log()) <= (1 - alpha) ** t * first + 1e-12).all()
+
+
 def test_permuting_the_samples_changes_nothing() -> None:
     u, v = fields.embeddings(11, 5)
     order, labels = torch.randperm(11, generator=torch.Generator().manual_seed(3)), torch.arange(11) % 3
