@@ -59,7 +59,7 @@ class GatheredColumns:
         views, b, d = own.shape
         columns = own.new_empty(views, self.world * b, d)
         for view, mine in zip(columns, own, strict=True):
-            dist.all_gather_into_tensor(view, mine.contiguous(), group=self._group)
+            ranks.all_gather_single(view, mine.contiguous(), group=self._group)
         return columns
 
     def send_home(self, gradients: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class GatheredColumns:
         views, batch, d = gradients.shape
         home = gradients.new_empty(views, batch // self.world, d)
         for mine, view in zip(home, gradients, strict=True):
-            dist.reduce_scatter_tensor(mine, view.contiguous(), group=self._group)
+            ranks.reduce_scatter_single(mine, view.contiguous(), group=self._group)
         return home
 
 

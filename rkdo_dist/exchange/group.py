@@ -23,8 +23,9 @@ Group = dist.ProcessGroup | None
 T = TypeVar("T")
 P = TypeVar("P", Tensor, list[Tensor])
 
-# Newer releases of torch rename the collective; older ones know only the longer name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Newer releases of torch rename these collectives; older ones know only the longer names.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def is_distributed() -> bool:
@@ -137,7 +138,7 @@ def all_gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     if world == 1:
         return rows
     out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
-    _all_gather(out, rows.contiguous(), group=group)
+    all_gather_single(out, rows.contiguous(), group=group)
     return out
 
 
@@ -166,7 +167,7 @@ class ExactAllReduce:
         if self._world > 1 and self._padded.numel():
             dist.all_to_all_single(self._received, self._padded, group=self._group)
             chunk = tree_sum(self._received.view(self._world, -1).unbind(0))
-            _all_gather(self._padded, chunk, group=self._group)
+            all_gather_single(self._padded, chunk, group=self._group)
         return self.vector
 
 
