@@ -198,9 +198,19 @@ def test_no_tensor_grows_with_the_square_of_the_batch(pairing: str) -> None:
     assert largest[512] <= 4 * largest[128]  # as the embeddings do, and the least panel of 8 rows
 
 
-def test_wrong_calls_are_refused() -> None:
-    u, v = fields.embeddings(8, 4)
-    with pytest.raises(ValueError, match="do not lie within a batch of 8"):
-        value_and_gradient(Objective.rkdo(), u[:4], v[:4], u, v, 5)
-    with pytest.raises(ValueError, match="labels"):
-        value_and_gradient(Objective.supervised(), u, v, u, v, 0)
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda u, v: value_and_gradient(Objective.rkdo(), u[:4], v[:4], u, v, 5), "do not lie within a batch of 8"),
+        (lambda u, v: value_and_gradient(Objective.rkdo(), u[:4], v[:3], u, v, 0), "rows_v \\(3, 4\\)"),
+        (lambda u, v: value_and_gradient(Objective.rkdo(), u[:4], v[:4], u, v[:7], 0), "columns_v \\(7, 4\\)"),
+        (lambda u, v: value_and_gradient(Objective.rkdo(), u[:4, :3], v[:4, :3], u, v, 0), "rows_u d = 3"),
+        (lambda u, v: value_and_gradient(Objective.rkdo(), u.float(), v.float(), u, v, 0), "torch.float32"),
+        (lambda u, v: value_and_gradient(Objective.rkdo(), u[:0], v[:0], u, v, 0), "at least one row"),
+        (lambda u, v: value_and_gradient(Objective.rkdo(), u[:1], v[:1], u[:1], v[:1], 0), "two samples"),
+        (lambda u, v: value_and_gradient(Objective.supervised(), u, v, u, v, 0), "labels"),
+    ],
+)
+def test_wrong_calls_are_refused(call, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        call(*fields.embeddings(8, 4))

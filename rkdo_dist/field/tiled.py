@@ -77,8 +77,9 @@ def value_and_gradient(
         parts: whether to fill `parts`, which costs a few more passes over a strip.
 
     Raises:
-        ValueError: if labels are missing, shapes disagree or the rows do not lie within the batch.
+        ValueError: if labels are missing, shapes or dtypes disagree, or the rows do not lie within the batch.
     """
+    _require_matching(rows_u, rows_v, columns_u, columns_v)
     dtype = computing_dtype(rows_u.dtype)
     views = {"u": columns_u, "v": columns_v}
     names = objective.column_views
@@ -254,6 +255,18 @@ class FieldRows:
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of the computation: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _require_matching(rows_u: Tensor, rows_v: Tensor, columns_u: Tensor, columns_v: Tensor) -> None:
+    named = {"rows_u": rows_u, "rows_v": rows_v, "columns_u": columns_u, "columns_v": columns_v}
+    if any(x.dim() != 2 for x in named.values()) or rows_u.shape != rows_v.shape or columns_u.shape != columns_v.shape:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+        raise ValueError(f"rows must be (b, d) and columns (B, d), alike in both views; got {shapes}")
+    if rows_u.shape[1] != columns_u.shape[1] or len({(x.dtype, x.device) for x in named.values()}) > 1:
+        kinds = ", ".join(f"{name} d = {x.shape[1]} {x.dtype} on {x.device}" for name, x in named.items())
+        raise ValueError(f"rows and columns must agree in d, dtype and device; got {kinds}")
+    if len(rows_u) == 0 or len(columns_u) < 2:
+        raise ValueError(f"need at least one row and two samples, got {len(rows_u)} and {len(columns_u)}")
 
 
 def _recursive_kernel(
