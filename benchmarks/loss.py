@@ -154,9 +154,9 @@ def _status(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def measure(batch: int, d: int, rounds: int, limit: float, device: str) -> list[dict]:
+def measure(batch: int, d: int, rounds: int, names: list[str], limit: float, device: str) -> list[dict]:
     """One row per loss: milliseconds, ratio to plain InfoNCE, extra memory."""
-    candidates = {name: available(name, batch, limit) for name in LOSSES}
+    candidates = {name: available(name, batch, limit) for name in names}
     losses = {name: loss for name, loss in candidates.items() if not isinstance(loss, str)}
     u, v = embeddings(batch, d, device)
     times: dict[str, list[float]] = {name: [] for name in losses}
@@ -166,10 +166,11 @@ def measure(batch: int, d: int, rounds: int, limit: float, device: str) -> list[
             if round_number:  # the first round warms up
                 times[name].append(taken)
     floor, rows = floor_seconds(batch, d, device), []
-    for name in LOSSES:
+    for name in names:
         row: dict = {"loss": name, "batch": batch, "d": d}
         if name in losses:
-            ratios = [mine / plain for mine, plain in zip(times[name], times["plain InfoNCE"], strict=True)]
+            plain = times.get("plain InfoNCE", [float("nan")] * rounds)
+            ratios = [mine / other for mine, other in zip(times[name], plain, strict=True)]
             row |= {"ms": statistics.median(times[name]) * 1e3, "best_ms": min(times[name]) * 1e3}
             row |= {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
             row |= {"memory_mb": peak_memory(name, batch, d, device)}
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit-gib", type=float, default=8.0, help="leave out what needs more memory")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -219,7 +221,7 @@ def main() -> None:
     for d in arguments.dims:
         for batch in arguments.batches:
             rounds = arguments.rounds if batch <= 4096 or arguments.device == "cuda" else min(3, arguments.rounds)
-            rows += measure(batch, d, rounds, arguments.limit_gib, arguments.device)
+            rows += measure(batch, d, rounds, arguments.losses, arguments.limit_gib, arguments.device)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
