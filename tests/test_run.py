@@ -290,7 +290,7 @@ def test_a_launcher_that_would_start_one_rank_starts_all(small: list[str]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_stops_after_the_step_and_the_run_goes_on_later(small: list[str], number: int, code: int) -> None:
     run = run_of(small)
     arguments = [*small, "train.batches_per_epoch=40", "train.checkpoint_every=1000"]
