@@ -279,6 +279,14 @@ def test_fast_reduction_sees_the_same_batches(small: list[str]) -> None:
     assert fingerprint(run, 6) != fingerprint(fast, 6)  # the control: another order of summation shows in the bits
 
 
+def test_exact_arithmetic_refuses_what_depends_on_the_ranks(small: list[str]) -> None:
+    for setting in ("encoder.batch_norm=sync", "field.exchange=ring"):
+        for code, text in on_ranks(2, [*small, setting], timeout=30):
+            assert code == 2
+            assert setting in text
+            assert "run.reduction=fast" in " ".join(text.split())
+
+
 @pytest.mark.slow
 def test_a_launcher_that_would_start_one_rank_starts_all(small: list[str]) -> None:
     """Without --multi_gpu Accelerate starts a single process on a CPU machine and says nothing."""
