@@ -23,8 +23,8 @@ from rkdo_dist.field.static_strips import StaticKernel
 from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums
 
 # Entries of a panel, and of all buffers of a strip together: large enough that starting threads (or a kernel) for
-# each operation costs little, small enough for a CPU's outer cache. Sizes depend on nothing else, so that results are
-# reproducible.
+# each operation costs little, small enough for a CPU's outer cache. Sizes depend on nothing but the shape of the
+# problem and the kind of device, so that results are reproducible.
 PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 PANEL_ROWS = 64  # at least: a matrix product of fewer rows wastes the machine
@@ -148,14 +148,12 @@ class FieldRows:
         self._sums = [RowSums.zeros(objective.depth, b, dtype, device) for _ in objective.slices]
         self.gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
         width = block * len(objective.slices[0].columns)
-        self._panel_rows = min(b, max(PANEL_ROWS, PANEL_ELEMENTS.get(device.type, PANEL_ELEMENTS["cpu"]) // width))
+        self._panel_rows, self._strip_rows = tile_rows(b, width, objective.depth, device.type)
         self._kernel: RecursiveKernel | StaticKernel
         if math.isinf(objective.temperatures[0]):
-            self._strip_rows = self._panel_rows
+            self._strip_rows = self._panel_rows  # works in the panel, without buffers
             self._kernel = StaticKernel(objective, objective.column_count(batch), dtype, self._counts)
         else:
-            budget = STRIP_BUFFER_ELEMENTS.get(device.type, STRIP_BUFFER_ELEMENTS["cpu"]) // (2 * objective.depth + 2)
-            self._strip_rows = min(self._panel_rows, max(1, budget // width))
             self._kernel = _recursive_kernel(objective, self._strip_rows, width, dtype, device, parts)
         self.walks = (("maximum",) if self._kernel.shifts else ()) + self._kernel.walks
         self._width = width
@@ -255,6 +253,18 @@ class FieldRows:
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of the computation: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tile_rows(rows: int, columns: int, depth: int, device: str) -> tuple[int, int]:
+    """Rows of a panel and of a strip for a matrix of rows x columns.
+
+    A small problem gets smaller buffers: fresh memory costs time as well.
+    """
+    kind = device if device in PANEL_ELEMENTS else "cpu"
+    panel = min(rows, max(PANEL_ROWS, PANEL_ELEMENTS[kind] // columns))
+    most = STRIP_BUFFER_ELEMENTS[kind]
+    buffers = min(most, max(most // 4, 2 * rows * columns))
+    return panel, min(panel, max(1, buffers // ((2 * depth + 2) * columns)))
 
 
 def _require_matching(rows_u: Tensor, rows_v: Tensor, columns_u: Tensor, columns_v: Tensor) -> None:
