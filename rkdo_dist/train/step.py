@@ -195,7 +195,10 @@ class Step:
         _require_finite_loss(loss, at)
         sizes = [len(e.u) for e in embedded]
         self._fast_backward(lanes, embedded, list(zip(du.split(sizes), dv.split(sizes), strict=True)), at)
-        _require_finite([[p.grad for p in self._parameters if p.grad is not None]], "the gradient", at)
+# After the averaging every rank has every rank's NaN: there is no place to name.
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if group.all_reduce_max(float(not torch.isfinite(_sum_of_all(gradients)))):
+            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite")
         statistics = torch.stack([e.statistics for e in embedded]).sum(0)
         if self._runtime.world > 1:
             torch.distributed.all_reduce(statistics)
