@@ -169,6 +169,22 @@ def test_the_result_is_a_function_of_the_arguments_bit_for_bit() -> None:
     assert {k: float(x) for k, x in first.parts.items()} == {k: float(x) for k, x in again.parts.items()}
 
 
+def test_where_a_tensor_lies_in_memory_changes_no_bit() -> None:
+    u, v = (x.float() for x in fields.embeddings(200, 16))
+    expected = value_and_gradient(Objective.rkdo(), u[64:128], v[64:128], u, v, 64)
+
+    def moved(x: Tensor) -> Tensor:
+        room = torch.empty(x.numel() + 3)[3:].view_as(x)
+        return room.copy_(x)
+
+    found = value_and_gradient(Objective.rkdo(), moved(u[64:128]), moved(v[64:128]), moved(u), moved(v), 64)
+    assert torch.equal(found.rows_u, expected.rows_u)
+    assert found.columns_v is not None
+    assert expected.columns_v is not None
+    assert torch.equal(found.columns_v, expected.columns_v)
+    assert float(found.loss) == float(expected.loss)
+
+
 class _LargestTensor(TorchDispatchMode):
     """Notes the largest tensor that any operation makes."""
 
