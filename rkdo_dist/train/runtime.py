@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -20,8 +19,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from rkdo_dist.exchange import group
-
-BACKENDS = {"exact": "gradients summed in a fixed order", "fast": "gradients averaged by the backend (DDP)"}
 
 
 class LaunchError(ValueError):
@@ -104,11 +101,6 @@ def start(threads: int, timeout: int, reduction: str) -> Runtime:
         device=accelerator.device,
         precision=accelerator.mixed_precision,
     )
-
-
-def launched_rank() -> int:
-    """The rank a launcher gave this process, before any process group exists (0 when alone)."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def finish() -> None:
