@@ -40,6 +40,7 @@ HOMES = {
     "sklearn": ("evaluate.scores", "data.prepare", "data.sources"),
     "rich": ("train", "cli", "studies"),
     "matplotlib": ("studies",),
+    "scipy": ("studies.statistics",),
     "yaml": ("config.reading",),
     "safetensors": ("checkpoint",),
 }
