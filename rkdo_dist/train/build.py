@@ -13,6 +13,7 @@ from rkdo_dist.data.remote import Address, is_url
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.schedules import coupling
 from rkdo_dist.sync_norm import synchronised
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -106,16 +107,22 @@ def make_views(config: Config, index: ShardIndex) -> Views:
     )
 
 
-def make_objective(config: Config, progress: float) -> Objective:
-    """The objective at a share `progress` of the training done (only the training clock depends on it)."""
+def make_objective(config: Config, progress: float, epochs: float | None = None) -> Objective:
+    """The objective at a share `progress` of the training done: clock, coupling schedule and switch depend on it.
+
+    Args:
+        progress: in [0, 1].
+        epochs: of the whole run; `train.epochs` if None (`train.max_steps` may leave fewer).
+    """
     f = config.field
-    if f.objective == "icon":
+    kind = f.switch_to if f.switch_to != "none" and progress >= f.switch_at else f.objective
+    if kind == "icon":
         return Objective.icon(f.debias, f.temperature, f.pairing, f.symmetric)
-    if f.objective == "infonce":
+    if kind == "infonce":
         return Objective.infonce(f.temperature, f.pairing, f.symmetric)
     return Objective.rkdo(
         f.depth,
-        f.coupling,
+        coupling_at(config, progress, epochs),
         f.temperature,
         f.cooling,
         f.pairing,
@@ -124,3 +131,11 @@ def make_objective(config: Config, progress: float) -> Objective:
         f.clock,
         progress,
     )
+
+
+def coupling_at(config: Config, progress: float, epochs: float | None = None) -> float:
+    """The coupling strength alpha at a share `progress` of the training done (arguments as `make_objective`)."""
+    f, whole = config.field, config.train.epochs if epochs is None else epochs
+    done = min(whole, round(progress * whole, 9))  # epochs; rounded, so that "from epoch 3 on" begins with its first step
+    start = min(f.coupling_start_epoch, whole)
+    return coupling(f.coupling_schedule, f.coupling, f.coupling_end, done, whole, start)

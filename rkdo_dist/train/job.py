@@ -63,7 +63,7 @@ class Job:
             views_together=self.config.encoder.views == "together",
             exchange=self.config.field.exchange,
         )
-        return Step(self.encoder, self._view, self.runtime, settings)
+        return Step(self.encoder, self._view, self.runtime, settings, self.optimizer)
 
     def _view(self, images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
         return self.views(images, ids, self.config.run.seed, epoch, view)
@@ -99,7 +99,7 @@ class Job:
 
     def objective(self, step: int) -> Objective:
         """The objective of a step (its temperature may follow the training clock)."""
-        return build.make_objective(self.config, step / self.total_steps)
+        return build.make_objective(self.config, step / self.total_steps, self.total_steps / self.steps_per_epoch)
 
     def set_learning_rate(self, step: int) -> None:
         """Set the learning rate of a step, a function of the step alone."""
@@ -140,7 +140,7 @@ class Job:
             "loss_at_uniform": parts.pop("uniform", None),
             "loss_at_ideal": objective.at_ideal(self.config.train.global_batch),
             **parts,
-            **({} if result.finite else {"skipped": result.skipped}),
+            **({"skipped": result.skipped} if result.skipped else {}),
             **({"replaced_samples": int(replaced)} if self.config.data.on_corrupt == "skip" else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "temperature": objective.temperatures[-1],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate import scores
-from rkdo_dist.evaluate.features import FrozenFeatures, gather_features
+from rkdo_dist.evaluate import yardsticks as common
+from rkdo_dist.evaluate.features import Block, Embed, FrozenFeatures, gather_features
 from rkdo_dist.exchange import group
-from rkdo_dist.rundir import SCORE_TITLES, RunDirectory
+from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES, RunDirectory
 from rkdo_dist.train import build
 from rkdo_dist.train.journal import progress_bar
 from rkdo_dist.train.runtime import Runtime
@@ -49,10 +51,12 @@ def evaluate_encoder(
     encoder.eval()
     try:
         found = {split: _features(config, runtime, index, encoder, split, console) for split in _splits(config)}
+        pairs = _pairs(config, runtime, index, encoder, console)
     finally:
         encoder.train(was_training)
     group.together(
-        lambda: _score(config, run, step, found, console) if runtime.is_main else None, "scoring the features"
+        lambda: _score(config, index, run, step, found, pairs, console) if runtime.is_main else None,
+        "scoring the features",
     )
 
 
@@ -64,16 +68,60 @@ def _splits(config: Config) -> tuple[str, ...]:
 def _features(
     config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str, console: Console | None
 ) -> FrozenFeatures | None:
-    samples = group.together(lambda: index.split(split).samples, "looking up the split")
-    limit = None
-    if config.evaluate.protocol == "paper":
-        limit = samples = min(samples, PAPER_BATCHES * config.train.global_batch)
+    """Backbone features and embeddings of a split's images as they are."""
     views = build.make_views(config, index)
 
     def embed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with runtime.autocast():
             return encoder.features(views.plain(images.to(runtime.device)))
 
+    return _gathered(config, runtime, index, split, f"features of {split}", console, lambda blocks: blocks, embed)
+
+
+@dataclass(frozen=True)
+class _PairBlock:
+    """A block whose `images` (m, 2, 3, S, S) float32 are the two held-out views of its samples."""
+
+    ids: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def _pairs(
+    config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, console: Console | None
+) -> FrozenFeatures | None:
+    """Embeddings of the two held-out views of the test split: the first in `backbone`, the second in `embeddings`."""
+    views = build.make_views(config, index)
+
+    def drawn(blocks: Iterable[tuple[int, MicroBatch]]) -> Iterator[tuple[int, Block]]:
+        for number, block in blocks:
+            images = block.images.to(runtime.device)
+            both = [views(images, block.ids, common.SEED, common.EPOCH, view) for view in (0, 1)]
+            yield number, _PairBlock(block.ids, torch.stack(both, dim=1), block.labels)
+
+    def embed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with runtime.autocast():
+            return encoder(images[:, 0]), encoder(images[:, 1])
+
+    split = config.evaluate.test_split
+    return _gathered(config, runtime, index, split, f"held-out pairs of {split}", console, drawn, embed)
+
+
+def _gathered(
+    config: Config,
+    runtime: Runtime,
+    index: ShardIndex,
+    split: str,
+    label: str,
+    console: Console | None,
+    prepare: Callable[[Iterable[tuple[int, MicroBatch]]], Iterable[tuple[int, Block]]],
+    embed: Embed,
+) -> FrozenFeatures | None:
+    """What `embed` makes of a split (of the paper protocol's subset), on rank zero (collective)."""
+    samples = group.together(lambda: index.split(split).samples, "looking up the split")
+    limit = None
+    if config.evaluate.protocol == "paper":
+        limit = samples = min(samples, PAPER_BATCHES * config.train.global_batch)
     size = config.evaluate.batch_size
     blocks = evaluation_stream(
         index,
@@ -84,14 +132,13 @@ def _features(
         limit=limit,
         size=config.data.image_size,
     )
-    return gather_features(
-        _shown(blocks, split, -(-samples // size), runtime, console), embed, samples, device=runtime.device
-    )
+    shown = _shown(blocks, label, -(-samples // size), runtime, console)
+    return gather_features(prepare(shown), embed, samples, device=runtime.device)
 
 
 def _shown(
     blocks: Iterator[tuple[int, MicroBatch]],
-    split: str,
+    label: str,
     total: int,
     runtime: Runtime,
     console: Console | None,
@@ -101,7 +148,7 @@ def _shown(
         yield from blocks
         return
     with progress_bar(console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(f"features of {split}", total=total, note="")
+        task = bar.add_task(label, total=total, note="")
         for number, block in blocks:
             yield number, block
             bar.update(task, completed=min(total, number + runtime.world))
@@ -109,9 +156,11 @@ def _shown(
 
 def _score(
     config: Config,
+    index: ShardIndex,
     run: RunDirectory,
     step: int,
     found: dict[str, FrozenFeatures | None],
+    pairs: FrozenFeatures | None,
     console: Console | None,
 ) -> None:
     assert console is not None
@@ -124,9 +173,21 @@ def _score(
             train = found[config.evaluate.train_split]
             assert train is not None
             result = scores.full_protocol(train, test, neighbours)
+        result["yardsticks"] = _yardsticks(config, index, step, test, pairs)
     path = run.write_evaluation(step, {"step": step, **result})
     console.print(_table(step, result))
     console.print(f"evaluation: {path}")
+
+
+def _yardsticks(
+    config: Config, index: ShardIndex, step: int, test: FrozenFeatures, pairs: FrozenFeatures | None
+) -> dict[str, Any]:
+    assert pairs is not None
+    u, v = pairs.backbone, pairs.embeddings
+    _, total = build.run_length(config, index)
+    objective = build.make_objective(config, min(1.0, step / total))
+    own = common.own_objective(objective, u, v, config.train.global_batch)
+    return common.yardsticks(u, v, test.embeddings, test.backbone) | own
 
 
 def _table(step: int, result: dict[str, Any]) -> Table:
@@ -135,4 +196,8 @@ def _table(step: int, result: dict[str, Any]) -> Table:
     table.add_column("value", justify="right")
     for name, title in SCORE_TITLES.items():
         table.add_row(title, f"{result[name]:.4f}")
+    table.add_section()
+    for name, title in YARDSTICK_TITLES.items():
+        value = result["yardsticks"][name]
+        table.add_row(title, "-" if value is None else f"{value:.4f}")
     return table

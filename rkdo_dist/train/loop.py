@@ -24,8 +24,6 @@ def run(job: Job, step: Step, journal: Journal, stop: StopRequest) -> int:
         done = job.position
         job.set_learning_rate(done)
         result = job.attempt(step, batch, stop.code)
-        if result.finite:
-            job.optimizer.step()
         job.position = done + 1
         ended = time.perf_counter()
         journal.step(job.record(batch, result, seconds=ended - began))

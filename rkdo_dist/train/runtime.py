@@ -34,6 +34,7 @@ class Runtime:
     world: int
     device: torch.device
     precision: str
+    scaler: torch.amp.GradScaler | None = None
 
     @property
     def is_main(self) -> bool:
