@@ -35,6 +35,16 @@ SCORE_TITLES = {
     "ari": "ARI",
     "neighbourhood": "neighbourhood preservation",
 }
+# The most telling of `yardsticks` in an evaluation: the same function of the embeddings for every objective.
+YARDSTICK_TITLES = {
+    "infonce": "InfoNCE at 0.5, held-out pairs",
+    "infonce_positive_mass": "mass on the positive",
+    "alignment": "alignment (lower: views closer)",
+    "uniformity": "uniformity (lower: more spread)",
+    "effective_rank": "effective rank of the embeddings",
+    "own_loss": "own objective, held-out pairs",
+    "own_loss_attained": "share of its way attained",
+}
 # May grow when a run is continued, provided nothing in the run depends on the total number of steps.
 _LENGTH = {"train.epochs", "train.max_steps"}
 # What an interrupted copy of another run may have left before its config.yaml.
@@ -123,7 +133,7 @@ class RunDirectory:
         """
         before, now = configuration.decisive(self.config()), configuration.decisive(config)
         changed = [key for key in now if before[key] != now[key]]
-        if set(changed) <= _LENGTH and config.train.schedule == "constant" and config.field.clock == "depth":
+        if set(changed) <= _LENGTH and not configuration.follows_length(config):
             return
         listed = ", ".join(f"{key}: {before[key]} -> {now[key]}" for key in changed)
         raise RunError(

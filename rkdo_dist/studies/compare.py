@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from rkdo_dist.config import Config
-from rkdo_dist.rundir import SCORE_TITLES, RunDirectory, RunError
+from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES, RunDirectory, RunError
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ def comparison_table(directories: list[Path]) -> Table:
     table.add_row("  share of the way attained", *(f"{run.attained(run.loss):.1%}" for run in runs), end_section=True)
     for name, title in SCORE_TITLES.items():
         table.add_row(title, *(_number(run.scores.get(name)) for run in runs))
+    table.add_section()
+    for name, title in YARDSTICK_TITLES.items():
+        table.add_row(title, *(_number(run.scores.get("yardsticks", {}).get(name)) for run in runs))
     table.add_section()
     table.add_row("protocol", *(str(run.scores.get("protocol", "-")) for run in runs))
     table.add_row("pairs/s, median step", *(f"{run.pairs_per_second:.0f}" for run in runs))
