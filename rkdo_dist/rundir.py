@@ -133,7 +133,7 @@ class RunDirectory:
         """
         before, now = configuration.decisive(self.config()), configuration.decisive(config)
         changed = [key for key in now if before[key] != now[key]]
-        if set(changed) <= _LENGTH and not configuration.follows_length(config):
+        if not changed or (set(changed) <= _LENGTH and not configuration.follows_length(config)):
             return
         listed = ", ".join(f"{key}: {before[key]} -> {now[key]}" for key in changed)
         raise RunError(

@@ -19,6 +19,7 @@ from rkdo_dist.config.sections import (
     decisive,
     digest,
     flatten,
+    follows_length,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "decisive",
     "digest",
     "flatten",
+    "follows_length",
     "from_tree",
     "load",
     "to_yaml",

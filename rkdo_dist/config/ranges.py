@@ -27,6 +27,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} must not be negative, got {flat[key]}")
     for key in (
         "field.coupling",
+        "field.coupling_end",
+        "field.switch_at",
         "field.debias",
         "views.flip",
         "views.jitter_probability",
@@ -40,6 +42,7 @@ def check(config: Config) -> None:
         )
     _check_views(config.views)
     _check_batch(config.train)
+    _check_times(config)
 
 
 def _check_views(views: ViewsConfig) -> None:
@@ -63,6 +66,24 @@ def _check_batch(train: TrainConfig) -> None:
         )
     if train.global_batch < 2:
         raise ConfigError("train.global_batch must be at least 2: one sample has nothing to be compared with")
+
+
+def _check_times(config: Config) -> None:
+    """What happens at some time of the run must have a time in the run."""
+    field, train = config.field, config.train
+    if not 0 <= field.coupling_start_epoch <= train.epochs:
+        raise ConfigError(
+            f"field.coupling_start_epoch must lie in [0, train.epochs={train.epochs}], got {field.coupling_start_epoch}"
+        )
+    late = [epoch for epoch in train.evaluate_at if not 1 <= epoch <= train.epochs]
+    if late:
+        raise ConfigError(f"train.evaluate_at must hold epochs from 1 to train.epochs={train.epochs}, got {late[0]}")
+    if train.early_stop_slope is not None and not 0 <= train.early_stop_slope < float("inf"):
+        raise ConfigError(
+            f"train.early_stop_slope must be a fall of the loss per step, at least 0, got {train.early_stop_slope}"
+        )
+    if train.early_stop_window < 3:
+        raise ConfigError(f"train.early_stop_window must be at least 3 steps, got {train.early_stop_window}")
 
 
 def check_world(config: Config, world: int) -> None:

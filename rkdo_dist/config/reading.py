@@ -128,8 +128,12 @@ def _coerce(key: str, kind: Any, value: Any) -> Any:
         if value not in options:
             raise ConfigError(_unknown(f"value {value!r} for {key}", str(value), [str(o) for o in options]))
         return value
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _coerce(key, next(o for o in options if o is not type(None)), value)
+    if origin is tuple and Ellipsis in options:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ConfigError(f"{key} needs a list of numbers, e.g. [1, 2], got {value!r}")
+        return tuple(_coerce(key, options[0], item) for item in value)
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(options):
             raise ConfigError(f"{key} needs a list of {len(options)} numbers, got {value!r}")

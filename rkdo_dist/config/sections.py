@@ -25,6 +25,9 @@ class FieldConfig:
     recursion: Literal["in_batch"] = "in_batch"
     depth: int = 3
     coupling: float = 0.5
+    coupling_schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    coupling_end: float = 0.0
+    coupling_start_epoch: float = 0.0
     temperature: float = 0.5
     cooling: float = 0.1
     clock: Literal["depth", "training"] = "depth"
@@ -32,6 +35,8 @@ class FieldConfig:
     symmetric: bool = False
     supervisor_grad: Literal["flow", "stop"] = "flow"
     debias: float = 0.2
+    switch_to: Literal["none", "rkdo", "icon", "infonce"] = "none"
+    switch_at: float = 0.5
     exchange: Literal["gather", "ring"] = "gather"
 
 
@@ -89,9 +94,12 @@ class TrainConfig:
     weight_decay: float = 1e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
+    early_stop_slope: float | None = None
+    early_stop_window: int = 100
     checkpoint_every: int | None = free(None)
     keep_checkpoints: int = free(2)
     evaluate_every: int | None = free(None)
+    evaluate_at: tuple[int, ...] = free(())
 
     @property
     def lanes(self) -> int:
@@ -154,3 +162,14 @@ def decisive(config: Config) -> dict[str, Any]:
 def digest(config: Config) -> str:
     """SHA-256 (hex) over everything that affects results."""
     return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()
+
+
+def follows_length(config: Config) -> bool:
+    """Whether a step depends on the total number of steps, so that a run must not be made longer once it has begun."""
+    field = config.field
+    return (
+        config.train.schedule != "constant"
+        or field.clock == "training"
+        or field.coupling_schedule != "constant"
+        or field.switch_to != "none"
+    )

@@ -136,6 +136,6 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
 def coupling_at(config: Config, progress: float, epochs: float | None = None) -> float:
     """The coupling strength alpha at a share `progress` of the training done (arguments as `make_objective`)."""
     f, whole = config.field, config.train.epochs if epochs is None else epochs
-    done = min(whole, round(progress * whole, 9))  # epochs; rounded, so that "from epoch 3 on" begins with its first step
+    done = min(whole, round(progress * whole, 9))  # in epochs; rounded, so that epoch 3 begins with its first step
     start = min(f.coupling_start_epoch, whole)
     return coupling(f.coupling_schedule, f.coupling, f.coupling_end, done, whole, start)

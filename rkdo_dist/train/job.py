@@ -24,6 +24,7 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import learning_rate
 from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.train import build
+from rkdo_dist.train.early_stop import EarlyStop
 from rkdo_dist.train.journal import Journal
 from rkdo_dist.train.judgement import evaluate_encoder
 from rkdo_dist.train.runtime import Runtime
@@ -53,6 +54,7 @@ class Job:
         self.position = 0
         self._saved = 0
         self._skipped_in_a_row = 0
+        self._early_stop = EarlyStop(config.train.early_stop_slope, config.train.early_stop_window)
 
     def make_step(self) -> Step:
         """The step; with several ranks and run.reduction=fast this is collective."""
@@ -70,6 +72,8 @@ class Job:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's lanes of the global batch for every step from the position to the end."""
+        if self.flat:
+            return
         first_epoch, start_step = divmod(self.position, self.steps_per_epoch)
         last_epoch = -(-self.total_steps // self.steps_per_epoch)
         if first_epoch >= last_epoch:
@@ -132,6 +136,7 @@ class Job:
         keys: list[Any] = group.gather_objects([key for lane in batch.lanes for key in lane.keys])
         digest = hashlib.sha256("\n".join(key for part in keys for key in part).encode())
         parts, objective = dict(result.parts), self.objective(self.position - 1)
+        self._early_stop.add(objective.kind, result.loss)
         replaced = group.all_reduce_sum(sum(lane.skipped for lane in batch.lanes))
         return {
             "step": self.position,
@@ -143,7 +148,9 @@ class Job:
             **({"skipped": result.skipped} if result.skipped else {}),
             **({"replaced_samples": int(replaced)} if self.config.data.on_corrupt == "skip" else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "objective": objective.kind,
             "temperature": objective.temperatures[-1],
+            "coupling": objective.couplings[-1],
             "batch_digest": digest.hexdigest(),
             "seconds": round(seconds, 6),
             "pairs_per_second": round(self.config.train.global_batch / seconds, 3),
@@ -155,9 +162,16 @@ class Job:
 
     def evaluation_due(self) -> bool:
         """Whether an epoch has just ended after which an evaluation was asked for, and the run goes on."""
-        every = self.config.train.evaluate_every
+        train = self.config.train
         epochs, rest = divmod(self.position, self.steps_per_epoch)
-        return every is not None and rest == 0 < epochs and epochs % every == 0 and self.position < self.total_steps
+        if rest or not epochs or self.position >= self.total_steps:
+            return False
+        return epochs in train.evaluate_at or (train.evaluate_every is not None and epochs % train.evaluate_every == 0)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the loss no longer falls as `train.early_stop_slope` asks, the same on every rank."""
+        return self._early_stop.reached
 
     def save(self, journal: Journal) -> None:
         """Write a checkpoint of the position, unless that is the last thing done (collective)."""
@@ -174,7 +188,7 @@ class Job:
             self.position,
             self.encoder.state_dict(),
             checkpoint.optimizer_to_tensors(self.optimizer, self.encoder.named_parameters()),
-            {**self.facts(), "skipped_in_a_row": self._skipped_in_a_row},
+            {**self.facts(), "skipped_in_a_row": self._skipped_in_a_row, "early_stop": self._early_stop.state()},
             keep=self.config.train.keep_checkpoints,
         )
 
@@ -194,6 +208,7 @@ class Job:
         checkpoint.tensors_to_optimizer(found.optimizer, self.optimizer, self.encoder.named_parameters())
         self.position = self._saved = found.step
         self._skipped_in_a_row = found.extra["skipped_in_a_row"]
+        self._early_stop.restore(found.extra.get("early_stop", {}))
 
     def evaluate(self, journal: Journal) -> None:
         """Judge the encoder as it is now, unless that has been done (collective)."""

@@ -35,6 +35,9 @@ def run(job: Job, step: Step, journal: Journal, stop: StopRequest) -> int:
         if job.evaluation_due():
             job.evaluate(journal)
             began = time.perf_counter()
+        if job.flat:
+            journal.say(f"step {job.position}: the loss no longer falls by train.early_stop_slope a step; the run ends")
+            break
     job.save(journal)
     if job.config.evaluate.at_end:
         job.evaluate(journal)
