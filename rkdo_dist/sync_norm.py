@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rkdo_dist.exchange import group
+from rkdo_dist.exchange import group, ledger
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -22,15 +22,17 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = x.clone()
-        dist.all_reduce(out)
-        return out
+        return _all_reduced(x.clone())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        out = gradients[0].contiguous().clone()
-        dist.all_reduce(out)
-        return out
+        return _all_reduced(gradients[0].contiguous().clone())
+
+
+def _all_reduced(x: Tensor) -> Tensor:
+    with ledger.purpose(ledger.SYNC_NORM), ledger.carrying("all_reduce", ledger.size(x)):
+        dist.all_reduce(x)
+    return x
 
 
 class SyncBatchNorm(_BatchNorm):

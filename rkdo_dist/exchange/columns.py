@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
+from rkdo_dist.exchange import ledger
 from rkdo_dist.exchange.group import Group
+from rkdo_dist.exchange.ledger import COLUMN_GRADIENTS, COLUMNS
 
 
 class LocalColumns:
@@ -59,7 +61,8 @@ class GatheredColumns:
         views, b, d = own.shape
         columns = own.new_empty(views, self.world * b, d)
         for view, mine in zip(columns, own, strict=True):
-            ranks.all_gather_single(view, mine.contiguous(), group=self._group)
+            with ledger.purpose(COLUMNS), ledger.carrying("all_gather", ledger.size(mine)):
+                ranks.all_gather_single(view, mine.contiguous(), group=self._group)
         return columns
 
     def send_home(self, gradients: Tensor) -> Tensor:
@@ -69,7 +72,8 @@ class GatheredColumns:
         views, batch, d = gradients.shape
         home = gradients.new_empty(views, batch // self.world, d)
         for mine, view in zip(home, gradients, strict=True):
-            ranks.reduce_scatter_single(mine, view.contiguous(), group=self._group)
+            with ledger.purpose(COLUMN_GRADIENTS), ledger.carrying("reduce_scatter", ledger.size(view)):
+                ranks.reduce_scatter_single(mine, view.contiguous(), group=self._group)
         return home
 
 
@@ -98,10 +102,9 @@ class RingColumns:
             under_way: list[dist.Work] = []
             if step < self.world - 1:
                 coming = spare[step % 2]
-                under_way = self._pass_on(current, coming)
+                under_way = self._pass_on(current, coming, COLUMNS)
             yield self._first(step, own), current
-            for work in under_way:
-                work.wait()
+            _finish(under_way)
             if under_way:
                 current = coming
 
@@ -120,25 +123,30 @@ class RingColumns:
         under_way: list[dist.Work] = []
         for step, (first, block) in enumerate(self.walk(own)):
             visit(block, first, mine.zero_())
-            for work in under_way:  # the gradient from the previous rank; and `sending` is free again
-                work.wait()
+            _finish(under_way)  # the gradient from the previous rank; and `sending` is free again
             if step > 0:
                 mine += arrived
             if self.world > 1:
                 mine, sending = sending, mine
-                under_way = self._pass_on(sending, arrived)
-        for work in under_way:
-            work.wait()
+                under_way = self._pass_on(sending, arrived, COLUMN_GRADIENTS)
+        _finish(under_way)
         return arrived if self.world > 1 else mine
 
     def _first(self, step: int, own: Tensor) -> int:
         return (self.rank - step) % self.world * own.shape[1]
 
-    def _pass_on(self, block: Tensor, into: Tensor) -> list[dist.Work]:
+    def _pass_on(self, block: Tensor, into: Tensor, purpose: str) -> list[dist.Work]:
         """Start sending `block` to the next rank and receiving the previous rank's."""
         following, previous = ((self.rank + step) % self.world for step in (1, -1))
         if self._group is not None:
             following, previous = (dist.get_global_rank(self._group, r) for r in (following, previous))
         send = dist.P2POp(dist.isend, block, following, self._group)
         receive = dist.P2POp(dist.irecv, into, previous, self._group)
-        return dist.batch_isend_irecv([send, receive])
+        with ledger.purpose(purpose), ledger.carrying("send", ledger.size(block)):
+            return dist.batch_isend_irecv([send, receive])
+
+
+def _finish(under_way: list[dist.Work]) -> None:
+    with ledger.waiting():
+        for work in under_way:
+            work.wait()

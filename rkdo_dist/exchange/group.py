@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rkdo_dist.exchange import ledger
+
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
 P = TypeVar("P", Tensor, list[Tensor])
@@ -46,7 +48,8 @@ def rank(group: Group = None) -> int:
 def barrier(group: Group = None) -> None:
     """Wait for all ranks (nothing without a process group)."""
     if world_size(group) > 1:
-        dist.barrier(group)
+        with ledger.carrying("all_reduce", 0):
+            dist.barrier(group)
 
 
 class TreeSum(Generic[P]):
@@ -128,7 +131,8 @@ def exact_reduce_scatter(rows: Tensor, group: Group = None) -> Tensor:
         raise ValueError(f"{rows.shape[0]} rows do not divide over {world} ranks")
     sent = rows.contiguous()
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    with ledger.carrying("all_to_all", ledger.size(sent)):
+        dist.all_to_all_single(received, sent, group=group)
     return tree_sum(received.view(world, rows.shape[0] // world, *rows.shape[1:]).unbind(0)).clone()
 
 
@@ -138,7 +142,8 @@ def all_gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     if world == 1:
         return rows
     out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
-    all_gather_single(out, rows.contiguous(), group=group)
+    with ledger.carrying("all_gather", ledger.size(rows)):
+        all_gather_single(out, rows.contiguous(), group=group)
     return out
 
 
@@ -165,9 +170,11 @@ class ExactAllReduce:
     def reduce(self) -> Tensor:
         """Replace `vector` by its sum over ranks (collective); returns it."""
         if self._world > 1 and self._padded.numel():
-            dist.all_to_all_single(self._received, self._padded, group=self._group)
+            with ledger.carrying("all_to_all", ledger.size(self._padded)):
+                dist.all_to_all_single(self._received, self._padded, group=self._group)
             chunk = tree_sum(self._received.view(self._world, -1).unbind(0))
-            all_gather_single(self._padded, chunk, group=self._group)
+            with ledger.carrying("all_gather", ledger.size(chunk)):
+                all_gather_single(self._padded, chunk, group=self._group)
         return self.vector
 
 
@@ -201,7 +208,8 @@ def _all_reduce(value: float, operation: dist.ReduceOp.RedOpType, group: Group) 
     if world_size(group) == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=_small_tensor_device(group))
-    dist.all_reduce(tensor, op=operation, group=group)
+    with ledger.carrying("all_reduce", ledger.size(tensor)):
+        dist.all_reduce(tensor, op=operation, group=group)
     return float(tensor)
 
 
@@ -214,7 +222,8 @@ def gather_objects(value: object, group: Group = None) -> list[object]:
     if world == 1:
         return [value]
     out: list[object] = [None] * world
-    dist.all_gather_object(out, value, group=group)
+    with ledger.carrying("objects", 0):
+        dist.all_gather_object(out, value, group=group)
     return out
 
 

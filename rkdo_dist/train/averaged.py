@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from rkdo_dist.exchange import group
+from rkdo_dist.exchange import group, ledger
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.train.field import FieldResult, Views, averaged_field
 from rkdo_dist.train.runtime import Runtime
@@ -66,5 +66,6 @@ class Averaged(Strategy):
         """In the backend's order."""
         statistics = torch.stack(list(lanes)).sum(0)
         if self._runtime.world > 1:
-            torch.distributed.all_reduce(statistics)
+            with ledger.purpose(ledger.STATISTICS), ledger.carrying("all_reduce", ledger.size(statistics)):
+                torch.distributed.all_reduce(statistics)
         return statistics

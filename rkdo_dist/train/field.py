@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rkdo_dist.exchange import group
+from rkdo_dist.exchange import group, ledger
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.losses import FieldLoss
@@ -49,7 +49,8 @@ def exact_field(lanes: Sequence[Views], objective: Objective, first_lane: int, s
         stop: this rank's stop code.
     """
     count, m = len(lanes), lanes[0][0].shape[0]
-    columns_u, columns_v = (group.all_gather_rows(torch.cat([pair[k] for pair in lanes])) for k in (0, 1))
+    with ledger.purpose(ledger.COLUMNS):
+        columns_u, columns_v = (group.all_gather_rows(torch.cat([pair[k] for pair in lanes])) for k in (0, 1))
     results = []
     sums: dict[str, group.TreeSum[Tensor]] = {"u": group.TreeSum(count), "v": group.TreeSum(count)}
     used = {"u": False, "v": False}
@@ -60,7 +61,8 @@ def exact_field(lanes: Sequence[Views], objective: Objective, first_lane: int, s
                 sums[name].add(part)
                 used[name] = True
         results.append(result)
-    home = {n: group.exact_reduce_scatter(sums[n].total()).split(m) if used[n] else None for n in sums}
+    with ledger.purpose(ledger.COLUMN_GRADIENTS):
+        home = {n: group.exact_reduce_scatter(sums[n].total()).split(m) if used[n] else None for n in sums}
     du = [r.rows_u if home["u"] is None else r.rows_u + home["u"][i] for i, r in enumerate(results)]
     dv = [r.rows_v if home["v"] is None else r.rows_v + home["v"][i] for i, r in enumerate(results)]
     names = ["loss", *results[0].parts]

@@ -1,0 +1,134 @@
+"""The ledger counts every collective, and its bytes are those of the textbook algorithms."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rkdo_dist.exchange import columns, group, ledger
+from rkdo_dist.losses import RKDOLoss
+from tests.ranks import run_ranks
+
+PACKAGE = Path(__file__).resolve().parent.parent / "rkdo_dist"
+COLLECTIVES = {
+    "all_reduce", "all_gather", "all_gather_object", "all_gather_single", "all_gather_into_tensor", "barrier",
+    "reduce_scatter_single", "reduce_scatter_tensor", "reduce_scatter", "all_to_all_single", "all_to_all", "broadcast",
+    "broadcast_object_list", "gather", "scatter", "reduce", "batch_isend_irecv", "isend", "send", "recv", "irecv",
+}  # fmt: skip
+
+
+def collectives(rank: int, world: int) -> dict[str, Any]:
+    """Each way to send, its ledger."""
+    rows = torch.full((12, 5), float(rank))
+    actions = {
+        "all_gather_rows": lambda: group.all_gather_rows(rows),
+        "exact_reduce_scatter": lambda: group.exact_reduce_scatter(rows.clone()),
+        "exact_all_reduce": lambda: group.exact_all_reduce(rows.flatten()[:59]),
+        "all_reduce_max": lambda: group.all_reduce_max(1.0),
+        "gather_objects": lambda: group.gather_objects("x" * rank),
+        "barrier": lambda: group.barrier(),
+        "together": lambda: group.together(lambda: None, "nothing"),
+        "gather columns": lambda: columns.GatheredColumns().gather(rows[None].expand(2, 12, 5).contiguous()),
+        "send home": lambda: columns.GatheredColumns().send_home(torch.ones(2, 12 * world, 5)),
+        "ring walk": lambda: list(columns.RingColumns().walk(rows[None])),
+        "ring home": lambda: columns.RingColumns().walk_home(rows[None], lambda *_: None),
+    }
+    found = {}
+    for name, action in actions.items():
+        before = ledger.book()
+        action()
+        new = ledger.book().since(before)
+        found[name] = dict(new.payload), dict(new.calls), new.sent(world)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_bytes_of_every_kind_of_collective(world: int) -> None:
+    n, w = 12 * 5 * 4, world
+    small, cols, grads = ledger.SMALL, ledger.COLUMNS, ledger.COLUMN_GRADIENTS
+    padded = (59 + -59 % w) * 4
+    sent = {
+        "all_gather_rows": {(small, "all_gather"): (w - 1) * n},
+        "exact_reduce_scatter": {(small, "all_to_all"): (w - 1) * n / w},
+        "exact_all_reduce": {
+            (small, "all_to_all"): (w - 1) * padded / w,
+            (small, "all_gather"): (w - 1) * padded / w,
+        },
+        "all_reduce_max": {(small, "all_reduce"): 2 * (w - 1) * 8 / w},
+        "gather_objects": {(small, "objects"): 0},
+        "barrier": {(small, "all_reduce"): 0},
+        "together": {(small, "all_reduce"): 2 * (w - 1) * 8 / w},
+        "gather columns": {(cols, "all_gather"): 2 * (w - 1) * n},
+        "send home": {(grads, "reduce_scatter"): 2 * (w - 1) * n},
+        "ring walk": {(cols, "send"): (w - 1) * n},
+        "ring home": {(cols, "send"): (w - 1) * n, (grads, "send"): w * n},
+    }
+    for found in run_ranks(collectives, world) if world > 1 else [collectives(0, 1)]:
+        for name, expected in sent.items():
+            assert found[name][2] == ({} if world == 1 else expected), name
+
+
+def test_a_ring_and_a_gather_send_alike_but_for_the_walks() -> None:
+    """The ring's price for bounded memory: each further walk sends the columns again."""
+
+    for found in run_ranks(_both_losses, 4):
+        once = 3 * 6 * 8 * 4  # (W - 1) blocks of b d float32
+        gathered, ring = found["gather"], found["ring"]
+        assert gathered[(ledger.COLUMNS, "all_gather")] == once
+        assert gathered[(ledger.COLUMN_GRADIENTS, "reduce_scatter")] == once
+        assert ring[(ledger.COLUMNS, "send")] == 3 * once  # normalise, correct, and home
+        assert ring[(ledger.COLUMN_GRADIENTS, "send")] == once * 4 // 3
+
+
+def _both_losses(rank: int, world: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(rank)
+    u, v = (torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1) for _ in range(2))
+    found = {}
+    for exchange in ("gather", "ring"):
+        before = ledger.book()
+        RKDOLoss(exchange=exchange)(u.requires_grad_(), v.requires_grad_()).backward()
+        found[exchange] = ledger.book().since(before).sent(world)
+    return found
+
+
+def test_purposes_nest_and_are_left_after_an_error() -> None:
+    before = ledger.book()
+    with pytest.raises(KeyError), ledger.purpose("outer"), ledger.purpose("inner"), ledger.carrying("send", 3):
+        raise KeyError
+    ledger.note("DDP", "all_reduce", 5)
+    with ledger.carrying("send", 1):
+        pass
+    new = ledger.book().since(before)
+    assert dict(new.payload) == {("inner", "send"): 3, ("DDP", "all_reduce"): 5, (ledger.SMALL, "send"): 1}
+
+
+def _with_stacks(tree: ast.AST) -> list[tuple[ast.Call, list[str]]]:
+    """Every call, with the text of all `with` items around it."""
+    found = []
+
+    def visit(node: ast.AST, around: list[str]) -> None:
+        if isinstance(node, ast.With):
+            around = [*around, *(ast.unparse(item.context_expr) for item in node.items)]
+        if isinstance(node, ast.Call):
+            found.append((node, around))
+        for child in ast.iter_child_nodes(node):
+            visit(child, around)
+
+    visit(tree, [])
+    return found
+
+
+def test_no_collective_passes_by_the_ledger() -> None:
+    missed = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for call, around in _with_stacks(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(call.func)
+            owner, _, last = name.rpartition(".")
+            ours = owner in ("dist", "torch.distributed") or last in ("all_gather_single", "reduce_scatter_single")
+            if ours and last in COLLECTIVES and not any("ledger.carrying(" in text for text in around):
+                missed.append(f"{path.relative_to(PACKAGE)}:{call.lineno} {name}")
+    assert not missed, "put each of these inside `with ledger.carrying(operation, payload):`"
