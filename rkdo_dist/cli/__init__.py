@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rkdo_dist.cli import data, reading, training
+from rkdo_dist.cli import data, judging, reading, training
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
-_FILES = (data, training, reading)  # in the order of --help
+_FILES = (data, training, judging, reading)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -57,6 +57,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def change(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with dotted overrides, checked again.
+
+    Raises:
+        ConfigError: as for `load`.
+    """
+    tree: dict[Any, Any] = dataclasses.asdict(config)
+    for override in overrides:
+        _apply(tree, override)
+    return from_tree(tree)
+
+
 def _apply(tree: dict[Any, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")

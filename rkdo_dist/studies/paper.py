@@ -1,0 +1,248 @@
+"""The paper's experiment: its runs, and its numbers beside ours.
+
+`plan` lists the runs of a protocol; `Results` reads what they left and gives the cells of the tables. One run of ten
+epochs serves the shorter durations too: nothing in a run depends on its length.
+"""
+
+from __future__ import annotations
+
+import math
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.data.errors import DataError
+from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.studies import published
+from rkdo_dist.studies.records import Record, mean_sd, read
+from rkdo_dist.studies.runner import Planned
+from rkdo_dist.studies.statistics import Paired, paired
+from rkdo_dist.train import build
+
+OBJECTIVES = ("rkdo", "icon")
+NAMES = {"rkdo": "RKDO", "icon": "I-Con"}
+PROTOCOLS = ("paper", "full")
+_BATCH = {"cifar10": 64, "cifar100": 64, "stl10": 32}
+_SIZE = {"cifar10": None, "cifar100": None, "stl10": 64}  # the released code resizes STL-10
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be reproduced.
+
+    Attributes:
+        protocol: "paper": the released notebook's (an "epoch" is 11 batches, everything judged on the first 11 test
+            batches); "full": whole epochs, whole splits.
+        changes: settings ("section.key=value") that differ from the protocol, for every run.
+    """
+
+    datasets: tuple[str, ...]
+    protocol: str
+    seeds: tuple[int, ...]
+    epochs: tuple[int, ...]
+    out: Path
+    changes: tuple[str, ...] = ()
+
+    def directory(self, dataset: str, objective: str, seed: int) -> Path:
+        """Where a run is."""
+        return self.out / self.protocol / "runs" / f"{dataset}-{objective}-{seed}"
+
+    @property
+    def said(self) -> str:
+        """The protocol and what was changed in it, for titles."""
+        return f"protocol {self.protocol}" + (f", changed: {', '.join(self.changes)}" if self.changes else "")
+
+
+def paper_config(request: Request, dataset: str, objective: str, seed: int, shards: str) -> Config:
+    """The configuration of one run (`configs/paper/` has the same settings as files)."""
+    batch, directory = _BATCH[dataset], request.directory(dataset, objective, seed)
+    before = RunDirectory(directory)
+    epochs = max(request.epochs)
+    if (directory / "config.yaml").is_file():  # a longer run serves as well
+        epochs = max(epochs, before.config().train.epochs)
+    whole = request.protocol == "full"
+    tree: dict[str, dict[str, Any]] = {
+        "field": {"objective": objective},
+        "data": {"shards": shards, "image_size": _SIZE[dataset]},
+        "encoder": {"backbone": "resnet18", "stem": "imagenet", "head": "released", "views": "apart"},
+        "train": {
+            "global_batch": batch,
+            "micro_batch": batch,
+            "epochs": epochs,
+            "batches_per_epoch": None if whole else 11,
+            "learning_rate": 1e-3,
+            "weight_decay": 1e-5,
+            "evaluate_at": sorted(e for e in {*published.EPOCHS, *request.epochs} if e <= epochs),
+            "checkpoint_every": 200 if whole else None,
+            "keep_checkpoints": 1,
+        },
+        "evaluate": {"protocol": request.protocol},
+        "run": {"dir": str(directory), "seed": seed, "resume": "auto"},
+    }
+    return configuration.change(configuration.from_tree(tree), request.changes)
+
+
+def plan(request: Request, dataset: str, shards: str) -> list[Planned]:
+    """The runs of a data set.
+
+    Raises:
+        ValueError: if the shards cannot be read, or do not hold what the runs need.
+    """
+    planned = []
+    for seed in request.seeds:
+        for objective in OBJECTIVES:
+            config = paper_config(request, dataset, objective, seed, shards)
+            index = build.open_index(config)
+            _, steps = build.run_length(config, index)
+            planned.append(Planned(config, steps))
+    index.split(config.evaluate.test_split)
+    return planned
+
+
+def data_note(dataset: str, index: ShardIndex) -> str:
+    """What must be said about the images, "" if they are the original pixels."""
+    with tarfile.open(index.file_of(index.split("train").shards[0])) as tar:
+        names = (member.name.lower() for member in tar if member.isfile())
+        first = next((name for name in names if not name.endswith((".cls", ".json", ".txt"))), "")
+    if first.endswith((".jpg", ".jpeg")):
+        title = published.TITLES[dataset]
+        return f"{title}: images stored as JPEG, which is lossy; the paper used the original pixels."
+    return ""
+
+
+def locations(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
+    """Where the shards of each data set are.
+
+    Args:
+        given: "DIR" (data set X is in DIR/X, or in DIR itself if only one is asked for and its index is there) or
+            "X=DIR"; without any, "data".
+
+    Raises:
+        ConfigError: for a data set that is not asked for.
+    """
+    found: dict[str, str] = {}
+    general = "data"
+    for text in given:
+        name, equals, place = text.partition("=")
+        if equals and name in published.DATASETS:
+            if name not in datasets:
+                raise ConfigError(f"--data {text}: {name} is not among --datasets {','.join(datasets)}")
+            found[name] = place
+        else:
+            general = text
+    for name in datasets:
+        alone = len(datasets) == 1 and (Path(general) / "index.json").is_file()
+        found.setdefault(name, general if alone else str(Path(general) / name))
+    return found
+
+
+def missing(dataset: str, place: str, error: DataError) -> str:
+    """What to do about a data set that is not there."""
+    return (
+        f"{published.TITLES[dataset]} is left out: {error}\n"
+        f"  prepare it with: rkdo prepare {dataset} --out {place}   (--root DIR if its files are here already), "
+        f"or name its place with --data {dataset}=DIR"
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Values of both objectives by seed, in the same order.
+
+    Attributes:
+        rkdo, icon: of the seeds that both have.
+        published: the paper's, None where it has none.
+    """
+
+    rkdo: list[float]
+    icon: list[float]
+    published: published.Row | None
+
+    @property
+    def seeds(self) -> int:
+        return len(self.rkdo)
+
+    @property
+    def paired(self) -> Paired | None:
+        """RKDO against I-Con, seed by seed; None without values."""
+        return paired(self.rkdo, self.icon) if self.rkdo else None
+
+    def away(self, objective: str) -> float:
+        """Our mean minus the published one, in published standard deviations; NaN where one is missing."""
+        if self.published is None or not self.seeds:
+            return math.nan
+        mean, sd = getattr(self.published, objective)
+        return (mean_sd(getattr(self, objective))[0] - mean) / sd
+
+    def percent(self, lower_is_better: bool = False) -> float:
+        """RKDO's mean over I-Con's in per cent; for losses, how much lower it is."""
+        if not self.seeds:
+            return math.nan
+        a, b = mean_sd(self.rkdo)[0], mean_sd(self.icon)[0]
+        return 100 * ((b - a) if lower_is_better else (a - b)) / b if b else math.nan
+
+
+class Results:
+    """What the runs of a request have left."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.records: dict[tuple[str, str, int], Record] = {}
+        for dataset in request.datasets:
+            for objective in OBJECTIVES:
+                for seed in request.seeds:
+                    directory = request.directory(dataset, objective, seed)
+                    if (directory / "metrics.jsonl").is_file() and (directory / "metrics.jsonl").stat().st_size:
+                        self.records[dataset, objective, seed] = read(directory)
+
+    def loss(self, dataset: str, epochs: int, attained: bool = False) -> Cell:
+        """Mean loss of an epoch (Table 1), or the share of its way from uniform to ideal that it has come."""
+
+        def value(record: Record) -> float | None:
+            series = record.attained if attained else record.losses
+            whole = record.steps >= epochs * record.steps_per_epoch
+            return series[epochs - 1] if whole and len(series) >= epochs else None
+
+        row = None if attained else published.TABLE_1.get((dataset, epochs))
+        return self._cell(dataset, value, value, row)
+
+    def score(self, dataset: str, epochs: int, metric: str, later: int | None = None) -> Cell:
+        """A score after an epoch (Tables 2 and 4); `later`: I-Con's after that one instead (Table 3)."""
+        row = None
+        if later is None and metric == "linear_accuracy":
+            row = published.TABLE_2.get((dataset, epochs))
+        elif later is None and epochs == published.TABLE_4_EPOCHS:
+            row = published.TABLE_4.get((dataset, metric))
+
+        def after(when: int) -> Any:
+            return lambda record: self._judged(record, when).get(metric)
+
+        return self._cell(dataset, after(epochs), after(later or epochs), row)
+
+    def at_uniform(self, dataset: str) -> tuple[float, float] | None:
+        """Both objectives' values for an encoder that knows nothing; None without runs."""
+        values = [
+            next((r.at_uniform[0] for (d, o, _), r in self.records.items() if (d, o) == (dataset, objective)), None)
+            for objective in OBJECTIVES
+        ]
+        return None if None in values else (values[0], values[1])  # type: ignore[return-value]
+
+    def _judged(self, record: Record, epochs: int) -> dict[str, Any]:
+        scores = record.evaluations.get(epochs, {})
+        return scores if scores.get("protocol") == self.request.protocol else {}
+
+    def _cell(self, dataset: str, of_rkdo: Any, of_icon: Any, row: published.Row | None) -> Cell:
+        a, b = [], []
+        for seed in self.request.seeds:
+            first, second = (self.records.get((dataset, objective, seed)) for objective in OBJECTIVES)
+            x = None if first is None else of_rkdo(first)
+            y = None if second is None else of_icon(second)
+            if x is not None and y is not None:
+                a.append(float(x))
+                b.append(float(y))
+        return Cell(a, b, row)

@@ -1,0 +1,230 @@
+"""Tables 1 to 4 of the paper: what the runs gave, beside the published numbers, with the tests of a paired design.
+
+Every table states its protocol. "away" is our mean minus the published one in published standard deviations. Tests are
+paired by seed (`statistics`), Holm-adjusted over the cells of a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rkdo_dist.studies import published
+from rkdo_dist.studies.paper import NAMES, OBJECTIVES, Cell, Request, Results
+from rkdo_dist.studies.records import mean_sd
+from rkdo_dist.studies.sheets import Sheet, spread
+from rkdo_dist.studies.statistics import holm, verdict
+
+_ADJUSTED = (
+    "p-values of the paired t-test over seeds are Holm-adjusted over the table's cells; [95 % bootstrap interval]."
+)
+
+
+def all_tables(results: Results) -> list[Sheet]:
+    """The four tables, in the paper's order."""
+    return [table_1(results), table_2(results), table_3(results), table_4(results)]
+
+
+def table_1(results: Results) -> Sheet:
+    """Final loss. What is tested is the attained share: the losses are different functions and do not compare."""
+    request = results.request
+    cells = [(d, e, results.loss(d, e)) for d, e in _places(request)]
+    shares = [results.loss(d, e, attained=True) for d, e in _places(request)]
+    sheet = Sheet(
+        "table1",
+        f"Table 1: mean loss of the last epoch ({request.said})",
+        [
+            "data set",
+            "epochs",
+            *_sides(),
+            "RKDO lower by\nhere\npublished",
+            "attained share\nRKDO\nI-Con",
+            "the shares differ?",
+        ],
+        _loss_caption(results),
+    )
+    for (dataset, epochs, cell), share, p in zip(cells, shares, _adjusted(shares), strict=True):
+        lower = f"{_times(cell.percent(True))}\n{_percent(cell)}"
+        attained = "\n".join(_share(getattr(share, objective)) for objective in OBJECTIVES)
+        sheet.rows.append(
+            [_title(dataset), str(epochs), *map(_side(cell), OBJECTIVES), lower, attained, _verdict(share, p)]
+        )
+        row = {"dataset": dataset, "epochs": epochs, **_columns(request, cell)}
+        row |= {"rkdo_lower_percent": cell.percent(True)}
+        row |= {"published_percent": cell.published.percent if cell.published else math.nan}
+        ours = {k: v for k, v in _columns(request, share, p).items() if k not in ("protocol", "seeds")}
+        ours = {k: v for k, v in ours.items() if "published" not in k and "away" not in k}
+        sheet.data.append(row | {f"attained_{k}": v for k, v in ours.items()})
+    return sheet
+
+
+def table_2(results: Results) -> Sheet:
+    """Linear evaluation accuracy."""
+    request = results.request
+    places = list(_places(request))
+    cells = [results.score(d, e, "linear_accuracy") for d, e in places]
+    labels = [{"data set": _title(d), "epochs": str(e)} for d, e in places]
+    return _accuracies("table2", f"Table 2: linear evaluation accuracy ({request.said})", request, labels, cells)
+
+
+def table_3(results: Results) -> Sheet:
+    """Early RKDO against later I-Con; the published column is the paper's reading."""
+    request = results.request
+    sheet = Sheet(
+        "table3",
+        f"Table 3: early RKDO, later I-Con, linear evaluation accuracy ({request.said})",
+        [
+            "data set",
+            "RKDO (early)\nhere\npublished",
+            "I-Con (later)\nhere\npublished",
+            "difference",
+            "evidence?",
+            "published",
+        ],
+        _ADJUSTED + " Fewer steps are a saving only where the accuracies are shown to be alike, which no evidence of a "
+        "difference does not do.",
+    )
+    rows = [(d, published.TABLE_3[d]) for d in request.datasets]
+    cells = [results.score(d, r.rkdo_epochs, "linear_accuracy", later=r.icon_epochs) for d, r in rows]
+    for (dataset, row), cell, p in zip(rows, cells, _adjusted(cells), strict=True):
+        early = f"{spread(*mean_sd(cell.rkdo))} ({row.rkdo_epochs} ep.)\n{spread(*row.rkdo)}"
+        later = f"{spread(*mean_sd(cell.icon))} ({row.icon_epochs} ep.)\n{spread(*row.icon)}"
+        sheet.rows.append([_title(dataset), early, later, _difference(cell), _verdict(cell, p), row.savings])
+        epochs = {"rkdo_epochs": row.rkdo_epochs, "icon_epochs": row.icon_epochs}
+        sheet.data.append(
+            {"dataset": dataset, **epochs, **_columns(request, cell, p), "published_reading": row.savings}
+        )
+    return sheet
+
+
+def table_4(results: Results) -> Sheet:
+    """Four scores at two epochs."""
+    request, epochs = results.request, published.TABLE_4_EPOCHS
+    places = [(d, m) for d in request.datasets for m in published.METRICS]
+    cells = [results.score(d, epochs, m) for d, m in places]
+    labels = [{"data set": _title(d), "score": published.METRICS[m]} for d, m in places]
+    return _accuracies("table4", f"Table 4: scores at {epochs} epochs ({request.said})", request, labels, cells)
+
+
+def agreement(results: Results) -> Iterator[str]:
+    """A sentence per data set: how many cells of Table 1 lie within two published standard deviations."""
+    for dataset in results.request.datasets:
+        cells = [results.loss(dataset, e) for d, e in _places(results.request) if d == dataset]
+        away = [c.away(o) for c in cells for o in OBJECTIVES if not math.isnan(c.away(o))]
+        if away:
+            close = sum(abs(a) <= 2 for a in away)
+            yield (
+                f"Table 1, {_title(dataset)}: {close} of {len(away)} cells within two published standard deviations "
+                f"(the farthest {max(away, key=abs):+.2f}; protocol {results.request.protocol})"
+            )
+
+
+def _accuracies(
+    name: str, title: str, request: Request, labels: Sequence[Mapping[str, str]], cells: Sequence[Cell]
+) -> Sheet:
+    columns = [*labels[0], *_sides(), "RKDO vs I-Con\nhere\npublished", "difference", "evidence?"]
+    sheet = Sheet(name, title, columns, _ADJUSTED)
+    for label, cell, p in zip(labels, cells, _adjusted(cells), strict=True):
+        relative = (
+            f"{cell.percent():+.2f} %\n{_percent(cell, sign=True)}" if cell.seeds else f"-\n{_percent(cell, True)}"
+        )
+        sheet.rows.append(
+            [*label.values(), *map(_side(cell), OBJECTIVES), relative, _difference(cell), _verdict(cell, p)]
+        )
+        names = {key.replace("data set", "dataset"): value for key, value in label.items()}
+        published_percent = cell.published.percent if cell.published else math.nan
+        data = {
+            **names,
+            **_columns(request, cell, p),
+            "percent": cell.percent(),
+            "published_percent": published_percent,
+        }
+        sheet.data.append(data)
+    return sheet
+
+
+def _places(request: Request) -> Iterator[tuple[str, int]]:
+    return ((dataset, epochs) for dataset in request.datasets for epochs in request.epochs)
+
+
+def _title(dataset: str) -> str:
+    return published.TITLES[dataset]
+
+
+def _sides() -> list[str]:
+    return [f"{NAMES[objective]}\nhere\npublished\naway" for objective in OBJECTIVES]
+
+
+def _side(cell: Cell) -> Any:
+    def text(objective: str) -> str:
+        theirs = "-" if cell.published is None else spread(*getattr(cell.published, objective))
+        away = cell.away(objective)
+        return (
+            f"{spread(*mean_sd(getattr(cell, objective)))}\n{theirs}\n{'-' if math.isnan(away) else f'{away:+.2f} sd'}"
+        )
+
+    return text
+
+
+def _percent(cell: Cell, sign: bool = False) -> str:
+    if cell.published is None:
+        return "-"
+    return f"{cell.published.percent:+.2f} %" if sign else f"{cell.published.percent:.2f} %"
+
+
+def _times(percent: float) -> str:
+    return "-" if math.isnan(percent) else f"{percent:.2f} %"
+
+
+def _share(values: list[float]) -> str:
+    mean, sd = mean_sd([100 * value for value in values])
+    return "-" if math.isnan(mean) else f"{spread(mean, sd, 1)} %"
+
+
+def _difference(cell: Cell) -> str:
+    result = cell.paired
+    if result is None or result.n < 2:
+        return "-" if result is None else f"{result.difference:+.4f}"
+    low, high = result.interval
+    return f"{result.difference:+.4f}\n[{low:+.4f}, {high:+.4f}]"
+
+
+def _adjusted(cells: Sequence[Cell]) -> list[float]:
+    return holm([math.nan if cell.paired is None else cell.paired.t_p for cell in cells])
+
+
+def _verdict(cell: Cell, p: float) -> str:
+    return "not run" if cell.paired is None else verdict(cell.paired, p, (NAMES["rkdo"], NAMES["icon"]))
+
+
+def _columns(request: Request, cell: Cell, p: float | None = None) -> dict[str, Any]:
+    """A cell for programs; with `p`, its tests too."""
+    row: dict[str, Any] = {"protocol": request.protocol, "seeds": cell.seeds}
+    for objective in OBJECTIVES:
+        row[objective], row[f"{objective}_sd"] = mean_sd(getattr(cell, objective))
+        theirs = (math.nan, math.nan) if cell.published is None else getattr(cell.published, objective)
+        row[f"{objective}_published"], row[f"{objective}_published_sd"] = theirs
+        row[f"{objective}_away"] = cell.away(objective)
+    if p is None:
+        return row
+    found = cell.paired
+    names = ("difference", "sd_difference", "t_p", "wilcoxon_p", "effect")
+    row |= {name: math.nan if found is None else getattr(found, name) for name in names}
+    row["interval_low"], row["interval_high"] = (math.nan, math.nan) if found is None else found.interval
+    return row | {"holm_p": p, "verdict": _verdict(cell, p)}
+
+
+def _loss_caption(results: Results) -> str:
+    gaps = []
+    for dataset in results.request.datasets:
+        values = results.at_uniform(dataset)
+        if values is not None:
+            gaps.append(f"{100 * (values[1] - values[0]) / values[1]:.1f} % on {_title(dataset)}")
+    before = (
+        f" Before any training RKDO's loss is lower by {', '.join(gaps)}: it is a different function." if gaps else ""
+    )
+    return (
+        f"The two losses do not compare.{before} What compares better is the share of the way from the value of an "
+        f"encoder that knows nothing to that of an ideal one. {_ADJUSTED}"
+    )
