@@ -1,0 +1,59 @@
+"""Commands that explain: `rkdo flops`, `rkdo verify-theory`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this file's commands."""
+    flops = commands.add_parser("flops", help="what a step costs: FLOPs by depth, time, memory, share of the loss")
+    flops.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/paper/cifar10-rkdo.yaml")
+    flops.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.global_batch=256")
+    flops.add_argument("--image-size", type=int, metavar="N", help="default: data.image_size, or 32")
+    flops.add_argument("--repeats", type=int, default=3, metavar="N", help="steps to time; 0: count only (default 3)")
+    flops.set_defaults(run=_flops)
+
+    theory = commands.add_parser(
+        "verify-theory", help="measure the paper's lemmas and theorem on explicit distributions"
+    )
+    theory.add_argument("--out", metavar="DIR", help="write theory.json and a figure here (.png and .svg)")
+    theory.add_argument("--repeats", type=int, default=1, metavar="N", help="random draws of every kind (default 1)")
+    theory.set_defaults(run=_verify_theory)
+
+
+def _flops(options: argparse.Namespace, words: list[str]) -> int:
+    from rich.console import Console
+
+    from rkdo_dist import config as configuration
+
+    config = configuration.load(options.config, options.overrides)
+    size = options.image_size or config.data.image_size or 32
+    if size < 1 or options.repeats < 0:
+        raise ValueError(f"--image-size must be at least 1 and --repeats 0, got {size} and {options.repeats}")
+    from rkdo_dist.studies.flops_table import cost_table
+
+    console = Console()
+    with console.status("counting and timing"):
+        table = cost_table(config, size, options.repeats)
+    console.print(table)
+    return 0
+
+
+def _verify_theory(options: argparse.Namespace, words: list[str]) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.studies import theory, theory_conditions, theory_results
+
+    if options.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
+    console = Console()
+    with console.status("measuring"):
+        tallies, findings = theory.measure(repeats=options.repeats), theory_conditions.findings()
+    console.print(theory_results.statement_table(tallies))
+    console.print(theory_results.finding_table(findings))
+    if options.out:
+        for path in theory_results.write_results(Path(options.out), tallies, findings):
+            console.print(f"written: {path}")
+    return 0 if all(tally.holds for tally in tallies) else 1

@@ -1,0 +1,196 @@
+"""What a step costs: floating point operations by PyTorch's counter, and seconds.
+
+Convention: a multiply-add is two operations, and only convolutions and matrix products are counted (that is what
+`torch.utils.flop_counter` does, and torch.profiler does nearly the same). So elementwise work, which is all that a
+further level of the recursion adds, does not appear in the count; it appears in the time. The counter takes the
+backward of a grouped convolution for that of a full one (shufflenet: 3.7 times the forward, not 3). The encoder is counted on
+fake tensors, which cost nothing, and the loss on a small batch of its own, which is scaled exactly: its products are
+bilinear in rows and columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from rkdo_dist.config import Config
+from rkdo_dist.encoders import Encoder
+from rkdo_dist.field.objectives import Objective, dense
+from rkdo_dist.losses import FieldLoss
+from rkdo_dist.train import build
+
+_COUNTED_BATCH = 64  # at most: of the loss
+PAPER = {1: 9.5537e9, 3: 9.5545e9}  # section 4.3: forward, ResNet-18, batch 64, CIFAR-10, by depth
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Operations of one step over a global batch, both views.
+
+    Attributes:
+        encoder_forward, loss_forward: of the forward pass, as the paper counts.
+        encoder_step, loss_step: forward and backward, and the second forward of `train.recompute`.
+    """
+
+    encoder_forward: float
+    loss_forward: float
+    encoder_step: float
+    loss_step: float
+
+    @property
+    def forward(self) -> float:
+        """Encoder and loss, forward."""
+        return self.encoder_forward + self.loss_forward
+
+    @property
+    def step(self) -> float:
+        """Encoder and loss, forward and backward."""
+        return self.encoder_step + self.loss_step
+
+
+def step_flops(config: Config, image_size: int) -> StepFlops:
+    """Count one step.
+
+    Args:
+        config: of the run.
+        image_size: side of the squares that the encoder sees.
+    """
+    images = 2 * config.train.global_batch
+    forward, both = _encoder_flops(config, image_size)
+    objective = build.make_objective(config, 0.0)
+    loss_forward, loss_step = loss_flops(objective, config.train.global_batch, config.encoder.embedding_dim)
+    again = forward if config.train.recompute else 0.0
+    return StepFlops(images * forward, loss_forward, images * (both + again), loss_step)
+
+
+def _encoder_flops(config: Config, image_size: int) -> tuple[float, float]:
+    """Operations for one image: forward, and forward and backward."""
+    section, found = config.encoder, []
+    for backward in (False, True):
+        with FakeTensorMode(), counter() as count:
+            encoder = Encoder(section.backbone, section.head, section.embedding_dim, section.stem)
+            out = encoder(torch.empty(2, 3, image_size, image_size))  # two, as batch norm asks
+            if backward:
+                out.sum().backward()
+        found.append(count.get_total_flops() / 2)
+    return found[0], found[1]
+
+
+def loss_flops(objective: Objective, batch: int, width: int) -> tuple[float, float]:
+    """Operations of the loss over a global batch of embeddings (batch, width): forward, and with its gradients."""
+    small = min(batch, _COUNTED_BATCH)
+    u, v = (functional.normalize(torch.randn(small, width), dim=1).requires_grad_() for _ in range(2))
+    with counter() as forward:
+        dense(objective, u, v)
+    with counter() as both:
+        _value(FieldLoss(objective, exchange="local")(u, v)).backward()
+    scale = (batch / small) ** 2
+    return forward.get_total_flops() * scale, both.get_total_flops() * scale
+
+
+def counter() -> FlopCounterMode:
+    """PyTorch's counter, which by itself overlooks the in-place products (`addmm_`) of our loss."""
+
+    def product(_self: Any, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
+
+
+def _value(loss: Tensor | tuple[Tensor, dict[str, Tensor]]) -> Tensor:
+    assert isinstance(loss, Tensor)  # no parts were asked for
+    return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+    """Medians over steps on random images, seconds.
+
+    Attributes:
+        encoder_forward, loss, encoder_backward: the loss with its gradients.
+        peak_bytes: of the process (CPU) or allocated on the device, after these steps.
+    """
+
+    encoder_forward: float
+    loss: float
+    encoder_backward: float
+    peak_bytes: int
+
+    @property
+    def step(self) -> float:
+        """All three; reading, views and the optimizer are not in it."""
+        return self.encoder_forward + self.loss + self.encoder_backward
+
+    @property
+    def loss_share(self) -> float:
+        """Of the step."""
+        return self.loss / self.step
+
+
+def step_times(config: Config, image_size: int, objective: Objective, repeats: int = 3) -> StepTimes:
+    """Time steps on this machine, on one process, in micro-batches as a run would have them.
+
+    Args:
+        config: its encoder, batch sizes and `run.threads` are used.
+        image_size: side of the squares.
+        objective: the loss.
+        repeats: steps that count; one more warms up.
+    """
+    torch.set_num_threads(config.run.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = build.make_encoder(dataclasses.replace(config, encoder=_alone(config))).to(device)
+    lanes = [
+        torch.randn(2 * config.train.micro_batch, 3, image_size, image_size, device=device)
+        for _ in range(config.train.lanes)
+    ]
+    loss_fn = FieldLoss(objective, exchange="local")
+    rows = [_one_step(encoder, lanes, loss_fn, device) for _ in range(repeats + 1)][1:]
+    forward, loss, backward = (statistics.median(column) for column in zip(*rows, strict=True))
+    return StepTimes(forward, loss, backward, _peak(device))
+
+
+def _alone(config: Config) -> Any:
+    """The encoder of one process: batch norm has nobody to share with."""
+    return dataclasses.replace(config.encoder, batch_norm="lane")
+
+
+def _one_step(
+    encoder: Encoder, lanes: list[Tensor], loss_fn: FieldLoss, device: torch.device
+) -> tuple[float, float, float]:
+    """Seconds of the forward pass, of the loss with its gradients, and of the backward pass."""
+    encoder.zero_grad(set_to_none=True)
+    pairs, forward = _timed(lambda: [encoder(lane).chunk(2) for lane in lanes], device)
+    u, v = (torch.cat([pair[k] for pair in pairs]) for k in (0, 1))
+    leaves = [x.detach().requires_grad_() for x in (u, v)]
+    gradients, loss = _timed(lambda: torch.autograd.grad(_value(loss_fn(*leaves)), leaves), device)
+    _, backward = _timed(lambda: torch.autograd.backward([u, v], gradients), device)
+    return forward, loss, backward
+
+
+def _timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    _wait(device)
+    began = time.perf_counter()
+    result = action()
+    _wait(device)
+    return result, time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,166 @@
+"""What `rkdo verify-theory` shows: a table of the statements, a table of the findings, a figure and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from rkdo_dist.files import write_atomic
+from rkdo_dist.studies import theory
+from rkdo_dist.studies.theory import Tally
+from rkdo_dist.studies.theory_conditions import FALSE, Finding
+
+
+def statement_table(tallies: list[Tally]) -> Table:
+    """A row per statement: how many cases, whether all held, and how close the closest came."""
+    table = Table(
+        title="Section 6.2 of the paper on explicit distributions, exact inner minimisation, float64",
+        caption="worst: the largest left - right (rounding, where positive); tightest: the largest left / right; "
+        "empty: the bound is infinite or undefined",
+    )
+    for name in ("statement", "what is measured"):
+        table.add_column(name)
+    for name in ("cases", "holds", "worst", "tightest", "empty"):
+        table.add_column(name, justify="right")
+    for tally in tallies:
+        table.add_row(
+            tally.statement,
+            tally.bound,
+            f"{tally.cases:,}",
+            "yes" if tally.holds else f"NO: {tally.cases - tally.held:,}",
+            f"{tally.slack:.1e}",
+            f"{tally.tightest:.4f}",
+            f"{tally.empty:,}",
+        )
+    return table
+
+
+def finding_table(findings: list[Finding]) -> Table:
+    """A row per finding, with its counterexample and the numbers."""
+    table = Table(title="What the statements need beyond what they say", show_lines=True)
+    for name in ("statement", "finding", "counterexample", "measured"):
+        table.add_column(name)
+    for finding in findings:
+        kind = f"[red]{finding.kind}[/]" if finding.kind == FALSE else finding.kind
+        measured = "\n".join(f"{name}: {_shown(value)}" for name, value in finding.numbers.items())
+        table.add_row(f"{finding.statement}\n{kind}", finding.finding, finding.example, measured)
+    return table
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def write_results(out: Path, tallies: list[Tally], findings: list[Finding]) -> list[Path]:
+    """`theory.json`, `theory.png` and `theory.svg` in `out`, which is made if it is not there.
+
+    Returns:
+        The files.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {
+        "statements": [_finite({**vars(tally), "holds": tally.holds}) for tally in tallies],
+        "findings": [{**vars(finding), "numbers": _finite(finding.numbers)} for finding in findings],
+    }
+    write_atomic(out / "theory.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    figure(out / "theory")
+    return [out / f"theory.{ending}" for ending in ("json", "png", "svg")]
+
+
+def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON does not have, as words."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in numbers.items()
+    }
+
+
+def figure(path: Path) -> None:
+    """Bound against measurement, four panels; saved as `path`.png and `path`.svg."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    chart, axes = plt.subplots(2, 2, figsize=(11.5, 8.4), constrained_layout=True)
+    _lemma_panel(axes[0, 0])
+    _theorem_panel(axes[0, 1])
+    _capacity_panel(axes[1, 0])
+    _error_panel(axes[1, 1])
+    for panel in axes.flat:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=8.5)
+    chart.savefig(path.with_suffix(".png"), dpi=150)
+    chart.savefig(path.with_suffix(".svg"))
+    plt.close(chart)
+
+
+def _lemma_panel(panel: Any) -> None:
+    draw = np.random.default_rng(2)
+    alphas = np.linspace(0, 1, 41)
+    for colour, (a, b) in enumerate(((0.03, 1.0), (0.3, 1.0), (1.0, 1.0), (10.0, 10.0))):
+        p, q = draw.dirichlet(np.full(16, a), 32), draw.dirichlet(np.full(16, b), 32)
+        first = theory.loss(p, q)
+        shares = [theory.loss(theory.supervisor(p, q, alpha), q) / first for alpha in alphas]
+        panel.plot(alphas, shares, color=f"C{colour}", label=f"p from Dirichlet({a:g}), q from Dirichlet({b:g})")
+    panel.plot(alphas, 1 - alphas, "k--", linewidth=1, label="bound: 1 - alpha")
+    panel.plot(alphas, (1 - alphas) ** 2, "k:", linewidth=1, label="(1 - alpha)$^2$: p close to q")
+    panel.set(xlabel="alpha", ylabel="loss after the supervisor's step / before", title="Lemma 1")
+
+
+def _theorem_panel(panel: Any) -> None:
+    draw, alpha = np.random.default_rng(3), 0.5
+    p = np.eye(16)[np.arange(16)]
+    steps = np.arange(13)
+    for colour, family in enumerate(theory.families(draw, p.shape)):
+        trace = theory.recurse(p, family.member(draw, p.shape), family.fit, alpha, steps[-1])
+        losses = np.array(trace.losses) / trace.losses[0]
+        losses[losses < 1e-16] = np.nan  # 0 has no place on this axis
+        panel.plot(steps, losses, "o-", markersize=3.5, color=f"C{colour}", label=family.name + _ended(losses))
+    frozen = theory.recurse(p, draw.dirichlet(np.ones(16), 16), None, alpha, steps[-1])
+    panel.plot(
+        steps, np.array(frozen.losses) / frozen.losses[0], "s-", markersize=3.5, color="C5", label="q never fitted"
+    )
+    panel.plot(steps, (1 - alpha) ** steps, "k--", linewidth=1, label="bound: (1 - alpha)$^t$")
+    panel.set(yscale="log", xlabel="t", ylabel="L(t) / L(0)", title="Theorem 3, one-hot p(0), alpha = 1/2")
+
+
+def _ended(losses: Any) -> str:
+    return ": 0 from t = 1" if np.isnan(losses[1]) else ""
+
+
+def _capacity_panel(panel: Any) -> None:
+    draw = np.random.default_rng(4)
+    p = draw.dirichlet(np.full(16, 0.1), 16)
+    family = theory.blocks(4)
+    trace = theory.recurse(p, family.member(draw, p.shape), family.fit, 0.3, 15)
+    steps = range(len(trace.losses))
+    panel.plot(steps, trace.losses, "o-", markersize=3.5, label="L(t)")
+    floor = theory.loss(p, family.fit(p))
+    panel.plot(steps, [0.7**t * trace.losses[0] for t in steps], "k--", linewidth=1, label="(1 - alpha)$^t$ L(0)")
+    panel.plot(steps, trace.static, "^-", markersize=3.5, color="C3", label="loss against p(0)")
+    panel.axhline(floor, color="C2", linestyle=":", label="L* of p(0): L(t) goes through it")
+    panel.set(xlabel="t", ylabel="loss", title="Eq. 14: rows constant on blocks of 4, alpha = 0.3", ylim=(0, None))
+
+
+def _error_panel(panel: Any) -> None:
+    schedules = (
+        ("eps = 0.1 / t$^2$", lambda t: 0.1 / t**2),
+        ("eps = 0.1 / t (not summable)", lambda t: 0.1 / t),
+        ("eps = 0.05", lambda t: 0.05),
+    )
+    for colour, (name, error) in enumerate(schedules):
+        losses = theory.with_errors(error, 0.5, 150)
+        bounds = [losses[0]]
+        for t, before in enumerate(losses[:-1], start=1):
+            bounds.append(0.5 * before + error(t))
+        panel.plot(range(1, len(losses)), losses[1:], color=f"C{colour}", label=name)
+        panel.plot(range(1, len(losses)), bounds[1:], color=f"C{colour}", linestyle="--", linewidth=1)
+    panel.plot([], [], "k--", linewidth=1, label="bound of the step (eq. 15)")
+    panel.set(xscale="log", yscale="log", xlabel="t", ylabel="L(t)", title="Eq. 15: errors met exactly, alpha = 1/2")
