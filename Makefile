@@ -51,7 +51,7 @@ lock: $(READY)  ## pin new versions (keep torch and torchvision a matched pair)
 	printf 'torch==2.14.1\ntorchvision==0.29.1\n' > $(VENV)/pair.txt
 	{ echo '# Exact versions for every platform, used as constraints: only what is asked for is installed.'; \
 	  echo '# Made by `make lock`; torch and torchvision must stay a matched pair.'; \
-	  $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra deepspeed --extra object-stores --extra test --extra lint \
+	  $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra deepspeed --extra object-stores --extra tracking --extra test --extra lint \
 	  -c $(VENV)/pair.txt --upgrade --no-annotate --no-header --quiet; } > $(VENV)/new.lock && mv $(VENV)/new.lock requirements.lock
 
 clean:  ## remove the environment, the demo's data and runs

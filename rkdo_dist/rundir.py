@@ -3,6 +3,7 @@
 config.yaml         the resolved configuration
 environment.json    versions, devices, world size, commit
 metrics.jsonl       one object per step
+status.json         running, complete, preempted, interrupted or failed
 checkpoints/        <step>/, and `latest`
 evaluations/        <step>.json
 """
@@ -144,6 +145,22 @@ class RunDirectory:
     def write_environment(self, facts: dict[str, Any]) -> None:
         """Record versions, platform and `facts` (world size, devices, digests)."""
         write_atomic(self.path / "environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
+
+    def write_status(self, word: str, step: int, message: str = "") -> None:
+        """Record how the run stands: "running", "complete", "preempted", "interrupted" or "failed"."""
+        status = {"status": word, "step": step, **({"message": message} if message else {})}
+        write_atomic(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+
+    def status(self) -> dict[str, Any]:
+        """What `write_status` wrote last. "running" with no process behind it: rank zero died without a word.
+
+        Raises:
+            RunError: if there is no run here.
+        """
+        path = self.path / "status.json"
+        if not path.is_file():
+            raise RunError(f"{self.path} is not a run directory with a status.json: has training started?")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def write_evaluation(self, step: int, scores: dict[str, Any]) -> Path:
         """Write `evaluations/<step>.json`."""

@@ -33,7 +33,7 @@ FLOORS = {
 # A room of floors 1 to 5 gets plain arguments: only what stands between a run and its user reads the configuration.
 CONFIG_READERS = ("rundir", "train", "studies", "cli")
 HOMES = {
-    "accelerate": ("train.runtime", "train.relaunch"),
+    "accelerate": ("train.runtime", "train.relaunch", "train.tracking"),
     "deepspeed": ("train.runtime",),
     "webdataset": ("data",),
     "torchvision": ("data", "encoders"),

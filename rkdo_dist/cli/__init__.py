@@ -7,16 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rkdo_dist.cli import data, judging, reading, reporting, training
+from rkdo_dist.cli import data, judging, reading, reporting, status, training
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
-_FILES = (data, training, judging, reading, reporting)  # in the order of --help
+_FILES = (data, training, status, judging, reading, reporting)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 a mistake in the request, 75 pre-empted, 130 interrupted."""
+    """Run one command and exit: 0 done, 1 lost a peer, 2 a mistake in the request, 75 pre-empted, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
     try:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not _is_users(error):
             raise
         _say(f"error: {error}")
-        code = USER_ERROR
+        code = getattr(error, "exit_code", USER_ERROR)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)

@@ -134,6 +134,9 @@ def _section(section: str, kind: type, values: Any) -> Any:
     return kind(**arguments)
 
 
+_EXAMPLES = {int: "[1, 2]", float: "[0.5, 1.0]"}
+
+
 def _coerce(key: str, kind: Any, value: Any) -> Any:
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
@@ -144,7 +147,7 @@ def _coerce(key: str, kind: Any, value: Any) -> Any:
         return None if value is None else _coerce(key, next(o for o in options if o is not type(None)), value)
     if origin is tuple and Ellipsis in options:
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ConfigError(f"{key} needs a list of numbers, e.g. [1, 2], got {value!r}")
+            raise ConfigError(f"{key} needs a list, e.g. {_EXAMPLES.get(options[0], '[name]')}, got {value!r}")
         return tuple(_coerce(key, options[0], item) for item in value)
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(options):

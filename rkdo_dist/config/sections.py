@@ -129,6 +129,7 @@ class RunConfig:
     reduction: Literal["exact", "fast"] = "exact"
     threads: int = 1
     timeout: int = free(1800)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = free(())
 
 
 @dataclasses.dataclass(frozen=True)

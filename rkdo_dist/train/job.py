@@ -23,7 +23,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import learning_rate
 from rkdo_dist.rundir import RunDirectory, RunError
-from rkdo_dist.train import build
+from rkdo_dist.train import build, messages
 from rkdo_dist.train.early_stop import EarlyStop
 from rkdo_dist.train.journal import Journal
 from rkdo_dist.train.judgement import evaluate_encoder
@@ -137,7 +137,7 @@ class Job:
         digest = hashlib.sha256("\n".join(key for part in keys for key in part).encode())
         parts, objective = dict(result.parts), self.objective(self.position - 1)
         self._early_stop.add(objective.kind, result.loss)
-        replaced = group.all_reduce_sum(sum(lane.skipped for lane in batch.lanes))
+        replaced = messages.current().count_and_exchange(sum(lane.skipped for lane in batch.lanes))
         return {
             "step": self.position,
             "epoch": batch.epoch,
@@ -146,7 +146,7 @@ class Job:
             "loss_at_ideal": objective.at_ideal(self.config.train.global_batch),
             **parts,
             **({"skipped": result.skipped} if result.skipped else {}),
-            **({"replaced_samples": int(replaced)} if self.config.data.on_corrupt == "skip" else {}),
+            **({"replaced_samples": replaced} if self.config.data.on_corrupt == "skip" else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "objective": objective.kind,
             "temperature": objective.temperatures[-1],
@@ -216,6 +216,7 @@ class Job:
             evaluate_encoder(
                 self.config, self.runtime, self.index, self.run, self.encoder, self.position, journal.console
             )
+            journal.evaluated(self.position, self.run.evaluations / f"{self.position}.json")
 
     def facts(self) -> dict[str, Any]:
         """What decides the result, for environment.json and for the comparison between ranks."""

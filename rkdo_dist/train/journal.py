@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, one progress display for people. Rank zero only; others stay silent."""
+"""What a run tells: metrics.jsonl for programs, trackers, one progress display for people. Rank zero only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from rkdo_dist.files import write_atomic
+from rkdo_dist.train.tracking import Trackers
 
 
 def progress_bar(console: Console, **options: Any) -> Progress:
@@ -45,10 +46,21 @@ class Journal:
         resume_step: steps already in the run; later lines (of a run that went on after its last checkpoint) are cut.
         total_steps: length of the run, for the display.
         console: where to show progress; None keeps this rank silent and writes nothing.
+        label: what is trained, for the display.
+        trackers: get the same numbers as metrics.jsonl; closed with the journal.
     """
 
-    def __init__(self, path: Path, resume_step: int, total_steps: int, console: Console | None, label: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int,
+        total_steps: int,
+        console: Console | None,
+        label: str,
+        trackers: Trackers | None = None,
+    ) -> None:
         self.console = console
+        self._trackers = trackers
         self._file = None
         self._plain_at = 0.0
         if console is None:
@@ -70,6 +82,8 @@ class Journal:
         if self._file is not None:
             self.sync()
             self._file.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def step(self, record: dict[str, Any]) -> None:
         """Write one step. `record` holds at least step, epoch, loss and pairs_per_second."""
@@ -77,6 +91,8 @@ class Journal:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self._trackers is not None:
+            self._trackers.log(record["step"], record, "train/")
         loss = "skipped" if record["loss"] is None else f"loss {record['loss']:.4f}"
         note = f"{loss}  {record['pairs_per_second']:.0f} pairs/s"
         self._progress.update(self._task, completed=record["step"], note=note)
@@ -89,6 +105,11 @@ class Journal:
             return
         self._plain_at = time.monotonic()
         self.console.print(f"{self._label}: step {step}/{self._total}  {note}", highlight=False)
+
+    def evaluated(self, step: int, path: Path) -> None:
+        """Pass the scores of an evaluation that has just been written to the trackers."""
+        if self._trackers is not None:
+            self._trackers.log(step, json.loads(path.read_text(encoding="utf-8")), "evaluate/")
 
     def sync(self) -> None:
         """Put every line on the disk: a checkpoint must never be ahead of its journal."""

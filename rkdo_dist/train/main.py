@@ -12,12 +12,13 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.exchange import group
 from rkdo_dist.rundir import RunDirectory, RunError
-from rkdo_dist.train import build, loop, runtime
+from rkdo_dist.train import build, loop, runtime, surroundings, tracking
 from rkdo_dist.train.job import Job, newest_checkpoint, other_run
 from rkdo_dist.train.journal import Journal
 from rkdo_dist.train.judgement import evaluate_encoder
 from rkdo_dist.train.runtime import Runtime
 from rkdo_dist.train.signals import StopRequest
+from rkdo_dist.train.surroundings import Surroundings
 
 
 def train(config: Config) -> int:
@@ -35,20 +36,31 @@ def train(config: Config) -> int:
         raise ConfigError(
             "data.shards is not set: name a directory made by `rkdo prepare`, e.g. data.shards=data/digits"
         )
+    with surroundings.entered(config.run.timeout) as around:
+        return _train(config, around)
+
+
+def _train(config: Config, around: Surroundings) -> int:
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
+        around.peers.meet()
         job = _set_up(config, rt)
+        around.claimed(job.run if rt.is_main else None, lambda: job.position)
         step = job.make_step()
         console = Console(stderr=True) if rt.is_main else None
         already = job.position
+        trackers = group.together(lambda: _trackers(job, config) if rt.is_main else None, "starting run.trackers")
         with (
-            Journal(job.run.metrics, already, job.total_steps, console, config.field.objective) as journal,
+            Journal(job.run.metrics, already, job.total_steps, console, config.field.objective, trackers) as journal,
             StopRequest() as stop,
         ):
             if already:
                 journal.say(f"continuing {job.run.path} at step {already} of {job.total_steps}")
+            around.messages.exchange()
             code = loop.run(job, step, journal, stop)
+            around.messages.exchange()
             journal.say(_farewell(job, code))
+        around.ended(code)
         return code
     finally:
         runtime.finish()
@@ -57,6 +69,7 @@ def train(config: Config) -> int:
 def _set_up(config: Config, rt: Runtime) -> Job:
     """Everything that can fail because of the request fails here, on every rank alike."""
     configuration.check_world(config, rt.world)
+    group.together(lambda: tracking.check(config.run.trackers) if rt.is_main else None, "looking at run.trackers")
     index = group.together(lambda: build.open_index(config), "reading the index")
     run = RunDirectory(config.run.dir)
     job = group.together(lambda: Job(config, rt, index, run), "building the run")
@@ -94,6 +107,13 @@ def _agree(facts: dict[str, Any]) -> None:
                 )
 
 
+def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
+    if not config.run.trackers:
+        return None
+    settings = configuration.flatten(build.without_secrets(config))
+    return tracking.Trackers(config.run.trackers, job.run.path, job.position, settings)
+
+
 def _farewell(job: Job, code: int) -> str:
     if code:
         return f"stopped after step {job.position} of {job.total_steps}; continue with run.resume=auto"
@@ -116,13 +136,19 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
         raise ConfigError(
             "only settings that do not change the run can be overridden here (evaluate.*, data.shards, ...)"
         )
+    with surroundings.entered(config.run.timeout) as around:
+        _evaluate(run, config, around)
+
+
+def _evaluate(run: RunDirectory, config: Config, around: Surroundings) -> None:
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
+        around.peers.meet()
         index = group.together(lambda: build.open_index(config), "reading the index")
         encoder = build.make_encoder(config).to(rt.device)
         found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
         if found is None:
-            raise RunError(f"{directory} has no checkpoint yet: train it first")
+            raise RunError(f"{run.path} has no checkpoint yet: train it first")
         _agree({"step of the checkpoint": found.step})
         encoder.load_state_dict(found.model)
         evaluate_encoder(config, rt, index, run, encoder, found.step, Console(stderr=True) if rt.is_main else None)
