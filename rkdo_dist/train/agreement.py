@@ -1,0 +1,77 @@
+"""Whether all ranks were started alike: compared before anything depends on it, naming what differs and the rank.
+
+Every rank calls these functions; each gathers, so no rank waits for one that has left, and all raise the same error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rkdo_dist import __version__
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config
+from rkdo_dist.exchange import group
+
+PACKAGE = Path(__file__).resolve().parent.parent
+# What may differ between nodes: paths, and what a rank does by itself.
+_OF_A_NODE = ("data.shards", "data.allow_remote", "data.workers", "run.dir", "run.timeout")
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """Refuse to go on when ranks differ in what decides the result (collective).
+
+    Args:
+        facts: by name; small, the same names on every rank.
+
+    Raises:
+        RankError: naming the first fact that differs, and the ranks that differ from rank zero.
+    """
+    everyone: list[Any] = group.gather_objects(facts)
+    for name in everyone[0]:
+        values = [theirs.get(name) for theirs in everyone]
+        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        if odd:
+            raise group.RankError(
+                f"ranks disagree on {name}: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}{_others(odd)}; "
+                "start all ranks with the same code, configuration and shards"
+            )
+
+
+def same_request(config: Config) -> None:
+    """Refuse ranks that were given other settings or run other code (collective; before anything else is).
+
+    Raises:
+        RankError: naming the setting or source file, and the ranks that differ from rank zero.
+    """
+    agree({"rkdo_dist's version": __version__, "torch's version": torch.__version__})
+    mine = code_files()
+    everyone = group.gather_objects(code_digest(mine))
+    if any(theirs != everyone[0] for theirs in everyone):
+        # All ranks see this alike, so all take part in looking for the file.
+        names = sorted({name for files in group.gather_objects(sorted(mine)) for name in files})  # type: ignore[attr-defined]
+        agree({f"the code ({name})": mine.get(name, "no such file")[:16] for name in names})
+    # A setting that does not change results still decides who meets whom in which collective.
+    agree({key: value for key, value in configuration.flatten(config).items() if key not in _OF_A_NODE})
+
+
+def code_files() -> dict[str, str]:
+    """SHA-256 (hex) of every source file of the package, by path: an edited checkout differs, whatever its version."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {f.relative_to(PACKAGE).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def code_digest(files: dict[str, str] | None = None) -> str:
+    """One digest (hex) of all source files."""
+    listed = code_files() if files is None else files
+    return hashlib.sha256("\n".join(f"{name} {listed[name]}" for name in sorted(listed)).encode()).hexdigest()
+
+
+def _others(odd: list[int]) -> str:
+    if len(odd) == 1:
+        return ""
+    listed = ", ".join(map(str, odd[1:5])) + (", ..." if len(odd) > 5 else "")
+    return f" (ranks {listed} differ from rank 0 too)"

@@ -1,0 +1,82 @@
+"""Where the time of a step goes: exclusive seconds by phase, only while a stopwatch is running.
+
+Phases nest: an inner one stops the outer one's clock. Every collective is a phase of its own, "exchange"
+(`exchange.ledger` calls back), so waiting for slower ranks counts as exchange, wherever it happens. On an accelerator
+each change of phase waits for the device: measured steps are a little slower than others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+from rkdo_dist.exchange import ledger
+
+DATA, COMPUTE, FIELD, EXCHANGE, OPTIMIZER = "data", "forward/backward", "field", "exchange", "optimizer"
+PHASES = (DATA, COMPUTE, FIELD, EXCHANGE, OPTIMIZER)  # what is left of a step is "other"
+
+
+class Stopwatch:
+    """Seconds by phase.
+
+    Args:
+        device: waited for at every change of phase, unless it is a CPU.
+
+    Attributes:
+        seconds: by phase, growing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._device = device
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def split(self) -> dict[str, float]:
+        """The seconds since the last call, by phase."""
+        self._book()
+        found, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
+        return found
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """While open, time is booked on `name`."""
+        self._book()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._running.pop()
+
+    def _book(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+
+_watch: Stopwatch | None = None
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """Book the time inside on a phase; nothing happens without a running stopwatch."""
+    return _watch.phase(name) if _watch is not None else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def running(watch: Stopwatch) -> Iterator[Stopwatch]:
+    """While open, `phase` and every collective of this process book their time on `watch`."""
+    global _watch
+    before, _watch = _watch, watch
+    try:
+        with ledger.timed_by(lambda: watch.phase(EXCHANGE)):
+            yield watch
+    finally:
+        _watch = before
