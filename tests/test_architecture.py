@@ -34,7 +34,7 @@ FLOORS = {
 CONFIG_READERS = ("rundir", "train", "studies", "cli")
 HOMES = {
     "accelerate": ("train.runtime", "train.relaunch", "train.tracking"),
-    "deepspeed": ("train.runtime",),
+    "deepspeed": ("train.zero", "train.runtime"),
     "webdataset": ("data",),
     "torchvision": ("data", "encoders"),
     "sklearn": ("evaluate.scores", "data.prepare", "data.sources"),

@@ -34,7 +34,11 @@ class Averaged(Strategy):
     ) -> None:
         super().__init__(encoder, optimizer, runtime)
         self._exchange, self._recompute = exchange, recompute
-        self.model = runtime.wrap(encoder)
+        self.model = self._wrap(encoder)
+
+    def _wrap(self, encoder: nn.Module) -> nn.Module:
+        """What embeds training lanes and averages their gradients."""
+        return self._runtime.wrap(encoder)
 
     def field(self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int) -> FieldResult:
         """Formed on all local rows at once."""
@@ -56,7 +60,7 @@ class Averaged(Strategy):
 
     def exchange(self, at: Place) -> None:
         """The wrapper has averaged already; after that every rank has every rank's NaN: there is no place to name."""
-        if self._scaler is not None:
+        if self._scale is not None:
             return
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if group.all_reduce_max(float(not torch.isfinite(sum_of_all(gradients)))):

@@ -44,7 +44,7 @@ class Exact(Strategy):
 
     def exchange(self, at: Place) -> None:
         """Sum over ranks into the vector that the parameters' gradients are views of."""
-        if self._scaler is None:  # with a loss scale, inf says that the scale was too large
+        if self._scale is None:  # with a loss scale, inf says that the scale was too large
             require_finite(self._finite, "the gradient", at)
         sizes = [p.numel() for p in self._parameters]
         if self._reduce is None:

@@ -29,6 +29,7 @@ from rkdo_dist.train.journal import Journal
 from rkdo_dist.train.judgement import evaluate_encoder
 from rkdo_dist.train.runtime import Runtime
 from rkdo_dist.train.step import NonFiniteError, Step, StepResult, StepSettings
+from rkdo_dist.train.strategy import TrainState
 
 
 class Job:
@@ -37,6 +38,7 @@ class Job:
     Attributes:
         position: steps done. With the configuration it is all that is needed to go on.
         steps_per_epoch, total_steps: length of the run.
+        launch_before: strategy, precision and reduction of the checkpoint continued from; this launch's if none.
 
     Raises:
         ValueError: for any setting that does not fit the data or the ranks.
@@ -54,18 +56,23 @@ class Job:
         self.position = 0
         self._saved = 0
         self._skipped_in_a_row = 0
+        self._loss_scale: dict[str, float] = {}
+        self.launch_before = runtime.launch
         self._early_stop = EarlyStop(config.train.early_stop_slope, config.train.early_stop_window)
 
     def make_step(self) -> Step:
-        """The step; with several ranks and run.reduction=fast this is collective."""
+        """The step, whose strategy owns weights and optimizer state from now on (collective)."""
         settings = StepSettings(
             seed=self.config.run.seed,
-            reduction=self.config.run.reduction,
+            reduction=self.runtime.reduction,
             recompute=self.config.train.recompute,
             views_together=self.config.encoder.views == "together",
             exchange=self.config.field.exchange,
         )
-        return Step(self.encoder, self._view, self.runtime, settings, self.optimizer)
+        step = Step(self.encoder, self._view, self.runtime, settings, self.optimizer)
+        step.strategy.load_scale(self._loss_scale)
+        self._strategy = step.strategy
+        return step
 
     def _view(self, images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
         return self.views(images, ids, self.config.run.seed, epoch, view)
@@ -132,8 +139,9 @@ class Job:
         return result
 
     def record(self, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
-        """The line of metrics.jsonl for the step just done (collective: the batch's digest comes from every rank)."""
-        digest = hashlib.sha256(group.all_gather_rows(self._lane_digests(batch)).cpu().numpy().tobytes())
+        """The line of metrics.jsonl for the step just done (collective: the keys come from every rank)."""
+        keys: list[Any] = group.gather_objects([key for lane in batch.lanes for key in lane.keys])
+        digest = hashlib.sha256("\n".join(key for part in keys for key in part).encode())
         parts, objective = dict(result.parts), self.objective(self.position - 1)
         self._early_stop.add(objective.kind, result.loss)
         replaced = messages.current().count_and_exchange(sum(lane.skipped for lane in batch.lanes))
@@ -145,6 +153,7 @@ class Job:
             "loss_at_ideal": objective.at_ideal(self.config.train.global_batch),
             **parts,
             **({"skipped": result.skipped} if result.skipped else {}),
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             **({"replaced_samples": replaced} if self.config.data.on_corrupt == "skip" else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "objective": objective.kind,
@@ -154,11 +163,6 @@ class Job:
             "seconds": round(seconds, 6),
             "pairs_per_second": round(self.config.train.global_batch / seconds, 3),
         }
-
-    def _lane_digests(self, batch: Batch) -> torch.Tensor:
-        """SHA-256 of each lane's sample keys, (lanes, 32) uint8: little to send, however many samples there are."""
-        rows = [list(hashlib.sha256("\n".join(lane.keys).encode()).digest()) for lane in batch.lanes]
-        return torch.tensor(rows, dtype=torch.uint8, device=self.runtime.device)
 
     def due(self, every: int | None) -> bool:
         """Whether `every` steps have passed since the last time."""
@@ -181,18 +185,25 @@ class Job:
         """Write a checkpoint of the position, unless that is the last thing done (collective)."""
         if self._saved != self.position:
             journal.sync()
-            group.together(self._save, f"saving the checkpoint of step {self.position}")
+            state = self._strategy.state()  # collective: shards are gathered
+            group.together(lambda: self._save(state), f"saving the checkpoint of step {self.position}")
             self._saved = self.position
 
-    def _save(self) -> None:
+    def _save(self, state: TrainState) -> None:
         if not self.runtime.is_main:
             return
         checkpoint.save(
             self.run.checkpoints,
             self.position,
-            self.encoder.state_dict(),
-            checkpoint.optimizer_to_tensors(self.optimizer, self.encoder.named_parameters()),
-            {**self.facts(), "skipped_in_a_row": self._skipped_in_a_row, "early_stop": self._early_stop.state()},
+            state.model,
+            state.optimizer,
+            {
+                **self.facts(),
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "early_stop": self._early_stop.state(),
+                "loss_scale": state.loss_scale,
+                "launch": self.runtime.launch,
+            },
             keep=self.config.train.keep_checkpoints,
         )
 
@@ -213,13 +224,16 @@ class Job:
         self.position = self._saved = found.step
         self._skipped_in_a_row = found.extra["skipped_in_a_row"]
         self._early_stop.restore(found.extra.get("early_stop", {}))
+        self._loss_scale = found.extra.get("loss_scale", {})
+        self.launch_before = found.extra.get("launch", self.runtime.launch)
 
     def evaluate(self, journal: Journal) -> None:
         """Judge the encoder as it is now, unless that has been done (collective)."""
         if not group.from_rank_zero((self.run.evaluations / f"{self.position}.json").exists()):
-            evaluate_encoder(
-                self.config, self.runtime, self.index, self.run, self.encoder, self.position, journal.console
-            )
+            with self._strategy.whole() as encoder:
+                evaluate_encoder(
+                    self.config, self.runtime, self.index, self.run, encoder, self.position, journal.console
+                )
             journal.evaluated(self.position, self.run.evaluations / f"{self.position}.json")
 
     def facts(self) -> dict[str, Any]:

@@ -1,17 +1,24 @@
 """The process and its peers: the only file that knows Accelerate.
 
 A launcher (`accelerate launch`, torchrun, or nothing at all) has set the environment; `start` turns it into a device, a
-process group, a precision and a rank. `prepare` wraps the encoder for `run.reduction=fast` (DDP); in exact mode the
-step sums gradients itself in a fixed order, so the encoder stays as it is.
+process group, a strategy, a precision and a rank. The Accelerate configuration alone chooses strategy and precision:
+
+- one process or DDP: `run.reduction` decides who sums gradients (`train.exact`, `train.averaged`);
+- DeepSpeed ZeRO 1 to 3 (`train.zero`): DeepSpeed sums them, so the effective reduction is always "fast".
+
+Precision is autocast around the encoder under every strategy, with float32 weights: the same mathematics everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -19,6 +26,10 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from rkdo_dist.exchange import group
+from rkdo_dist.train.loss_scale import LossScale
+
+Reduction = Literal["exact", "fast"]
+_LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LaunchError(ValueError):
@@ -27,24 +38,46 @@ class LaunchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """This process's place in the job."""
+    """This process's place in the job.
+
+    Attributes:
+        strategy: "single", "ddp", "zero-1", "zero-2" or "zero-3".
+        precision: of the encoder's forward pass: "no" (float32), "bf16" or "fp16".
+        reduction: who sums gradients in effect: "exact" or "fast".
+        loss_scale: for fp16, the same under every strategy; None otherwise.
+    """
 
     accelerator: Accelerator
     rank: int
     world: int
     device: torch.device
     precision: str
-    scaler: torch.amp.GradScaler | None = None
+    strategy: str
+    reduction: Reduction
+    loss_scale: LossScale | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank zero, which alone writes files and talks to the terminal."""
         return self.rank == 0
 
+    @property
+    def launch(self) -> dict[str, str]:
+        """What the launch has decided, for environment.json and checkpoints."""
+        return {"strategy": self.strategy, "precision": self.precision, "reduction": self.reduction}
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
+        return int(self.strategy.removeprefix("zero-")) if self.strategy.startswith("zero-") else 0
+
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """The precision of the encoder's forward pass (Accelerate's `mixed_precision`)."""
-        with self.accelerator.autocast():
+        if self.precision == "no":
+            yield
+            return
+        with torch.autocast(self.device.type, dtype=_LOW_PRECISION[self.precision]):
             yield
 
     def wrap(self, encoder: nn.Module) -> nn.Module:
@@ -58,8 +91,12 @@ class Runtime:
         """A context in which backward passes of `wrapped` only accumulate on this rank."""
         return self.accelerator.no_sync(wrapped)
 
+    def sharded(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        """DeepSpeed's engine around `model`, which takes `optimizer` over (collective)."""
+        return self.accelerator.prepare(model, optimizer)[0]
 
-def start(threads: int, timeout: int, reduction: str) -> Runtime:
+
+def start(threads: int, timeout: int, reduction: Reduction) -> Runtime:
     """Join the process group that the launcher described and choose the device.
 
     Args:
@@ -70,28 +107,34 @@ def start(threads: int, timeout: int, reduction: str) -> Runtime:
     Raises:
         LaunchError: for a strategy or precision that this version does not run.
     """
+    _refuse_what_is_not_run()
+    deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-    )
+    if deepspeed:
+        _prepare_for_deepspeed(on_cpu)
+    backend = "gloo" if deepspeed and on_cpu else None
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu and not deepspeed,  # with cpu=True Accelerate silently turns DeepSpeed off
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout)),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
+    except ValueError as error:
+        if "fp16" in str(error):
+            raise LaunchError(
+                f"mixed_precision=fp16 needs a GPU ({error}): use --mixed_precision bf16 or no here"
+            ) from error
+        raise
     torch.set_num_threads(threads)  # after Accelerate, which sets its own guess
-    if accelerator.distributed_type in (
-        DistributedType.DEEPSPEED,
-        DistributedType.FSDP,
-        DistributedType.MEGATRON_LM,
-    ):
-        raise LaunchError(
-            f"the Accelerate configuration asks for {accelerator.distributed_type.value}, which this version does not "
-            "train with: launch with --multi_gpu (DDP) or one process"
-        )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise LaunchError(
-            f"mixed_precision={accelerator.mixed_precision} is not supported by this version: use bf16 or no"
-        )
+    strategy = _strategy(accelerator)
+    precision = accelerator.mixed_precision
+    if precision not in ("no", *_LOW_PRECISION):
+        raise LaunchError(f"mixed_precision={precision} is not supported: use fp16, bf16 or no")
+    if strategy.startswith("zero-"):
+        reduction = "fast"
+        _settle_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, on_cpu)
     if reduction == "exact":
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
@@ -100,8 +143,112 @@ def start(threads: int, timeout: int, reduction: str) -> Runtime:
         rank=group.rank(),
         world=group.world_size(),
         device=accelerator.device,
-        precision=accelerator.mixed_precision,
+        precision=precision,
+        strategy=strategy,
+        reduction=reduction,
+        loss_scale=_loss_scale(accelerator) if precision == "fp16" else None,
     )
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def _refuse_what_is_not_run() -> None:
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM")):
+        if _flag(name):
+            raise LaunchError(
+                f"the Accelerate configuration asks for {what}, which this version does not train with: use DeepSpeed "
+                "(--use_deepspeed --zero_stage 1, 2 or 3), DDP (--multi_gpu), or one process"
+            )
+
+
+def _prepare_for_deepspeed(on_cpu: bool) -> None:
+    """What must hold before DeepSpeed is imported.
+
+    Raises:
+        LaunchError: if it, or what Accelerate needs for it, is not installed.
+    """
+    missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LaunchError(
+            f"the Accelerate configuration asks for DeepSpeed, but {' and '.join(missing)} cannot be imported: "
+            "pip install 'rkdo_dist[deepspeed]'"
+        )
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _without_compiler()
+    # DeepSpeed still calls collectives by names that newer torch calls old.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*is deprecated", category=FutureWarning)
+    # Started without a launcher's environment (python -m rkdo_dist with the variable set): one rank.
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+
+
+def _without_compiler() -> None:
+    """Keep DeepSpeed on CPUs from compiling an operator for inference (a minute, and a compiler to be there)."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _strategy(accelerator: Accelerator) -> str:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage not in (1, 2, 3):
+            raise LaunchError(f"DeepSpeed without sharding (ZeRO stage {stage}): use --zero_stage 1, 2 or 3, or DDP")
+        return f"zero-{stage}"
+    return "ddp" if group.world_size() > 1 else "single"
+
+
+def _loss_scale(accelerator: Accelerator) -> LossScale:
+    """As Accelerate's GradScalerKwargs say, or as they are by default."""
+    scaler = getattr(accelerator, "scaler", None) or torch.amp.GradScaler("cpu")
+    return LossScale(
+        scaler.get_scale(), scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
+    )
+
+
+def _settle_deepspeed(config: dict[str, Any], on_cpu: bool) -> None:
+    """Make a DeepSpeed configuration compute this project's mathematics, or refuse it.
+
+    Micro-batches are the step's own (each is its own backward pass, one `step` ends them), precision is autocast, and
+    nothing clips: Accelerate would clip at 1.0 where the configuration says "auto".
+
+    Raises:
+        LaunchError: naming the key.
+    """
+    zero = config["zero_optimization"]
+    if config.get("gradient_clipping", "auto") not in ("auto", 0, 0.0):
+        raise LaunchError(
+            f"the DeepSpeed configuration clips gradients (gradient_clipping={config['gradient_clipping']}), which no "
+            "other strategy here does: remove it"
+        )
+    if config.get("gradient_accumulation_steps", "auto") not in ("auto", 1):
+        raise LaunchError(
+            f"gradient_accumulation_steps={config['gradient_accumulation_steps']}: micro-batches are set by "
+            "train.micro_batch here; remove it or set it to 1"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") not in ("none", None):
+            raise LaunchError(f"zero_optimization.{key} is not supported by this version: set its device to none")
+    if "optimizer" in config or "scheduler" in config:
+        raise LaunchError(
+            "the DeepSpeed configuration sets an optimizer or scheduler: use train.optimizer, ... instead"
+        )
+    config.update(
+        gradient_clipping=0.0,
+        gradient_accumulation_steps=1,
+        managed_gradient_accumulation=False,
+        train_micro_batch_size_per_gpu=1,  # it only multiplies DeepSpeed's own count of samples
+        train_batch_size="auto",
+        bf16={"enabled": False},
+        fp16={"enabled": False},
+    )
+    config.pop("torch_autocast", None)
+    zero["compute_grad_norm"] = True  # by which a gradient that is not finite is found
+    if on_cpu or zero["stage"] == 1:
+        zero["overlap_comm"] = False
 
 
 def finish() -> None:

@@ -13,8 +13,10 @@ Another (FSDP, say) is another file like these, chosen in `train.step`.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +61,12 @@ class TrainState:
     Attributes:
         model: parameters and buffers.
         optimizer: moments and hyper-parameters.
-        scaler: state of the loss scaler (JSON-able); empty without one.
+        loss_scale: its state (JSON-able); empty without loss scaling.
     """
 
     model: dict[str, Tensor]
     optimizer: OptimizerState
-    scaler: dict[str, float]
+    loss_scale: dict[str, float]
 
 
 class Strategy(abc.ABC):
@@ -84,7 +86,7 @@ class Strategy(abc.ABC):
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer | None, runtime: Runtime) -> None:
         self._encoder, self._optimizer, self._runtime = encoder, optimizer, runtime
         self._parameters = [p for p in encoder.parameters() if p.requires_grad]
-        self._scaler = runtime.scaler
+        self._scale = runtime.loss_scale
 
     @abc.abstractmethod
     def field(self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int) -> FieldResult:
@@ -115,37 +117,58 @@ class Strategy(abc.ABC):
     def sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
         """The sum of batch statistics over all lanes of all ranks."""
 
-    def update(self) -> Update:
-        """Move the weights by the gradient in `.grad`, unless half precision overflowed."""
-        if self._scaler is None:
+    def update(self, at: Place) -> Update:
+        """Move the weights by the gradient in `.grad`, unless half precision overflowed.
+
+        Raises:
+            NonFiniteError: if the gradient is not finite and no loss scale explains it.
+        """
+        if self._scale is None:
             if self._optimizer is not None:
                 self._optimizer.step()
             return Update()
-        assert self._optimizer is not None, "loss scaling needs the optimizer"
-        scale = self._scaler.get_scale()
-        # The gradients are the same bits on every rank by now, so all ranks find the same overflow.
-        self._scaler.unscale_(self._optimizer)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        return Update(overflow=self._scaler.get_scale() < scale, loss_scale=scale)
+        scale = self._scale.scale
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        overflow = bool(group.all_reduce_max(float(not torch.isfinite(sum_of_all(gradients)))))
+        if not overflow:
+            torch._foreach_mul_(gradients, 1 / scale)
+            if self._optimizer is not None:
+                self._optimizer.step()
+        return self._scaled_update(overflow, scale, at)
 
     def state(self) -> TrainState:
-        """The whole state; ranks other than zero may get tensors that must not be used."""
+        """The whole state; tensors on ranks other than zero must not be relied on."""
         assert self._optimizer is not None
         optimizer = optimizer_to_tensors(self._optimizer, self._encoder.named_parameters())
-        scaler = self._scaler.state_dict() if self._scaler is not None else {}
-        return TrainState(dict(self._encoder.state_dict()), optimizer, scaler)
+        return TrainState(dict(self._encoder.state_dict()), optimizer, self.scale_state())
 
-    def load_scaler(self, scaler: dict[str, float]) -> None:
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The encoder with all its current float32 weights on this rank, for evaluation."""
+        yield self._encoder
+
+    def scale_state(self) -> dict[str, float]:
+        """State of the loss scale, empty without one."""
+        return {} if self._scale is None else self._scale.state()
+
+    def load_scale(self, state: dict[str, float]) -> None:
         """Continue with the loss scale of a checkpoint; without one in it, or here, nothing happens."""
-        if self._scaler is not None and scaler:
-            self._scaler.load_state_dict({**self._scaler.state_dict(), **scaler})
+        if self._scale is not None and state:
+            self._scale.load(state)
+
+    def _scaled_update(self, overflow: bool, scale: float, at: Place) -> Update:
+        """Adapt the loss scale to what has happened at `scale`."""
+        assert self._scale is not None
+        self._scale.update(overflow)
+        if self._scale.exhausted:
+            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite at any loss scale, now {scale:g}")
+        return Update(overflow, scale)
 
     def _scaled(self, weights: Views) -> Views:
         """Embedding gradients times the loss scale: half precision loses small gradients otherwise."""
-        if self._scaler is None:
+        if self._scale is None:
             return weights
-        return self._scaler.scale(weights[0]), self._scaler.scale(weights[1])
+        return weights[0] * self._scale.scale, weights[1] * self._scale.scale
 
 
 def sum_of_all(tensors: Sequence[Tensor]) -> Tensor:
