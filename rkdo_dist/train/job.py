@@ -139,9 +139,8 @@ class Job:
         return result
 
     def record(self, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
-        """The line of metrics.jsonl for the step just done (collective: the keys come from every rank)."""
-        keys: list[Any] = group.gather_objects([key for lane in batch.lanes for key in lane.keys])
-        digest = hashlib.sha256("\n".join(key for part in keys for key in part).encode())
+        """The line of metrics.jsonl for the step just done (collective: the batch's digest comes from every rank)."""
+        digest = hashlib.sha256(group.all_gather_rows(self._lane_digests(batch)).cpu().numpy().tobytes())
         parts, objective = dict(result.parts), self.objective(self.position - 1)
         self._early_stop.add(objective.kind, result.loss)
         replaced = messages.current().count_and_exchange(sum(lane.skipped for lane in batch.lanes))
@@ -163,6 +162,11 @@ class Job:
             "seconds": round(seconds, 6),
             "pairs_per_second": round(self.config.train.global_batch / seconds, 3),
         }
+
+    def _lane_digests(self, batch: Batch) -> torch.Tensor:
+        """SHA-256 of each lane's sample keys, (lanes, 32) uint8: little to send, however many samples there are."""
+        rows = [list(hashlib.sha256("\n".join(lane.keys).encode()).digest()) for lane in batch.lanes]
+        return torch.tensor(rows, dtype=torch.uint8, device=self.runtime.device)
 
     def due(self, every: int | None) -> bool:
         """Whether `every` steps have passed since the last time."""

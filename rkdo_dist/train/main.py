@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -14,6 +13,7 @@ from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.exchange import group
 from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.train import build, loop, runtime, surroundings, tracking
+from rkdo_dist.train.agreement import agree, code_digest, same_request
 from rkdo_dist.train.job import Job, newest_checkpoint, other_run
 from rkdo_dist.train.journal import Journal
 from rkdo_dist.train.judgement import evaluate_encoder
@@ -71,18 +71,19 @@ def _train(config: Config, around: Surroundings) -> int:
 
 def _set_up(config: Config, rt: Runtime) -> Job:
     """Everything that can fail because of the request fails here, on every rank alike."""
+    same_request(config)
     in_effect = dataclasses.replace(config, run=dataclasses.replace(config.run, reduction=rt.reduction))
     configuration.check_world(in_effect, rt.world)
     group.together(lambda: tracking.check(config.run.trackers) if rt.is_main else None, "looking at run.trackers")
     index = group.together(lambda: build.open_index(config), "reading the index")
     run = RunDirectory(config.run.dir)
     job = group.together(lambda: Job(config, rt, index, run), "building the run")
-    _agree({**job.facts(), **rt.launch})
+    agree({**job.facts(), **rt.launch})
     source = group.together(lambda: other_run(config), "looking at run.resume")
     group.together(lambda: run.claim(build.without_secrets(config), source) if rt.is_main else None, "claiming run.dir")
     if config.run.resume != "never":
         group.together(job.restore, "loading the checkpoint")
-    _agree({"step of the checkpoint": job.position})
+    agree({"step of the checkpoint": job.position})
     if rt.is_main:
         run.write_environment({
             **job.facts(),
@@ -90,9 +91,17 @@ def _set_up(config: Config, rt: Runtime) -> Job:
             "device": str(rt.device),
             **rt.launch,
             "threads": config.run.threads,
+            "code": code_digest(),
             "started_at_step": job.position,
         })  # fmt: skip
     return job
+
+
+def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
+    if not config.run.trackers:
+        return None
+    settings = configuration.flatten(build.without_secrets(config))
+    return tracking.Trackers(config.run.trackers, job.run.path, job.position, settings)
 
 
 def _remarks(job: Job, config: Config) -> list[str]:
@@ -107,29 +116,6 @@ def _remarks(job: Job, config: Config) -> list[str]:
     if changed:
         lines.append(f"the checkpoint was written under another launch ({changed}); its whole state is carried over")
     return lines
-
-
-def _agree(facts: dict[str, Any]) -> None:
-    """Refuse to go on when ranks differ in what decides the result.
-
-    Raises:
-        RankError: naming the fact and the first rank that differs from rank zero.
-    """
-    everyone: list[Any] = group.gather_objects(facts)
-    for rank, theirs in enumerate(everyone):
-        for name, value in theirs.items():
-            if value != everyone[0][name]:
-                raise group.RankError(
-                    f"ranks disagree on {name}: rank 0 has {everyone[0][name]}, rank {rank} has {value}; "
-                    "start all ranks with the same code, configuration and shards"
-                )
-
-
-def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
-    if not config.run.trackers:
-        return None
-    settings = configuration.flatten(build.without_secrets(config))
-    return tracking.Trackers(config.run.trackers, job.run.path, job.position, settings)
 
 
 def _farewell(job: Job, code: int) -> str:
@@ -167,7 +153,7 @@ def _evaluate(run: RunDirectory, config: Config, around: Surroundings) -> None:
         found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
         if found is None:
             raise RunError(f"{run.path} has no checkpoint yet: train it first")
-        _agree({"step of the checkpoint": found.step})
+        agree({"step of the checkpoint": found.step})
         encoder.load_state_dict(found.model)
         evaluate_encoder(config, rt, index, run, encoder, found.step, Console(stderr=True) if rt.is_main else None)
     finally:

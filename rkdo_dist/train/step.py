@@ -24,6 +24,7 @@ from rkdo_dist.train.averaged import Averaged
 from rkdo_dist.train.exact import Exact
 from rkdo_dist.train.field import Views
 from rkdo_dist.train.runtime import Runtime
+from rkdo_dist.train.stopwatch import COMPUTE, DATA, EXCHANGE, FIELD, OPTIMIZER, phase
 from rkdo_dist.train.strategy import NonFiniteError, Place, Strategy, require_finite
 
 __all__ = ["NonFiniteError", "Step", "StepResult", "StepSettings"]
@@ -103,19 +104,26 @@ class Step:
             NonFiniteError: on every rank, if the loss or the gradient is not finite on any.
         """
         at = Place(epoch, step, self._runtime.rank * len(lanes))
-        embedded = self._first_pass(lanes, at)
-        require_finite([e.views() for e in embedded], "an embedding", at)
-        field = self.strategy.field([e.detached().views() for e in embedded], objective, at, stop)
+        with phase(COMPUTE):
+            embedded = self._first_pass(lanes, at)
+            require_finite([e.views() for e in embedded], "an embedding", at)
+        with phase(FIELD):
+            field = self.strategy.field([e.detached().views() for e in embedded], objective, at, stop)
         if not math.isfinite(field.loss):
             raise NonFiniteError(f"the loss of step {at.step + 1} is {field.loss}")
-        self.strategy.backward(self._second_pass(lanes, embedded, at), field, at)
-        self.strategy.exchange(at)
-        update = self.strategy.update(at)
+        with phase(COMPUTE):
+            self.strategy.backward(self._second_pass(lanes, embedded, at), field, at)
+        with phase(EXCHANGE):
+            self.strategy.exchange(at)
+        with phase(OPTIMIZER):
+            update = self.strategy.update(at)
         if update.overflow:
             reason = f"half precision overflowed at loss scale {update.loss_scale:g}"
             return StepResult(field.loss, field.parts, field.stop, reason, update.loss_scale)
         # Once per step, or once per view where views are forwarded apart, as plain torch would.
-        for sums in self.strategy.sum_statistics([e.statistics for e in embedded]):
+        with phase(EXCHANGE):
+            statistics = self.strategy.sum_statistics([e.statistics for e in embedded])
+        for sums in statistics:
             self._statistics.update(sums)
         return StepResult(field.loss, field.parts, field.stop, loss_scale=update.loss_scale)
 
@@ -127,7 +135,8 @@ class Step:
         """
         device = self._runtime.device
         images, ids = lane.images.to(device, non_blocking=True), lane.ids.to(device, non_blocking=True)
-        first, second = (self._make_view(images, ids, at.epoch, view) for view in (0, 1))
+        with phase(DATA):
+            first, second = (self._make_view(images, ids, at.epoch, view) for view in (0, 1))
         inputs = [torch.cat([first, second])] if self._settings.views_together else [first, second]
         outputs, statistics = [], []
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self._runtime.autocast():
