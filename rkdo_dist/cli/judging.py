@@ -23,6 +23,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     reproduce.set_defaults(run=_reproduce)
 
+    sweep = commands.add_parser("sweep", help="train over a grid of settings: one table, a figure per pair of keys")
+    sweep.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/digits-rkdo.yaml")
+    sweep.add_argument(
+        "--vary", action="append", required=True, metavar="KEY=V1,V2", help="values of a setting; once per key"
+    )
+    sweep.add_argument("--seeds", type=_numbers, default=None, metavar="N,...", help="default: the one of CONFIG")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs")
+    sweep.add_argument("--metric", default="linear_accuracy", metavar="NAME", help="a score of the evaluations")
+    sweep.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR")
+    sweep.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time")
+    sweep.set_defaults(run=_sweep)
+
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -41,3 +53,14 @@ def _reproduce(options: argparse.Namespace, words: list[str]) -> int:
         options.datasets, options.protocol, options.seeds, options.epochs, options.out, tuple(options.set)
     )
     return reproduce(request, tuple(options.data), options.processes, sheets.console())
+
+
+def _sweep(options: argparse.Namespace, words: list[str]) -> int:
+    from rkdo_dist import config as configuration
+    from rkdo_dist.studies import sheets
+    from rkdo_dist.studies.sweep import Sweep, axis, sweep
+
+    base = configuration.load(options.config, options.set)
+    seeds = (base.run.seed,) if options.seeds is None else options.seeds
+    asked = Sweep(base, tuple(axis(text) for text in options.vary), seeds, options.out, options.metric)
+    return sweep(asked, options.processes, sheets.console())

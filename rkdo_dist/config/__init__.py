@@ -5,7 +5,7 @@ An unknown or ill-typed key is an error that names the key, the allowed ones and
 """
 
 from rkdo_dist.config.ranges import check, check_world
-from rkdo_dist.config.reading import change, from_tree, load, to_yaml
+from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml
 from rkdo_dist.config.sections import (
     Config,
     ConfigError,
@@ -40,6 +40,7 @@ __all__ = [
     "flatten",
     "follows_length",
     "from_tree",
+    "listed",
     "load",
     "to_yaml",
 ]

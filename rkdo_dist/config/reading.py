@@ -69,6 +69,21 @@ def change(config: Config, overrides: Sequence[str]) -> Config:
     return from_tree(tree)
 
 
+def listed(text: str) -> list[Any]:
+    """The values of a list in YAML without its brackets: "1, 3" or "[0.2, 1], [0.5, 1]" or "icon, rkdo".
+
+    Raises:
+        ConfigError: if it is none, or empty.
+    """
+    try:
+        values = yaml.load(f"[{text}]", Loader=_Loader)
+    except (yaml.YAMLError, ConfigError):
+        values = None
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{text!r} is not a list of values, such as 1,3,5")
+    return values
+
+
 def _apply(tree: dict[Any, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")

@@ -58,15 +58,15 @@ def reproduce(request: Request, data: tuple[str, ...], processes: int, console: 
         console.print(f"[yellow]{line}[/yellow]", highlight=False)
     outcome = run_all(runs, processes, console) if runs else Outcome()
     results = Results(request)
-    if not results.records:
+    if results.records:
+        write(results, notes, absent, console)
+    else:
         console.print("nothing has been run: there is nothing to tabulate")
-        return outcome.stopped or 2
-    write(results, notes, absent, console)
     for line in failures(outcome):
         console.print(f"[red]failed: {line}[/red]", highlight=False)
     if outcome.stopped:
         console.print("stopped: the tables hold what is complete; the same command goes on")
-    return outcome.stopped or (2 if outcome.failed else 0)
+    return outcome.stopped or (2 if outcome.failed or not results.records else 0)
 
 
 def check(request: Request) -> None:

@@ -1,0 +1,116 @@
+"""Figures of a sweep: a curve with a seed band for one key, a pair of heat maps for every pair of keys."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rkdo_dist.studies.figures import pyplot, save
+from rkdo_dist.studies.records import mean_sd
+
+if TYPE_CHECKING:
+    from rkdo_dist.studies.sweep import Axis, Row, Sweep
+
+ATTAINED = "attained"
+_TITLES = {ATTAINED: "attained share of the loss's way"}
+_LOG = 20  # a positive axis that spans more than this is logarithmic
+
+
+def figures(asked: Sweep, rows: list[Row], folder: Path, title: str) -> list[Path]:
+    """Draw what the number of keys asks for; the PNG files written (an SVG is beside each)."""
+    names = list(dict.fromkeys((asked.metric, ATTAINED)))
+    if len(asked.axes) == 1:
+        return save(_curve(asked, rows, names, title), folder, asked.axes[0].key)[:1]
+    paths = []
+    for first, second in itertools.combinations(range(len(asked.axes)), 2):
+        name = f"{asked.axes[first].key}-{asked.axes[second].key}"
+        paths += save(_maps(asked, rows, names, (first, second)), folder, name)[:1]
+    return paths
+
+
+def _panels(names: list[str], height: float, width: float) -> tuple[Any, Any, list[Any]]:
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(width * len(names), height), constrained_layout=True, squeeze=False
+    )
+    return plt, figure, list(axes[0])
+
+
+def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
+    """Mean over seeds, its standard deviation as a band, every run as a dot."""
+    axis = asked.axes[0]
+    positions, numeric = _positions(axis)
+    _, figure, panels = _panels(names, 4.2, 5.4)
+    figure.suptitle(title, fontsize=11)
+    for name, panel in zip(names, panels, strict=True):
+        points = sorted((positions[row.combination[0]], list(row.values(name).values())) for row in rows)
+        points = [(x, values) for x, values in points if values]
+        for x, values in points:
+            panel.plot([x] * len(values), values, ".", color="#1f5fa8", alpha=0.5)
+        x_values = [x for x, _ in points]
+        means = [statistics.fmean(values) for _, values in points]
+        sds = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        panel.plot(x_values, means, "-o" if numeric else "o", color="#1f5fa8", markersize=5)
+        low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
+        panel.fill_between(x_values, low, high, color="#1f5fa8", alpha=0.18, linewidth=0)
+        panel.set(xlabel=axis.key, ylabel=_TITLES.get(name, name), title=f"mean ± sd over {len(asked.seeds)} seeds")
+        if numeric and min(positions) > 0 and max(positions) > _LOG * min(positions):
+            panel.set_xscale("log")
+        panel.set_xticks(positions, axis.texts)
+        panel.minorticks_off()
+    return figure
+
+
+def _positions(axis: Axis) -> tuple[list[float], bool]:
+    """Where values lie: numbers at themselves, everything else side by side."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in axis.values):
+        return [float(value) for value in axis.values], True
+    return [float(number) for number in range(len(axis.values))], False
+
+
+def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int]) -> Any:
+    """A heat map per name: the first key downwards, the second across; other keys are averaged over."""
+    down, across = (asked.axes[number] for number in pair)
+    others = [axis.key for number, axis in enumerate(asked.axes) if number not in pair]
+    height, width = 1.9 + 0.62 * len(down.values), 2.6 + 1.05 * len(across.values)
+    plt, figure, panels = _panels(names, max(3.2, height), max(4.6, width))
+    averaged = f"; averaged over {', '.join(others)}" if others else ""
+    figure.suptitle(f"{down.key} and {across.key}: mean ± sd over {len(asked.seeds)} seeds{averaged}", fontsize=11)
+    for name, panel in zip(names, panels, strict=True):
+        cells = [
+            [_values(rows, pair, (i, j), name) for j in range(len(across.values))] for i in range(len(down.values))
+        ]
+        means = [[mean_sd(values)[0] for values in line] for line in cells]
+        image = panel.imshow(means, cmap="viridis", aspect="auto")
+        figure.colorbar(image, ax=panel, shrink=0.9)
+        panel.set(xlabel=across.key, ylabel=down.key, title=_TITLES.get(name, name))
+        panel.set_xticks(range(len(across.values)), across.texts)
+        panel.set_yticks(range(len(down.values)), down.texts)
+        panel.grid(False)
+        for i, line in enumerate(cells):
+            for j, values in enumerate(line):
+                _write_in(plt, panel, image, (j, i), values)
+    return figure
+
+
+def _values(rows: list[Row], pair: tuple[int, int], place: tuple[int, int], name: str) -> list[float]:
+    """A value per seed: its mean over the combinations that meet in this cell."""
+    seeds: dict[int, list[float]] = {}
+    for row in rows:
+        if (row.combination[pair[0]], row.combination[pair[1]]) == place:
+            for seed, value in row.values(name).items():
+                seeds.setdefault(seed, []).append(value)
+    return [statistics.fmean(values) for values in seeds.values()]
+
+
+def _write_in(plt: Any, panel: Any, image: Any, place: tuple[int, int], values: list[float]) -> None:
+    """The number in its cell, in a colour that can be read on it."""
+    mean, sd = mean_sd(values)
+    if mean != mean:
+        panel.text(*place, "-", ha="center", va="center", color="#555555")
+        return
+    bright = sum(image.cmap(image.norm(mean))[:3]) > 1.5
+    text = f"{mean:.3f}" if sd != sd else f"{mean:.3f}\n± {sd:.3f}"
+    panel.text(*place, text, ha="center", va="center", fontsize=9, color="black" if bright else "white")

@@ -1,0 +1,401 @@
+"""`rkdo reproduce`: the protocol's settings, the published numbers, tables and figures, runs that stop and go on."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rkdo_dist import config as configuration
+from rkdo_dist.config import ConfigError
+from rkdo_dist.data.index import load_index
+from rkdo_dist.data.prepare import prepare
+from rkdo_dist.studies import paper, paper_figures, paper_tables, published, reproduce, runner
+from rkdo_dist.studies.figures import pyplot, save
+from rkdo_dist.studies.paper import Request, Results
+from rkdo_dist.studies.records import complete, read
+from rkdo_dist.train import judgement
+from tests.jobs import command, environment, metrics
+from tests.runs import Forked, made_up
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("encoder.backbone=shufflenet_v2_x0_5", "train.batches_per_epoch=2", "data.workers=0")
+
+
+def request(out: Path, **changes: Any) -> Request:
+    whole = Request(published.DATASETS, "paper", published.SEEDS, published.EPOCHS, out)
+    return replace(whole, **changes)
+
+
+# --- the protocol -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", published.DATASETS)
+@pytest.mark.parametrize("objective", paper.OBJECTIVES)
+def test_the_protocol_is_the_released_notebooks(tmp_path: Path, dataset: str, objective: str) -> None:
+    """Row by row: the table at the end of the design's field.md."""
+    config = paper.paper_config(request(tmp_path), dataset, objective, 42, "shards")
+    field, train = config.field, config.train
+    assert (field.recursion, field.depth, field.coupling) == ("in_batch", 3, 0.5)
+    assert (field.temperature, field.cooling, field.clock) == (0.5, 0.1, "depth")
+    assert (field.pairing, field.symmetric, field.supervisor_grad, field.debias) == ("cross", False, "flow", 0.2)
+    assert (config.encoder.backbone, config.encoder.head, config.encoder.embedding_dim) == ("resnet18", "released", 64)
+    assert (train.global_batch, train.lanes) == (32 if dataset == "stl10" else 64, 1)
+    assert config.data.image_size == (64 if dataset == "stl10" else None)
+    assert (train.batches_per_epoch, train.epochs, train.schedule, train.optimizer) == (11, 10, "constant", "adam")
+    assert (train.learning_rate, train.weight_decay) == (1e-3, 1e-5)
+    assert train.evaluate_at == (1, 2, 5, 10)
+    assert (config.evaluate.protocol, config.evaluate.neighbours) == ("paper", 5)
+    assert judgement.PAPER_BATCHES * train.global_batch == (352 if dataset == "stl10" else 704)
+    shipped = configuration.load(ROOT / "configs" / "paper" / f"{dataset}-{objective}.yaml")
+    assert configuration.decisive(shipped) == configuration.decisive(config)
+
+
+def test_the_full_protocol_is_whole_epochs_and_whole_splits(tmp_path: Path) -> None:
+    config = paper.paper_config(request(tmp_path, protocol="full"), "cifar10", "rkdo", 1, "shards")
+    assert config.train.batches_per_epoch is None
+    assert config.evaluate.protocol == "full"
+    assert "full" in config.run.dir
+
+
+def test_a_longer_run_that_is_there_serves(tmp_path: Path) -> None:
+    longer = paper.paper_config(request(tmp_path), "cifar10", "rkdo", 1, "shards")
+    made_up(longer, [1.9] * 10, lambda epoch: {})
+    short = paper.paper_config(request(tmp_path, epochs=(1, 2)), "cifar10", "rkdo", 1, "shards")
+    assert short.train.epochs == 10
+    assert complete(Path(short.run.dir), 22)
+
+
+# --- the published numbers ----------------------------------------------------------------------------------------
+
+
+def test_the_transcription_agrees_with_itself() -> None:
+    """The paper's own percentages follow from its means, to rounding; Tables 3 and 4 repeat Table 2."""
+    for row in published.TABLE_1.values():
+        assert 100 * (1 - row.rkdo[0] / row.icon[0]) == pytest.approx(row.percent, abs=0.01)
+    for table in (published.TABLE_2, published.TABLE_4):
+        for row in table.values():
+            digits = 100 * 0.5e-4 * (1 / row.rkdo[0] + 1 / row.icon[0]) * row.rkdo[0] / row.icon[0]
+            assert 100 * (row.rkdo[0] / row.icon[0] - 1) == pytest.approx(row.percent, abs=digits + 0.02)
+    for dataset, early in published.TABLE_3.items():
+        assert early.rkdo == published.TABLE_2[dataset, early.rkdo_epochs].rkdo
+        assert early.icon == published.TABLE_2[dataset, early.icon_epochs].icon
+        assert published.TABLE_4[dataset, "linear_accuracy"] == published.TABLE_2[dataset, 2]
+    assert len(published.TABLE_1) == len(published.TABLE_2) == len(published.TABLE_4) == 12
+
+
+def test_published_accuracies_are_shares_of_the_evaluation_subset() -> None:
+    """Means over five seeds of multiples of 1/141 (1/71 for STL-10), printed to four digits."""
+    for (dataset, _), row in published.TABLE_2.items():
+        unit = 5 * (71 if dataset == "stl10" else 141)
+        for mean, _ in (row.rkdo, row.icon):
+            assert abs(round(mean * unit) / unit - mean) < 0.6e-4
+
+
+# --- tables and figures -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """CIFAR-10 with five seeds near the published numbers; I-Con's NMI is higher by 0.1 on every seed."""
+    asked = request(tmp_path_factory.mktemp("made") / "out", datasets=("cifar10", "stl10"))
+    for number, seed in enumerate(asked.seeds):
+        for objective in paper.OBJECTIVES:
+            config = paper.paper_config(asked, "cifar10", objective, seed, "shards")
+            made_up(config, _losses(objective, number), _scores(objective, number))
+    return Results(asked)
+
+
+def _losses(objective: str, number: int) -> list[float]:
+    base, fall = (1.95, 0.035) if objective == "rkdo" else (2.68, 0.037)
+    return [base - fall * epoch + 0.01 * (number - 2) for epoch in range(10)]
+
+
+def _scores(objective: str, number: int) -> Any:
+    shift = (number % 2) * 0.01 if objective == "rkdo" else 0.005
+    nmi = 0.12 + 0.003 * number + (0.1 + 0.001 * number) * (objective == "icon")
+    return lambda epoch: {"linear_accuracy": 0.25 + shift, "nmi": nmi, "ari": 0.05, "neighbourhood": 0.18}
+
+
+def test_cells_hold_means_and_distances_from_the_paper(results: Results) -> None:
+    cell = results.loss("cifar10", 1)
+    assert cell.rkdo == pytest.approx([1.93, 1.94, 1.95, 1.96, 1.97])
+    assert cell.away("rkdo") == pytest.approx((1.95 - 1.9384) / 0.0403)
+    assert cell.percent(True) == pytest.approx(100 * (1 - 1.95 / 2.68))
+    share = results.loss("cifar10", 1, attained=True)
+    assert share.rkdo[2] == pytest.approx((2.1396 - 1.95) / (2.1396 - 0.7520))
+    assert results.at_uniform("cifar10") == pytest.approx((2.1396, 2.8472))
+    assert results.at_uniform("stl10") is None
+    assert results.score("stl10", 1, "linear_accuracy").seeds == 0
+    assert results.loss("cifar10", 11).seeds == 0
+
+
+def test_the_four_tables(results: Results, tmp_path: Path) -> None:
+    first, second, third, fourth = paper_tables.all_tables(results)
+    for sheet in (first, second, third, fourth):
+        assert "protocol paper" in sheet.title
+        assert {row["protocol"] for row in sheet.data} == {"paper"}
+        sheet.save(tmp_path)
+        with (tmp_path / f"{sheet.name}.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == len(sheet.data) == len(sheet.rows)
+        assert (tmp_path / f"{sheet.name}.md").read_text().count("\n| ") == len(sheet.rows) + 2
+    assert [len(sheet.rows) for sheet in (first, second, third, fourth)] == [8, 8, 2, 8]
+    assert "24.9 % on CIFAR-10" in first.caption
+    assert first.rows[0][2] == "1.9500 ± 0.0158\n1.9384 ± 0.0403\n+0.29 sd"
+    verdicts = {row["score"]: row["verdict"] for row in fourth.data if row["dataset"] == "CIFAR-10"}
+    assert verdicts["NMI"].startswith("I-Con higher by 0.1020")
+    assert verdicts["Linear Eval"] == verdicts["ARI"] == "no evidence of a difference"
+    assert {row["verdict"] for row in fourth.data if row["dataset"] == "STL-10"} == {"not run"}
+    adjusted = next(row["holm_p"] for row in fourth.data if row["score"] == "NMI")
+    assert adjusted == pytest.approx(4 * paper_tables_p(fourth, "NMI"))  # four cells were tested
+    assert third.data[0]["rkdo_epochs"] == 1
+    assert third.data[0]["icon_epochs"] == 5
+
+
+def paper_tables_p(sheet: Any, score: str) -> float:
+    return next(row["t_p"] for row in sheet.data if row["score"] == score and row["dataset"] == "CIFAR-10")
+
+
+def test_agreement_counts_cells_within_two_published_deviations(results: Results) -> None:
+    (sentence,) = paper_tables.agreement(results)
+    cells = [results.loss("cifar10", e) for e in published.EPOCHS]
+    close = sum(abs(cell.away(o)) <= 2 for cell in cells for o in paper.OBJECTIVES)
+    assert f"{close} of 8 cells" in sentence
+    assert 0 < close < 8
+
+
+def test_scores_of_another_protocol_do_not_count(results: Results) -> None:
+    other = Results(results.request)
+    for record in other.records.values():
+        record.evaluations[1]["protocol"] = "full"
+    assert other.score("cifar10", 1, "nmi").seeds == 0
+    assert other.score("cifar10", 2, "nmi").seeds == 5
+
+
+def test_figures_are_drawn_and_the_same_again(results: Results, tmp_path: Path) -> None:
+    paths = paper_figures.all_figures(results, tmp_path)
+    assert [p.name for p in paths] == [f"figure{n}.{kind}" for n in range(1, 6) for kind in ("png", "svg")]
+    for path in paths:
+        assert path.stat().st_size > 5000
+    again = save(paper_figures._improvement(pyplot(), results), tmp_path / "again", "figure1")
+    assert again[1].read_bytes() == paths[1].read_bytes()
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+def test_locations(tmp_path: Path) -> None:
+    both = ("cifar10", "stl10")
+    assert paper.locations([], both) == {"cifar10": "data/cifar10", "stl10": "data/stl10"}
+    assert paper.locations(["shards", "stl10=s3://x/stl"], both) == {"cifar10": "shards/cifar10", "stl10": "s3://x/stl"}
+    (tmp_path / "index.json").write_text("{}")
+    assert paper.locations([str(tmp_path)], ("cifar10",)) == {"cifar10": str(tmp_path)}
+    with pytest.raises(ConfigError, match="cifar100 is not among"):
+        paper.locations(["cifar100=x"], both)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--datasets", "cifar11"], "cifar11"),
+        (["--seeds", "1,1"], "--seeds"),
+        (["--epochs", "0,2"], "--epochs"),
+        (["--set", "run.seed=3"], "run.seed"),
+        (["--set", "field.dept=3"], "field.depth"),
+    ],
+)
+def test_mistakes_end_before_anything_runs(tmp_path: Path, digits: Path, arguments: list[str], word: str) -> None:
+    out = tmp_path / "out"
+    base = ["reproduce", "--data", f"cifar10={digits}", "--out", str(out)]
+    code, text = command([*base, *([] if "--datasets" in arguments else ["--datasets", "cifar10"]), *arguments])
+    assert code == 2
+    assert word in text
+    assert not out.exists()
+
+
+def test_missing_data_says_what_to_prepare(tmp_path: Path) -> None:
+    code, text = command(["reproduce", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert code == 2
+    for name in published.DATASETS:
+        assert f"rkdo prepare {name} --out {tmp_path / name}" in " ".join(text.split())
+
+
+def test_jpeg_is_noted(tmp_path: Path, digits: Path) -> None:
+    from tests.pictures import picture
+
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "folder" / split / name
+            folder.mkdir(parents=True)
+            (folder / "1.jpg").write_bytes(picture(1, kind="JPEG"))
+    prepare("imagefolder", tmp_path / "shards", tmp_path / "folder")
+    assert "JPEG" in paper.data_note("cifar10", load_index(tmp_path / "shards"))
+    assert paper.data_note("cifar10", load_index(digits)) == ""
+
+
+def test_a_run_gets_its_own_accelerator_and_nothing_of_a_launcher() -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1", "ACCELERATE_MIXED_PRECISION": "no", "HOME": "/h"}
+    assert runner.environment(launched, 3, 0) == {"HOME": "/h"}
+    assert runner.environment({}, 5, 4)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert runner.environment({"CUDA_VISIBLE_DEVICES": "2,7"}, 1, 2)["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+# --- real runs ----------------------------------------------------------------------------------------------------
+
+
+def cifar100_files(root: Path) -> None:
+    """Files in CIFAR-100's own format, 80 training and 40 test images."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 160), ("test", 60)):
+        labels = [k % 5 for k in range(count)]
+        data = draw.integers(0, 256, (count, 3072), dtype=np.uint8)
+        data[:, :512] = np.array(labels)[:, None] * 40
+        (folder / name).write_bytes(pickle.dumps({"data": data, "fine_labels": labels, "coarse_labels": labels}))
+    names = [f"class{k}" for k in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names, "coarse_label_names": names[:20]}))
+
+
+def stl10_files(root: Path) -> None:
+    """Files in STL-10's own format, 80 training, 40 test and 8 unlabelled images of 96 x 96."""
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(1)
+    for name, count in (("train", 80), ("test", 40), ("unlabeled", 8)):
+        (folder / f"{name}_X.bin").write_bytes(draw.integers(0, 256, count * 3 * 96 * 96, dtype=np.uint8).tobytes())
+        if name != "unlabeled":
+            (folder / f"{name}_y.bin").write_bytes(np.array([1 + k % 4 for k in range(count)], np.uint8).tobytes())
+    (folder / "class_names.txt").write_text("\n".join(f"class{k}" for k in range(10)) + "\n")
+    (folder / "fold_indices.txt").write_text("0\n" * 10)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-100 and STL-10 prepared from small files in their own formats."""
+    from torchvision import datasets
+
+    root = tmp_path_factory.mktemp("files")
+    cifar100_files(root / "raw")
+    stl10_files(root / "raw")
+    with pytest.MonkeyPatch.context() as patch:  # the files are not the published ones, and checksums would say so
+        patch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
+        patch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+        for name in ("cifar100", "stl10"):
+            prepare(name, root / name, root / "raw")
+    return root
+
+
+def arguments(shards: Path, out: Path, datasets: str, processes: int = 2) -> list[str]:
+    words = ["reproduce", "--datasets", datasets, "--data", str(shards), "--out", str(out), "--seeds", "7"]
+    return [*words, "--epochs", "1,2", "--processes", str(processes), *(w for c in TINY for w in ("--set", c))]
+
+
+def test_cifar100_and_stl10_run_where_their_data_is(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "start", Forked)
+    code, text = command(arguments(shards, tmp_path, "cifar10,cifar100,stl10"))
+    assert code == 0, text
+    assert "CIFAR-10 is left out" in text
+    facts = json.loads((tmp_path / "paper" / "reproduction.json").read_text())
+    assert facts["runs"] == [f"{d}-{o}-7" for d in ("cifar100", "stl10") for o in ("icon", "rkdo")]
+    assert (facts["protocol"], facts["changes"]) == ("paper", list(TINY))
+    for dataset, batch in (("cifar100", 64), ("stl10", 32)):
+        record = read(tmp_path / "paper" / "runs" / f"{dataset}-rkdo-7")
+        assert record.config.train.global_batch == batch
+        assert sorted(record.evaluations) == [1, 2]
+        assert record.evaluations[2]["subset_samples"] == (60 if dataset == "cifar100" else 40)
+        row = next(r for r in facts["tables"]["table1"] if (r["dataset"], r["epochs"]) == (dataset, 2))
+        assert row["rkdo"] == pytest.approx(record.losses[1])
+        assert not math.isnan(row["rkdo_away"])
+    assert len(list((tmp_path / "paper" / "figures").iterdir())) == 10
+    monkeypatch.setattr(reproduce, "all_figures", _no_figures)
+    code, text = command(arguments(shards, tmp_path, "cifar100,stl10"))
+    assert code == 0
+    assert "4 of 4 runs are complete already" in text
+
+
+def test_a_request_to_stop_reaches_the_runs_and_the_same_command_goes_on(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "start", Forked)
+    monkeypatch.setattr(reproduce, "all_figures", _no_figures)
+    words = arguments(shards, tmp_path, "cifar100")
+    run = tmp_path / "paper" / "runs" / "cifar100-rkdo-7"
+    stopper = threading.Thread(target=_stop_after_first_step, args=(run / "metrics.jsonl",))
+    stopper.start()
+    code, text = command(words)
+    stopper.join()
+    assert code == 75, text
+    code, text = command(words)
+    assert code == 0, text
+    assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
+    assert len(list(run.parent.glob("*/evaluations/4.json"))) == 2
+
+
+def _no_figures(results: Results, folder: Path) -> list[Path]:
+    return [folder / "none.png"]
+
+
+def _stop_after_first_step(journal: Path) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (journal.is_file() and journal.stat().st_size):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_failing_run_leaves_the_others_and_is_reported(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "start", Forked)
+    runs = tmp_path / "paper" / "runs"
+    (runs / "cifar100-rkdo-7").mkdir(parents=True)
+    (runs / "cifar100-rkdo-7" / "thesis.tex").write_text("")
+    with (runs / "cifar100-icon-7.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, text = command(arguments(shards, tmp_path, "cifar100"))
+    assert code == 2
+    assert "thesis.tex" in text
+    assert "cifar100-icon-7: another process is working on it" in text
+
+
+@pytest.mark.slow
+def test_the_command_with_real_processes(shards: Path, tmp_path: Path) -> None:
+    words = arguments(shards, tmp_path, "cifar100")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rkdo_dist", *words], stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+    )
+    lock = tmp_path / "paper" / "runs" / "cifar100-rkdo-7.lock"
+    held = False
+    while process.poll() is None and not held:
+        held = lock.exists() and _is_held(lock)
+        time.sleep(0.05)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert held
+    assert not _is_held(lock)
+    assert "Table 4" in text
+
+
+def _is_held(path: Path) -> bool:
+    with path.open("r") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,165 @@
+"""`rkdo sweep`: axes, names, tables and figures of made-up runs, and real runs that are not made twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkdo_dist import config as configuration
+from rkdo_dist.config import ConfigError
+from rkdo_dist.studies import runner, sweep
+from rkdo_dist.studies.runner import Planned
+from rkdo_dist.studies.sweep_figures import _values, figures
+from tests.jobs import command, metrics
+from tests.runs import Forked, made_up
+
+DEPTH, COUPLING = sweep.axis("field.depth=1,3,5"), sweep.axis("field.coupling=0.1,0.5")
+
+
+def asked(out: Path, *axes: sweep.Axis, seeds: tuple[int, ...] = (1, 2, 3), metric: str = "nmi") -> sweep.Sweep:
+    base = configuration.from_tree({"train": {"epochs": 2, "batches_per_epoch": 4}})
+    return sweep.Sweep(base, axes, seeds, out, metric)
+
+
+def test_axes() -> None:
+    assert sweep.axis("field.depth=1, 3,5") == sweep.Axis("field.depth", (1, 3, 5))
+    assert sweep.axis("views.crop_scale=[0.2,1],[0.5,1]").values == ([0.2, 1], [0.5, 1])
+    assert sweep.axis("field.supervisor_grad=flow,stop").texts == ["flow", "stop"]
+    assert sweep.axis("train.max_steps=null,5").texts == ["null", "5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("depth=1,2", "section.key=value,value"),
+        ("field.depth", "section.key=value,value"),
+        ("field.depth=", "not a list of values"),
+        ("field.depth=[1", "not a list of values"),
+        ("field.depth=1,1", "twice"),
+        ("run.seed=1,2", "--seeds"),
+        ("run.dir=a,b", "--out"),
+    ],
+)
+def test_axes_that_cannot_be_meant(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
+        sweep.axis(text)
+
+
+def test_every_combination_has_its_own_directory_whatever_the_order_of_the_axes(tmp_path: Path) -> None:
+    places = sweep.axis("data.split=a/b,a_b,a:b")
+    one, other = asked(tmp_path, DEPTH, places), asked(tmp_path, places, DEPTH)
+    first = {one.directory(c, s) for c in one.combinations() for s in one.seeds}
+    assert len(first) == 3 * 3 * 3
+    assert first == {other.directory(c, s) for c in other.combinations() for s in other.seeds}
+    assert all(path.parent == tmp_path / "runs" and len(path.name) < 200 for path in first)
+    plain = asked(tmp_path, DEPTH, COUPLING)
+    assert plain.directory((1, 0), 7).name == "field.coupling=0.1,field.depth=3,seed=7"
+
+
+def test_a_combination_changes_the_configuration_and_a_mistake_names_it(tmp_path: Path) -> None:
+    config = asked(tmp_path, DEPTH, COUPLING).config((2, 1), 9)
+    assert (config.field.depth, config.field.coupling, config.run.seed, config.run.resume) == (5, 0.5, 9, "auto")
+    wrong = asked(tmp_path, DEPTH, sweep.axis("field.coupling=0.5,1.5"))
+    with pytest.raises(ConfigError, match=r"field.depth=1, field.coupling=1.5: field.coupling must lie in"):
+        [wrong.config(combination, 1) for combination in wrong.combinations()]
+
+
+def runs_of(wanted: sweep.Sweep, nmi: Any, missing: tuple[Any, ...] = ()) -> list[Planned]:
+    planned = []
+    for combination in wanted.combinations():
+        for seed in wanted.seeds:
+            config = wanted.config(combination, seed)
+            planned.append(Planned(config, 8))
+            if (combination, seed) not in missing:
+                scores = {"linear_accuracy": 0.5, "nmi": nmi(combination, seed), "yardsticks": {"infonce": 2.5}}
+                made_up(config, [2.0, 1.8 - 0.1 * combination[0]], lambda epoch, s=scores: s, steps_per_epoch=4)
+    return planned
+
+
+def test_the_table_has_a_row_per_combination_and_tests_against_the_first(tmp_path: Path) -> None:
+    wanted = asked(tmp_path, DEPTH)
+    nmi = {0: [0.30, 0.31, 0.32], 1: [0.41, 0.42, 0.44], 2: [0.29, 0.32, 0.33]}
+    planned = runs_of(wanted, lambda c, seed: nmi[c[0]][seed - 1], missing=(((2,), 3),))
+    rows = sweep.results(wanted, planned)
+    assert [len(row.records) for row in rows] == [3, 3, 2]
+    sheet = sweep.table(wanted, rows)
+    assert "protocol full" in sheet.title
+    assert [row[0] for row in sheet.rows] == ["1", "3", "5"]
+    assert sheet.data[1]["nmi"] == pytest.approx(sum(nmi[1]) / 3)
+    assert sheet.data[1]["attained"] == pytest.approx((2.1396 - 1.7) / (2.1396 - 0.7520))
+    assert sheet.rows[0][-1] == "-"
+    assert sheet.rows[1][-1].startswith("this higher by 0.1133")
+    assert sheet.rows[2][-1] == "no evidence of a difference"
+    assert sheet.data[1]["holm_p"] == pytest.approx(2 * sheet.data[1]["t_p"])
+    assert sweep.score(rows[0].records[1], "yardsticks.infonce") == 2.5
+    assert sweep.score(rows[0].records[1], "yardsticks.nothing") is None
+
+
+def test_figures_for_one_key_two_and_three(tmp_path: Path) -> None:
+    for name, axes, files in (
+        ("one", (DEPTH,), ["field.depth.png"]),
+        ("two", (DEPTH, COUPLING), ["field.depth-field.coupling.png"]),
+        (
+            "three",
+            (DEPTH, COUPLING, sweep.axis("field.supervisor_grad=flow,stop")),
+            [
+                "field.depth-field.coupling.png",
+                "field.depth-field.supervisor_grad.png",
+                "field.coupling-field.supervisor_grad.png",
+            ],
+        ),
+    ):
+        wanted = asked(tmp_path / name, *axes, seeds=(1, 2))
+        planned = runs_of(wanted, lambda c, seed: 0.3 + 0.05 * sum(c) + 0.01 * seed)
+        rows = sweep.results(wanted, planned)
+        paths = figures(wanted, rows, tmp_path / name / "figures", "Sweep")
+        assert [path.name for path in paths] == files
+        assert all(p.stat().st_size > 5000 and p.with_suffix(".svg").stat().st_size > 5000 for p in paths)
+    # A cell of a heat map averages over the third key, seed by seed: depth 5, coupling 0.5, both gradients.
+    assert _values(rows, (0, 1), (2, 1), "nmi") == pytest.approx([0.3 + 0.05 * 3.5 + 0.01, 0.3 + 0.05 * 3.5 + 0.02])
+
+
+def test_a_sweep_runs_what_is_missing_only(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hybrid, a schedule and an early stop among the settings that are swept."""
+    monkeypatch.setattr(runner, "start", Forked)
+    shards = next(word for word in small if word.startswith("data.shards="))
+    base = ["sweep", small[1], "--set", shards, "--set", "evaluate.at_end=true", "--set", "train.batches_per_epoch=3"]
+    base += ["--out", str(tmp_path / "out"), "--processes", "2", "--metric", "knn_accuracy"]
+    code, text = command([*base, "--vary", "field.switch_to=none,icon"])
+    assert code == 0, text
+    first = tmp_path / "out" / "runs" / "field.switch_to=icon,seed=42"
+    assert [record["objective"] for record in metrics(first)] == ["rkdo", "rkdo", "icon"]
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["field.switch_to"] for row in rows] == ["none", "icon"]
+    judged = json.loads((first / "evaluations" / "3.json").read_text())
+    assert float(rows[1]["knn_accuracy"]) == judged["knn_accuracy"]
+    assert (rows[1]["protocol"], math.isnan(float(rows[1]["attained"]))) == ("paper", False)
+    journal = (first / "metrics.jsonl").read_bytes()
+    code, text = command([*base, "--vary", "field.switch_to=none,icon"])
+    assert code == 0
+    assert "2 of 2 runs are complete already" in text
+    assert (first / "metrics.jsonl").read_bytes() == journal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--vary", "field.depth=1,0"], "field.depth=0: field.depth must be greater than 0"),
+        (["--vary", "field.dept=1,2"], "field.dept"),
+        (["--vary", "field.depth=1", "--vary", "field.depth=2"], "twice"),
+        (["--vary", "field.depth=1,2", "--seeds", "1,1"], "--seeds"),
+        (["--vary", "field.depth=1,2", "--processes", "0"], "--processes"),
+    ],
+)
+def test_mistakes_end_before_anything_runs(small: list[str], tmp_path: Path, arguments: list[str], word: str) -> None:
+    shards = next(text for text in small if text.startswith("data.shards="))
+    code, text = command(["sweep", small[1], "--set", shards, "--out", str(tmp_path / "out"), *arguments])
+    assert code == 2
+    assert word in " ".join(text.split())
+    assert not (tmp_path / "out").exists()
