@@ -6,6 +6,7 @@ metrics.jsonl       one object per step
 status.json         running, complete, preempted, interrupted or failed
 checkpoints/        <step>/, and `latest`
 evaluations/        <step>.json
+rows/               <step>.json: a few rows of a persistent field as they were at that checkpoint
 """
 
 from __future__ import annotations
@@ -168,6 +169,19 @@ class RunDirectory:
         path = self.evaluations / f"{step}.json"
         write_atomic(path, json.dumps(scores, indent=2) + "\n")
         return path
+
+    def write_rows(self, snapshot: dict[str, Any]) -> Path:
+        """Write `rows/<step>.json`, a snapshot of a persistent field."""
+        folder = self.path / "rows"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{snapshot['step']}.json"
+        write_atomic(path, json.dumps(snapshot) + "\n")
+        return path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All snapshots of a persistent field, by step; none if the run has no such field."""
+        found = sorted((self.path / "rows").glob("*.json"), key=lambda p: int(p.stem))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in found]
 
     def last_evaluation(self) -> dict[str, Any] | None:
         """The evaluation of the largest step, if there is one."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rkdo_dist.config.sections import Config, ConfigError, TrainConfig, ViewsConfig, flatten
 
 _POSITIVE = (
-    "field.depth", "field.temperature", "data.shuffle_buffer", "data.image_size", "encoder.embedding_dim",
+    "field.depth", "field.temperature", "field.stored", "field.bank_temperature",
+    "data.shuffle_buffer", "data.image_size", "encoder.embedding_dim",
     "train.global_batch", "train.micro_batch", "train.epochs", "train.batches_per_epoch", "train.max_steps",
     "train.learning_rate", "train.checkpoint_every", "train.keep_checkpoints", "train.evaluate_every",
     "evaluate.batch_size", "evaluate.neighbours", "run.threads", "run.timeout", "views.std",
@@ -43,6 +44,8 @@ def check(config: Config) -> None:
     _check_views(config.views)
     _check_batch(config.train)
     _check_times(config)
+    if config.field.recursion == "persistent":
+        _check_persistent(config)
 
 
 def _check_views(views: ViewsConfig) -> None:
@@ -66,6 +69,25 @@ def _check_batch(train: TrainConfig) -> None:
         )
     if train.global_batch < 2:
         raise ConfigError("train.global_batch must be at least 2: one sample has nothing to be compared with")
+
+
+def _check_persistent(config: Config) -> None:
+    """What rows that live across iterations go with."""
+    field = config.field
+    if "rkdo" not in (field.objective, field.switch_to):
+        raise ConfigError(
+            f"field.recursion=persistent is a form of field.objective=rkdo; field.objective={field.objective} "
+            "has no recursion: leave field.recursion=in_batch with it"
+        )
+    for key, value, needed in (
+        ("field.pairing", field.pairing, "cross"),
+        ("field.symmetric", field.symmetric, False),
+        ("field.exchange", field.exchange, "gather"),
+        ("data.on_corrupt", config.data.on_corrupt, "abort"),
+    ):
+        if value != needed:
+            shown = str(needed).lower() if isinstance(needed, bool) else needed
+            raise ConfigError(f"field.recursion=persistent needs {key}={shown}, got {value}")
 
 
 def _check_times(config: Config) -> None:

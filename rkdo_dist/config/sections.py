@@ -22,7 +22,11 @@ class FieldConfig:
     """The objective over the global batch (`rkdo_dist.field`)."""
 
     objective: Literal["rkdo", "icon", "infonce"] = "rkdo"
-    recursion: Literal["in_batch"] = "in_batch"
+    recursion: Literal["in_batch", "persistent"] = "in_batch"
+    columns: Literal["batch", "bank"] = "batch"
+    stored: int = 256
+    bank_temperature: float = 0.1
+    store: Literal["device", "host"] = free("device")
     depth: int = 3
     coupling: float = 0.5
     coupling_schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
@@ -168,9 +172,10 @@ def digest(config: Config) -> str:
 def follows_length(config: Config) -> bool:
     """Whether a step depends on the total number of steps, so that a run must not be made longer once it has begun."""
     field = config.field
+    cools = field.clock == "training" or (field.recursion == "persistent" and field.cooling > 0)
     return (
         config.train.schedule != "constant"
-        or field.clock == "training"
+        or cools
         or field.coupling_schedule != "constant"
         or field.switch_to != "none"
     )

@@ -46,7 +46,7 @@ class Objective:
     """A fully resolved objective: numbers only, no schedule left to evaluate. Made by the constructors below.
 
     Attributes:
-        kind: "rkdo", "icon", "infonce" or "supervised".
+        kind: "rkdo", "icon", "infonce", "supervised" or "persistent".
         temperature: tau0, the one that a learnable temperature replaces; all others keep their ratio to it.
         temperatures: tau(0)..tau(D); an infinite tau(0) is the flat field of the static objectives.
         couplings: alpha(1)..alpha(D).
@@ -54,6 +54,7 @@ class Objective:
             rows and columns, the self column excluded, the positive is the other view).
         symmetric: for "cross", the mean of both directions.
         supervisor_grad: "flow" or "stop".
+        row_coupling: alpha of rows that persist (`field.persistent`), applied after the step.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Objective:
     pairing: str = "cross"
     symmetric: bool = False
     supervisor_grad: str = "flow"
+    row_coupling: float = 0.0
 
     def __post_init__(self) -> None:
         _require_choice("pairing", self.pairing, PAIRINGS)
@@ -83,7 +85,7 @@ class Objective:
             schedules.require_positive("temperature", self.temperatures[0])
         elif len(self.temperatures) > 2:
             raise ValueError("an infinite tau(0) stands for a fixed supervisor, which has one level")
-        for value in self.couplings:
+        for value in (*self.couplings, self.row_coupling):
             schedules.require_share("coupling", value)
 
     @staticmethod
@@ -146,6 +148,22 @@ class Objective:
         "cross" with symmetric=True is CLIP's loss, "joint" is SimCLR's NT-Xent.
         """
         return Objective("infonce", temperature, (math.inf, temperature), (0.0,), pairing, symmetric)
+
+    @staticmethod
+    def persistent(
+        coupling: float = 0.5, temperature: float = 0.5, cooling: float = 0.0, progress: float = 0.0
+    ) -> Objective:
+        """RKDO with recursion across training iterations: mean_i KL(p_S / m || q), p from `field.persistent`.
+
+        Rows that have not been given are the identity, with which this is InfoNCE.
+
+        Args:
+            coupling: alpha in [0, 1], with which rows move after the step (eq. 3).
+            temperature, cooling: tau0 > 0 and beta in [0, 1).
+            progress: share of the training done: the temperature is tau0 (1 - beta progress), the paper's clock.
+        """
+        tau = schedules.temperature(temperature, cooling, progress, 1)
+        return Objective("persistent", temperature, (math.inf, tau), (0.0,), row_coupling=coupling)
 
     @staticmethod
     def supervised(

@@ -64,12 +64,14 @@ class Place:
         excluded: the same for the excluded self column.
         labels: labels of the rows (r,) and of the columns (n,), where p(0) comes from labels.
         counts: number of columns of the whole field with the row's label (r,), without the excluded one.
+        first_row: number of the strip's first row among the b rows.
     """
 
     positive: int | None
     excluded: int | None
     labels: tuple[Tensor, Tensor] | None = None
     counts: Tensor | None = None
+    first_row: int = 0
 
 
 def exponent_limit(dtype: torch.dtype) -> float:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.field.objectives import Objective, Slice
+from rkdo_dist.field.persistent import Supervisor
+from rkdo_dist.field.sparse_strips import SparseKernel
 from rkdo_dist.field.static_strips import StaticKernel
 from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums
 
@@ -60,6 +62,7 @@ def value_and_gradient(
     first_row: int,
     labels: Tensor | None = None,
     parts: bool = True,
+    supervisor: Supervisor | None = None,
 ) -> FieldResult:
     """Sum of the losses of b consecutive samples of the global batch, and all its gradients, without
     autograd.
@@ -75,6 +78,7 @@ def value_and_gradient(
         first_row: index of the first of these samples in the global batch.
         labels: (B,) integers of the whole global batch, for objectives that need them.
         parts: whether to fill `parts`, which costs a few more passes over a strip.
+        supervisor: p of these rows, for an objective of kind "persistent"; None: the identity.
 
     Raises:
         ValueError: if labels are missing, shapes or dtypes disagree, or the rows do not lie within the batch.
@@ -86,7 +90,7 @@ def value_and_gradient(
     columns = torch.stack([views[name].to(dtype) for name in names]) if len(names) > 1 else columns_v.to(dtype)[None]
     with torch.no_grad():
         batch = columns.shape[1]
-        field = FieldRows(objective, {"u": rows_u, "v": rows_v}, batch, first_row, batch, labels, parts)
+        field = FieldRows(objective, {"u": rows_u, "v": rows_v}, batch, first_row, batch, labels, parts, supervisor)
         found = torch.zeros_like(columns)
         field.visit("fused", columns, 0, found)
         home = dict(zip(names, found.unbind(), strict=True))
@@ -116,6 +120,7 @@ class FieldRows:
         block: samples in a block of columns; B if there is one block.
         labels: (B,) integers, for objectives that need them.
         parts: whether `parts` will be asked for.
+        supervisor: see `value_and_gradient`; columns must then come in one block.
 
     Attributes:
         gradients: of `loss` with respect to the rows, by view, (b, d) in the computing dtype.
@@ -134,6 +139,7 @@ class FieldRows:
         block: int,
         labels: Tensor | None = None,
         parts: bool = True,
+        supervisor: Supervisor | None = None,
     ) -> None:
         b = rows["u"].shape[0]
         if not 0 <= first_row <= batch - b:
@@ -149,8 +155,13 @@ class FieldRows:
         self.gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
         width = block * len(objective.slices[0].columns)
         self._panel_rows, self._strip_rows = tile_rows(b, width, objective.depth, device.type)
-        self._kernel: RecursiveKernel | StaticKernel
-        if math.isinf(objective.temperatures[0]):
+        self._kernel: RecursiveKernel | StaticKernel | SparseKernel
+        if supervisor is not None:
+            assert objective.kind == "persistent"
+            assert block == batch
+            self._strip_rows = self._panel_rows
+            self._kernel = SparseKernel(objective, supervisor, dtype)
+        elif math.isinf(objective.temperatures[0]):
             self._strip_rows = self._panel_rows  # works in the panel, without buffers
             self._kernel = StaticKernel(objective, objective.column_count(batch), dtype, self._counts)
         else:
@@ -233,7 +244,7 @@ class FieldRows:
             rows = self._labels[self._first_row + first : self._first_row + last]
             columns = self._labels[first_column : first_column + self._block].repeat(len(piece.columns))
             labels, counts = (rows, columns), self._counts[first:last]
-        return Place(positive, excluded, labels, counts)
+        return Place(positive, excluded, labels, counts, first)
 
     def _label_counts(self, labels: Tensor) -> Tensor:
         """Columns with the label of each row, without the excluded one (b,)."""
@@ -243,6 +254,8 @@ class FieldRows:
         return mine * len(piece.columns) - int(piece.excluded is not None)
 
     def _at_uniform(self, like: Tensor) -> Tensor:
+        if isinstance(self._kernel, SparseKernel):
+            return self._kernel.at_uniform(self._batch).sum()
         if self._counts is None:
             return torch.full_like(like, self._b * self.objective.at_uniform(self._batch))
         counts = self._counts.tolist()

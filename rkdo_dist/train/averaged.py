@@ -42,7 +42,7 @@ class Averaged(Strategy):
 
     def field(self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int) -> FieldResult:
         """Formed on all local rows at once."""
-        return averaged_field(lanes, objective, self._exchange, stop)
+        return averaged_field(lanes, objective, self._exchange, stop, self.memory)
 
     def backward(self, outputs: Iterator[Views], field: FieldResult, at: Place) -> None:
         """One averaging over ranks: in the only backward pass, or in the last lane's when embedding again."""

@@ -30,7 +30,7 @@ class Exact(Strategy):
 
     def field(self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int) -> FieldResult:
         """Formed per lane."""
-        return exact_field(lanes, objective, at.first_lane, stop)
+        return exact_field(lanes, objective, at.first_lane, stop, self.memory)
 
     def backward(self, outputs: Iterator[Views], field: FieldResult, at: Place) -> None:
         """One backward pass per lane, added up in lane order."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.exchange import group, ledger
+from rkdo_dist.exchange.columns import GatheredColumns
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.persistent import Supervisor
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.losses import FieldLoss
-
-Views = tuple[Tensor, Tensor]  # the two views of a lane: embeddings, or gradients with respect to them, (m, d) each
+from rkdo_dist.train.supervisor import PersistentField, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,9 @@ class FieldResult:
     stop: int
 
 
-def exact_field(lanes: Sequence[Views], objective: Objective, first_lane: int, stop: int) -> FieldResult:
+def exact_field(
+    lanes: Sequence[Views], objective: Objective, first_lane: int, stop: int, memory: PersistentField | None = None
+) -> FieldResult:
     """Loss and embedding gradients, formed per lane against all columns and summed in tree order (collective).
 
     Args:
@@ -47,15 +50,18 @@ def exact_field(lanes: Sequence[Views], objective: Objective, first_lane: int, s
         objective: resolved for this step.
         first_lane: global number of this rank's first lane.
         stop: this rank's stop code.
+        memory: the rows of a persistent field, which supervise and then recur; only for that kind of objective.
     """
     count, m = len(lanes), lanes[0][0].shape[0]
     with ledger.purpose(ledger.COLUMNS):
         columns_u, columns_v = (group.all_gather_rows(torch.cat([pair[k] for pair in lanes])) for k in (0, 1))
+    supervisors = _supervisors(lanes, objective, memory)
     results = []
     sums: dict[str, group.TreeSum[Tensor]] = {"u": group.TreeSum(count), "v": group.TreeSum(count)}
     used = {"u": False, "v": False}
     for i, (u, v) in enumerate(lanes):
-        result = value_and_gradient(objective, u, v, columns_u, columns_v, (first_lane + i) * m)
+        first_row, p = (first_lane + i) * m, supervisors[i]
+        result = value_and_gradient(objective, u, v, columns_u, columns_v, first_row, supervisor=p)
         for name, part in (("u", result.columns_u), ("v", result.columns_v)):
             if part is not None:
                 sums[name].add(part)
@@ -67,24 +73,56 @@ def exact_field(lanes: Sequence[Views], objective: Objective, first_lane: int, s
     dv = [r.rows_v if home["v"] is None else r.rows_v + home["v"][i] for i, r in enumerate(results)]
     names = ["loss", *results[0].parts]
     reports = {n: torch.stack([(r.loss if n == "loss" else r.parts[n]).double() for r in results]) for n in names}
+    if memory is not None and objective.kind == "persistent":
+        reports |= memory.recur(lanes, columns_v, objective)
     rows = len(columns_u)
     loss, parts, code = _lane_means(reports, stop, rows)
     return FieldResult([(a / rows, b / rows) for a, b in zip(du, dv, strict=True)], loss, parts, code)
 
 
-def averaged_field(lanes: Sequence[Views], objective: Objective, exchange: str, stop: int) -> FieldResult:
+def averaged_field(
+    lanes: Sequence[Views], objective: Objective, exchange: str, stop: int, memory: PersistentField | None = None
+) -> FieldResult:
     """Loss and embedding gradients of all local rows at once (collective).
 
     Args:
-        lanes, objective, stop: as for `exact_field`.
-        exchange: how columns travel, "gather" or "ring".
+        lanes, objective, stop, memory: as for `exact_field`.
+        exchange: how columns travel, "gather" or "ring"; the columns of a persistent field are gathered.
     """
+    if memory is not None and objective.kind == "persistent":
+        return _averaged_persistent(lanes, objective, memory, stop)
     u, v = (torch.cat([pair[k] for pair in lanes]).requires_grad_() for k in (0, 1))
     local, parts = FieldLoss(objective, exchange=exchange)(u, v, parts=True)
     du, dv = torch.autograd.grad(local, (u, v), materialize_grads=True)
     loss, means, code = _rank_means(local.detach(), parts, stop)
     sizes = [len(pair[0]) for pair in lanes]
     return FieldResult(list(zip(du.split(sizes), dv.split(sizes), strict=True)), loss, means, code)
+
+
+def _averaged_persistent(
+    lanes: Sequence[Views], objective: Objective, memory: PersistentField, stop: int
+) -> FieldResult:
+    """`averaged_field` with remembered supervisors."""
+    supervisor = Supervisor.cat(memory.supervisors(lanes))
+    u, v = (torch.cat([pair[k] for pair in lanes]) for k in (0, 1))
+    columns, b = GatheredColumns(), len(u)
+    everyone = columns.gather(v[None])[0]
+    result = value_and_gradient(objective, u, v, everyone, everyone, group.rank() * b, supervisor=supervisor)
+    assert result.columns_v is not None
+    home = columns.send_home(result.columns_v[None])[0]
+    parts = {**result.parts, **{name: x.sum() for name, x in memory.recur(lanes, everyone, objective).items()}}
+    loss, means, code = _rank_means(result.loss / b, {name: x / b for name, x in parts.items()}, stop)
+    sizes = [len(pair[0]) for pair in lanes]
+    du, dv = ((x / b).to(u.dtype).split(sizes) for x in (result.rows_u, home))
+    return FieldResult(list(zip(du, dv, strict=True)), loss, means, code)
+
+
+def _supervisors(
+    lanes: Sequence[Views], objective: Objective, memory: PersistentField | None
+) -> Sequence[Supervisor | None]:
+    if memory is None or objective.kind != "persistent":
+        return [None] * len(lanes)
+    return memory.supervisors(lanes)
 
 
 def _lane_means(reports: dict[str, Tensor], stop: int, rows: int) -> tuple[float, dict[str, float], int]:

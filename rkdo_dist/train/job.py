@@ -59,6 +59,7 @@ class Job:
         self._loss_scale: dict[str, float] = {}
         self.launch_before = runtime.launch
         self._early_stop = EarlyStop(config.train.early_stop_slope, config.train.early_stop_window)
+        self.memory = build.make_memory(config, index, runtime.device)
 
     def make_step(self) -> Step:
         """The step, whose strategy owns weights and optimizer state from now on (collective)."""
@@ -69,7 +70,7 @@ class Job:
             views_together=self.config.encoder.views == "together",
             exchange=self.config.field.exchange,
         )
-        step = Step(self.encoder, self._view, self.runtime, settings, self.optimizer)
+        step = Step(self.encoder, self._view, self.runtime, settings, self.optimizer, self.memory)
         step.strategy.load_scale(self._loss_scale)
         self._strategy = step.strategy
         return step
@@ -149,7 +150,7 @@ class Job:
             "epoch": batch.epoch,
             "loss": result.loss,
             "loss_at_uniform": parts.pop("uniform", None),
-            "loss_at_ideal": objective.at_ideal(self.config.train.global_batch),
+            "loss_at_ideal": parts.pop("ideal", objective.at_ideal(self.config.train.global_batch)),
             **parts,
             **({"skipped": result.skipped} if result.skipped else {}),
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
@@ -157,7 +158,7 @@ class Job:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "objective": objective.kind,
             "temperature": objective.temperatures[-1],
-            "coupling": objective.couplings[-1],
+            "coupling": objective.row_coupling if objective.kind == "persistent" else objective.couplings[-1],
             "batch_digest": digest.hexdigest(),
             "seconds": round(seconds, 6),
             "pairs_per_second": round(self.config.train.global_batch / seconds, 3),
@@ -190,15 +191,27 @@ class Job:
         if self._saved != self.position:
             journal.sync()
             state = self._strategy.state()  # collective: shards are gathered
-            group.together(lambda: self._save(state), f"saving the checkpoint of step {self.position}")
+            what = f"saving the checkpoint of step {self.position}"
+            building = group.together(self._begin, what)
+            if self.memory is not None:
+                memory, building = self.memory, group.from_rank_zero(building)
+                memory.store.finish()
+                group.together(lambda: memory.write_parts(building), what)
+                shown = memory.snapshot(self.position)
+                group.together(lambda: self.run.write_rows(shown) if self.runtime.is_main else None, what)
+            group.together(lambda: self._save(building, state), what)
             self._saved = self.position
 
-    def _save(self, state: TrainState) -> None:
+    def _begin(self) -> Path:
+        if not self.runtime.is_main:
+            return Path()
+        return checkpoint.begin(self.run.checkpoints, self.position)
+
+    def _save(self, building: Path, state: TrainState) -> None:
         if not self.runtime.is_main:
             return
-        checkpoint.save(
-            self.run.checkpoints,
-            self.position,
+        checkpoint.commit(
+            building,
             state.model,
             state.optimizer,
             {
@@ -225,6 +238,8 @@ class Job:
         assert found.optimizer is not None  # `save` writes it
         self.encoder.load_state_dict(found.model)
         checkpoint.tensors_to_optimizer(found.optimizer, self.optimizer, self.encoder.named_parameters())
+        if self.memory is not None:
+            self.memory.restore(found)
         self.position = self._saved = found.step
         self._skipped_in_a_row = found.extra["skipped_in_a_row"]
         self._early_stop.restore(found.extra.get("early_stop", {}))

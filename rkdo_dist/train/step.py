@@ -26,6 +26,7 @@ from rkdo_dist.train.field import Views
 from rkdo_dist.train.runtime import Runtime
 from rkdo_dist.train.stopwatch import COMPUTE, DATA, EXCHANGE, FIELD, OPTIMIZER, phase
 from rkdo_dist.train.strategy import NonFiniteError, Place, Strategy, require_finite
+from rkdo_dist.train.supervisor import PersistentField
 
 __all__ = ["NonFiniteError", "Step", "StepResult", "StepSettings"]
 
@@ -72,6 +73,7 @@ class Step:
         runtime: ranks, device, precision.
         settings: how to compute.
         optimizer: moves the weights; None leaves the gradient in the parameters' `.grad`.
+        memory: the rows of a persistent field, for objectives of that kind.
 
     Attributes:
         strategy: how gradients are summed, and who owns weights and optimizer state.
@@ -84,10 +86,12 @@ class Step:
         runtime: Runtime,
         settings: StepSettings,
         optimizer: torch.optim.Optimizer | None = None,
+        memory: PersistentField | None = None,
     ) -> None:
         self._make_view, self._runtime, self._settings = make_view, runtime, settings
         self._statistics = BatchStatistics(encoder)
         self.strategy = _choose(encoder, optimizer, runtime, settings)
+        self.strategy.memory = memory
 
     def __call__(
         self, lanes: Sequence[MicroBatch], objective: Objective, epoch: int, step: int, stop: int = 0
@@ -104,6 +108,8 @@ class Step:
             NonFiniteError: on every rank, if the loss or the gradient is not finite on any.
         """
         at = Place(epoch, step, self._runtime.rank * len(lanes))
+        if self.strategy.memory is not None and objective.kind == "persistent":
+            self.strategy.memory.begin(step, torch.cat([lane.ids for lane in lanes]))
         with phase(COMPUTE):
             embedded = self._first_pass(lanes, at)
             require_finite([e.views() for e in embedded], "an embedding", at)

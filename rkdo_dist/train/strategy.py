@@ -26,6 +26,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.train.field import FieldResult, Views
 from rkdo_dist.train.runtime import Runtime
+from rkdo_dist.train.supervisor import PersistentField
 
 
 class NonFiniteError(ArithmeticError):
@@ -79,9 +80,11 @@ class Strategy(abc.ABC):
 
     Attributes:
         model: what embeds training lanes (the encoder, or a wrapper of it).
+        memory: the rows of a persistent field, if there is one.
     """
 
     model: nn.Module
+    memory: PersistentField | None = None
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer | None, runtime: Runtime) -> None:
         self._encoder, self._optimizer, self._runtime = encoder, optimizer, runtime

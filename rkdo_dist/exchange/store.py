@@ -1,0 +1,293 @@
+"""Rows of the persistent field, and the embedding bank, sharded by owner over the ranks.
+
+The n samples are cut into tiles of consecutive samples, by n alone; a rank owns consecutive tiles. Rows of the global
+batch are fetched from their owners and written back by all-to-all. Every rank knows the samples of every rank's batch
+from the data order, so no request needs to be sent, and rows can be fetched before the step that uses them.
+
+The bank stays where it is: queries travel to it (b x d numbers), and what comes back is, for every query, the K largest
+logits and one log-sum-exp per tile (`field.nearest`). Tiles do not depend on the number of ranks and neither does any
+shape in the computation, so on CPUs the result is the same, bit for bit, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rkdo_dist.exchange import group as ranks
+from rkdo_dist.exchange import ledger
+from rkdo_dist.exchange.group import Group
+from rkdo_dist.field.nearest import Nearest, visit_tile
+from rkdo_dist.field.persistent import Rows, identity
+
+TILES, LONGEST_TILE = 16, 8192  # at least so many tiles, of at most so many samples
+ROWS, BANK = "rows of the field", "queries to the bank"  # purposes in the ledger
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Which rank owns which samples.
+
+    Attributes:
+        samples: n.
+        world: number of ranks.
+    """
+
+    samples: int
+    world: int
+
+    @property
+    def tile(self) -> int:
+        """Samples in a tile (the last may be shorter): a multiple of 16, so that tiles begin at aligned addresses."""
+        return min(LONGEST_TILE, -(-self.samples // (16 * TILES)) * 16)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles."""
+        return -(-self.samples // self.tile)
+
+    def tiles_of(self, rank: int) -> range:
+        """The tiles that a rank owns; none on some ranks, if there are more ranks than tiles."""
+        return range(rank * self.tiles // self.world, (rank + 1) * self.tiles // self.world)
+
+    def bounds(self, tiles: range) -> tuple[int, int]:
+        """First sample of a run of tiles, and the one after its last."""
+        return min(self.samples, tiles.start * self.tile), min(self.samples, tiles.stop * self.tile)
+
+    def own(self, rank: int) -> tuple[int, int]:
+        """First sample that a rank owns, and the one after its last."""
+        return self.bounds(self.tiles_of(rank))
+
+    def owners(self, samples: Tensor) -> Tensor:
+        """The owner of each sample, int64."""
+        starts = [self.own(rank)[0] for rank in range(1, self.world)]
+        return torch.bucketize(samples, torch.tensor(starts, dtype=samples.dtype), right=True)
+
+
+class Fetch:
+    """Rows under way to the rank that has asked for them."""
+
+    def __init__(self, work: dist.Work | None, received: Tensor, order: Tensor, store: RowStore) -> None:
+        self._work, self._received, self._order, self._store = work, received, order, store
+
+    def wait(self) -> Rows:
+        """The rows, in the order asked for."""
+        if self._work is not None:
+            with ledger.waiting():
+                self._work.wait()
+            self._work = None
+        rows = torch.empty_like(self._received)
+        rows[self._order] = self._received
+        return self._store.unpack(rows)
+
+
+class RowStore:
+    """This rank's rows and, if there is one, its share of the bank. Every method is collective.
+
+    Args:
+        samples: n.
+        stored: K entries of a row.
+        width: d of the bank's embeddings; None: no bank.
+        device: where rows and bank are kept.
+        dtype: of probabilities and bank.
+        group: process group; None is the default group, or one rank without a process group.
+
+    Attributes:
+        rows: those that this rank owns.
+        bank, seen: embeddings (own, d), and which samples have one (own,).
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        stored: int,
+        width: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        group: Group = None,
+    ) -> None:
+        self.shards = Shards(samples, ranks.world_size(group))
+        self._group, self._rank = group, ranks.rank(group)
+        self._device, self._stored = torch.device(device), stored
+        self.first, self.stop = self.shards.own(self._rank)
+        self.rows = identity(torch.arange(self.first, self.stop, device=device), samples, stored, dtype)
+        own = self.stop - self.first
+        self.bank = None if width is None else torch.zeros(own, width, dtype=dtype, device=device)
+        self.seen = torch.zeros(own, dtype=torch.bool, device=device)
+        # under way: the work, what arrives and where it goes, what leaves (kept alive), samples of the whole batch
+        self._writes: list[tuple[dist.Work, Tensor, Tensor, Tensor, Tensor]] = []
+
+    def fetch(self, batch: Tensor) -> Fetch:
+        """Begin to bring this rank's rows of a global batch here.
+
+        Args:
+            batch: (B,) int64 on the CPU, the samples of all ranks in rank order; b = B / W of them are this rank's.
+                The same on every rank.
+        """
+        self.finish(batch)
+        sent, received, leaving, arriving, order = self._routes(batch)
+        outgoing = self.pack(self._at(leaving))
+        incoming = outgoing.new_empty(len(arriving), outgoing.shape[1])
+        work = self._all_to_all(incoming, outgoing, received, sent)
+        return Fetch(work, incoming if work is not None else outgoing, order.to(incoming.device), self)
+
+    def write(self, batch: Tensor, rows: Rows) -> None:
+        """Begin to send this rank's rows of a global batch to their owners, where they replace the old ones.
+
+        Args:
+            batch: as for `fetch`.
+            rows: b of them, in the order of this rank's samples.
+        """
+        self.finish()
+        sent, received, leaving, _, order = self._routes(batch)
+        packed = self.pack(rows.to(self._wire()))
+        outgoing = packed[order.to(packed.device)]
+        incoming = outgoing.new_empty(len(leaving), outgoing.shape[1])
+        work = self._all_to_all(incoming, outgoing, sent, received)
+        if work is None:
+            self._put(leaving, outgoing)
+        else:
+            self._writes.append((work, incoming, leaving, outgoing, batch))
+
+    def finish(self, batch: Tensor | None = None) -> None:
+        """Wait for rows under way to their owners.
+
+        Args:
+            batch: only if one of these samples' rows may be under way; None: in any case. The same on every rank.
+        """
+        if batch is not None and not any(bool(torch.isin(batch, samples).any()) for *_, samples in self._writes):
+            return
+        for work, incoming, places, *_ in self._writes:
+            with ledger.waiting():
+                work.wait()
+            self._put(places, incoming)
+        self._writes.clear()
+
+    def refresh(self, batch: Tensor, embeddings: Tensor) -> None:
+        """Put the newest embeddings (B, d) of a global batch into the bank; every rank has all of them."""
+        assert self.bank is not None
+        mine = (batch >= self.first) & (batch < self.stop)
+        places = (batch[mine] - self.first).to(self._device)
+        self.bank[places] = embeddings[mine.to(embeddings.device)].to(self.bank)
+        self.seen[places] = True
+
+    def search(self, queries: Tensor, stored: Tensor) -> Nearest:
+        """The learned rows of this rank's samples over all samples of the bank.
+
+        Args:
+            queries: (b, d), divided by the temperature.
+            stored: (b, K) int32, columns whose logits are asked for.
+
+        Returns:
+            For this rank's queries: the K largest logits, largest first, those asked for, and log-sum-exps by tile.
+        """
+        assert self.bank is not None
+        with ledger.purpose(BANK):
+            everyone = ranks.all_gather_rows(queries, self._group)
+            wanted = ranks.all_gather_rows(stored, self._group)
+        found = Nearest.none(wanted, self._stored, self.shards.tiles, self.shards.samples, queries.dtype)
+        for tile in self.shards.tiles_of(self._rank):
+            start, stop = self.shards.bounds(range(tile, tile + 1))
+            place = slice(start - self.first, stop - self.first)
+            embeddings, seen = self.bank[place].to(everyone), self.seen[place].to(everyone.device)
+            visit_tile(found, everyone, embeddings, seen, start, tile, wanted)
+        return self._brought_home(found)
+
+    def tensors(self, tile: int) -> dict[str, Tensor]:
+        """A tile's rows and embeddings, for a checkpoint; of a tile that this rank owns."""
+        start, stop = (x - self.first for x in self.shards.bounds(range(tile, tile + 1)))
+        part = self.rows.slice(start, stop)
+        found = {"columns": part.columns, "probabilities": part.probabilities, "rest": part.rest}
+        if self.bank is not None:
+            found |= {"bank": self.bank[start:stop], "seen": self.seen[start:stop]}
+        return found
+
+    def load(self, tile: int, tensors: dict[str, Tensor]) -> None:
+        """Take a tile as `tensors` has given it.
+
+        Raises:
+            ValueError: if it has other shapes or dtypes than here.
+        """
+        own = self.tensors(tile)
+        for name, mine in own.items():
+            theirs = tensors.get(name)
+            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+                what = "is missing" if theirs is None else f"is {tuple(theirs.shape)} {theirs.dtype}"
+                raise ValueError(
+                    f"{name} of rows {tile * self.shards.tile}... {what}, but this run needs {tuple(mine.shape)} "
+                    f"{mine.dtype}: data set, field.stored, field.columns or encoder.embedding_dim have changed"
+                )
+        for name, mine in own.items():
+            mine.copy_(tensors[name])
+
+    def pack(self, rows: Rows) -> Tensor:
+        """Rows as (r, words) int32, to travel as one tensor."""
+        words = (rows.columns, rows.probabilities.view(torch.int32), rows.rest[:, None].view(torch.int32))
+        return torch.cat(words, 1)
+
+    def unpack(self, words: Tensor) -> Rows:
+        """The inverse of `pack`."""
+        dtype, k = self.rows.rest.dtype, self._stored
+        columns, numbers = words[:, :k].contiguous(), words[:, k:].contiguous().view(dtype)
+        return Rows(columns, numbers[:, :k].contiguous(), numbers[:, k].contiguous(), self.shards.samples)
+
+    def _brought_home(self, found: Nearest) -> Nearest:
+        """Every query's findings on all ranks, put together on the query's rank."""
+        world = self.shards.world
+        if world > 1:
+            b = len(found.logits) // world
+            with ledger.purpose(BANK):
+                everything = [self._exchanged(x) for x in vars(found).values() if isinstance(x, Tensor)]
+            samples, logits, at_stored, peaks, sums = (x.view(world, b, -1) for x in everything)
+            found = Nearest(samples[0], logits[0], at_stored.amax(0), peaks.amax(0), sums.sum(0), found.n)
+            for rank in range(1, world):
+                found.merge(samples[rank], logits[rank])
+        found.sort()
+        return found
+
+    def _exchanged(self, x: Tensor) -> Tensor:
+        received = torch.empty_like(x)
+        with ledger.carrying("all_to_all", ledger.size(x)):
+            dist.all_to_all_single(received, x.contiguous(), group=self._group)
+        return received
+
+    def _routes(self, batch: Tensor) -> tuple[list[int], list[int], Tensor, Tensor, Tensor]:
+        """Who holds which rows of a batch.
+
+        Returns:
+            Rows that each rank fetches from here, and that this rank fetches from each; the places here of the former,
+            in rank order; owners of the latter in owner order, and their places among this rank's samples.
+        """
+        world = self.shards.world
+        owners, b = self.shards.owners(batch), len(batch) // world
+        sent = (owners.view(world, b) == self._rank).sum(1).tolist()
+        mine = owners[self._rank * b : (self._rank + 1) * b]
+        received = torch.bincount(mine, minlength=world).tolist()
+        leaving = (batch[owners == self._rank] - self.first).to(self._device)
+        order = mine.argsort(stable=True)
+        return sent, received, leaving, mine[order], order
+
+    def _at(self, places: Tensor) -> Rows:
+        return self.rows.pick(places).to(self._wire())
+
+    def _put(self, places: Tensor, words: Tensor) -> None:
+        rows = self.unpack(words.to(self._device))
+        self.rows.columns[places] = rows.columns
+        self.rows.probabilities[places] = rows.probabilities
+        self.rows.rest[places] = rows.rest
+
+    def _wire(self) -> torch.device:
+        """Where tensors must lie to travel: NCCL moves what is on the GPU, gloo what is on the CPU."""
+        if self.shards.world == 1:
+            return self._device
+        nccl = dist.get_backend(self._group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def _all_to_all(self, incoming: Tensor, outgoing: Tensor, received: list[int], sent: list[int]) -> dist.Work | None:
+        if self.shards.world == 1:
+            return None
+        with ledger.purpose(ROWS), ledger.carrying("all_to_all", ledger.size(outgoing)):
+            return dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)

@@ -1,0 +1,301 @@
+"""Supervisory rows that live across training iterations: equations 1 to 3 of the paper as they are written.
+
+A row p(.|i) is a distribution over all n training samples. It is kept as its K largest entries and a remainder that is
+spread evenly over the other columns. A visit of a row, at a step with global batch S:
+
+1. `restrict`: the supervisor of the step is the row restricted to S, p_S / m with m = sum_{j in S} p(j|i). It comes
+   from earlier iterations, so no gradient passes through it.
+2. Recursion (eq. 3), after the forward pass: `recur_in_batch` moves the mass m within S towards the learned row q(t);
+   `recur_with_bank` moves the whole row towards q over all n samples (`field.nearest`).
+3. Both end in `truncate`: the K largest entries are kept, the rest is folded into the remainder.
+
+With S = all n samples and K = n nothing is ever folded, and both are equation 3.
+
+Everything is computed in float64, whatever the rows are stored in, and every row is divided by its sum when it is
+written: rounding does not add up over iterations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """r rows of the field over n samples.
+
+    Attributes:
+        columns: (r, K) int32, the samples of the stored entries; n where a slot is empty.
+        probabilities: (r, K), float32 or float64; 0 where a slot is empty.
+        rest: (r,), the mass of all other columns together, in that dtype.
+        samples: n.
+    """
+
+    columns: Tensor
+    probabilities: Tensor
+    rest: Tensor
+    samples: int
+
+    def others(self) -> Tensor:
+        """Number of columns that share the rest (r,) int64."""
+        return self.samples - (self.columns < self.samples).sum(1)
+
+    def share(self) -> Tensor:
+        """The probability of each column that is not stored (r,) float64."""
+        others = self.others()
+        return torch.where(others > 0, self.rest.double() / others.clamp(min=1), 0.0)
+
+    def entropy(self) -> Tensor:
+        """H of the whole row, the remainder included (r,) float64."""
+        p, share = self.probabilities.double(), self.share()
+        return -torch.xlogy(p, p).sum(1) - self.others() * torch.xlogy(share, share)
+
+    def at(self, samples: Tensor) -> Tensor:
+        """p(samples_i | row i) for one sample (r,) of every row, float64."""
+        stored = self.columns == samples[:, None]
+        found = torch.where(stored, self.probabilities.double(), 0).sum(1)
+        return torch.where(stored.any(1), found, self.share())
+
+    def dense(self) -> Tensor:
+        """All n columns, (r, n) float64: for tests and small n."""
+        p = self.share()[:, None].repeat(1, self.samples + 1)
+        p.scatter_(1, self.columns.long(), self.probabilities.double())
+        return p[:, :-1]
+
+    def slice(self, start: int, stop: int) -> Rows:
+        """Rows start..stop - 1 (views)."""
+        return self._each(lambda x: x[start:stop])
+
+    def to(self, device: torch.device) -> Rows:
+        """The rows on another device."""
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pick(self, places: Tensor) -> Rows:
+        """Copies of the rows at `places`."""
+        return self._each(lambda x: x[places])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(change(self.columns), change(self.probabilities), change(self.rest), self.samples)
+
+    @staticmethod
+    def cat(parts: list[Rows]) -> Rows:
+        """All rows of `parts`, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        columns, probabilities = (torch.cat([getattr(p, name) for p in parts]) for name in ("columns", "probabilities"))
+        return Rows(columns, probabilities, torch.cat([p.rest for p in parts]), parts[0].samples)
+
+
+def identity(samples: Tensor, n: int, stored: int, dtype: torch.dtype = torch.float32) -> Rows:
+    """Rows as they begin: all mass on the sample itself, which stands for its other view.
+
+    Args:
+        samples: (r,) integers in [0, n).
+        n: number of samples, below 2^31.
+        stored: K in [1, n].
+
+    Raises:
+        ValueError: if K is out of range.
+    """
+    if not 1 <= stored <= n:
+        raise ValueError(f"a row of {n} samples stores between 1 and {n} entries, got {stored}")
+    columns = torch.full((len(samples), stored), n, dtype=torch.int32, device=samples.device)
+    columns[:, 0] = samples
+    probabilities = torch.zeros(columns.shape, dtype=dtype, device=samples.device)
+    probabilities[:, 0] = 1
+    return Rows(columns, probabilities, torch.zeros(len(samples), dtype=dtype, device=samples.device), n)
+
+
+class BatchColumns:
+    """Where each of the n samples stands in a global batch.
+
+    Args:
+        n: number of samples; the table of 8 n bytes is kept from batch to batch.
+    """
+
+    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+        self._table = torch.full((n + 1,), -1, dtype=torch.int64, device=device)
+        self.samples = torch.empty(0, dtype=torch.int64, device=device)
+
+    def set(self, samples: Tensor) -> None:
+        """Take the samples (B,) int64 of another global batch.
+
+        Raises:
+            ValueError: if a sample is in it twice: its columns would not be those of one distribution.
+        """
+        self._table[self.samples] = -1
+        self._table[samples] = torch.arange(len(samples), device=samples.device)
+        self.samples = samples
+        if not torch.equal(self._table[samples], torch.arange(len(samples), device=samples.device)):
+            twice = samples[self._table[samples] != torch.arange(len(samples), device=samples.device)]
+            raise ValueError(f"sample {int(twice[0])} is in one global batch twice")
+
+    def positions(self, columns: Tensor) -> Tensor:
+        """Positions of samples in the batch, int64, -1 for those outside (and for empty slots)."""
+        return self._table[columns.long()]
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """Rows restricted to a global batch and divided by their mass there: what a step's learned rows are fitted to.
+
+    A row is even but for a few entries: p(j) = share + extra at the listed positions.
+
+    Attributes:
+        positions: (r, K) int64, columns of the batch; 0 where there is nothing to add.
+        extra: (r, K) in the computing dtype, what the entry has beyond the share; 0 where there is nothing to add.
+        share: (r,) in the computing dtype.
+        entropy: (r,) float64.
+        positive: (r,) float64, p(i|i) of the restricted row.
+        mass: (r,) float64, m = sum_{j in S} p(j|i) of the row before.
+    """
+
+    positions: Tensor
+    extra: Tensor
+    share: Tensor
+    entropy: Tensor
+    positive: Tensor
+    mass: Tensor
+
+    def slice(self, start: int, stop: int) -> Supervisor:
+        """Rows start..stop - 1 (views)."""
+        return Supervisor(*(x[start:stop] for x in vars(self).values()))
+
+    def dense(self, batch: int) -> Tensor:
+        """(r, B), for tests."""
+        p = self.share[:, None].repeat(1, batch)
+        return p.scatter_add_(1, self.positions, self.extra)
+
+    @staticmethod
+    def cat(parts: list[Supervisor]) -> Supervisor:
+        """All rows of `parts`, in order."""
+        return Supervisor(*(torch.cat(x) for x in zip(*(vars(p).values() for p in parts), strict=True)))
+
+
+def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -> Supervisor:
+    """The supervisor that rows are in a global batch.
+
+    A row without any mass in the batch has no opinion on it: the supervisor is then the identity.
+
+    Args:
+        rows: r rows.
+        batch: the global batch S, which holds the rows' own samples.
+        own: (r,) int64, positions of the rows' own samples in the batch.
+        dtype: of the computation that asks.
+    """
+    size = len(batch.samples)
+    positions = batch.positions(rows.columns)
+    hit = positions >= 0
+    p, share = torch.where(hit, rows.probabilities.double(), 0.0), rows.share()
+    misses = size - hit.sum(1)
+    mass = p.sum(1) + misses * share
+    silent = mass <= 0
+    scale = torch.where(silent, 1.0, mass)
+    p, share = p / scale[:, None], share / scale
+    p[:, 0] = torch.where(silent, 1.0, p[:, 0])
+    positions[:, 0] = torch.where(silent, own, positions[:, 0])
+    hit[:, 0] |= silent
+    entropy = -torch.xlogy(p, p).sum(1) - torch.where(silent, 0, misses) * torch.xlogy(share, share)
+    extra = torch.where(hit, p - share[:, None], 0.0)
+    positive = share + torch.where(hit & (positions == own[:, None]), extra, 0.0).sum(1)
+    return Supervisor(
+        positions.clamp_(min=0), extra.to(dtype), share.to(dtype), entropy, positive, torch.where(silent, 0.0, mass)
+    )
+
+
+def recur_in_batch(rows: Rows, batch: BatchColumns, learned: Tensor, coupling: float) -> tuple[Rows, Tensor]:
+    """p_S <- (1 - alpha) p_S + alpha m q(t): equation 3 within the batch; mass inside and outside S is kept.
+
+    Args:
+        rows: r rows.
+        batch: the global batch S of B samples.
+        learned: q(t), (r, B); any float dtype, every row sums to 1.
+        coupling: alpha in [0, 1].
+
+    Returns:
+        The rows, and how far each has moved: the total variation between before and after, (r,) float64, before
+        truncation.
+    """
+    n, size = rows.samples, len(batch.samples)
+    positions = batch.positions(rows.columns)
+    hit = positions >= 0
+    p, share, hits = rows.probabilities.double(), rows.share(), hit.sum(1)
+    inside = share[:, None].repeat(1, size + 1)  # one column more: where entries outside the batch go
+    inside.scatter_(1, torch.where(hit, positions, size), p)
+    inside = inside[:, :-1]
+    mass = torch.where(hit, p, 0.0).sum(1) + (size - hits) * share
+    change = (learned.double() * mass[:, None]).sub_(inside).mul_(coupling)
+    candidates = torch.cat([inside + change, torch.where(hit, 0.0, p)], 1)
+    columns = torch.cat([batch.samples.int().expand(len(p), -1), torch.where(hit, n, rows.columns)], 1)
+    other = share * (rows.others() - (size - hits))
+    drift = change.abs_().sum(1) / 2
+    return truncate(columns, candidates, other, rows.columns.shape[1], n, rows.rest.dtype), drift
+
+
+def recur_with_bank(
+    rows: Rows, at_stored: Tensor, nearest: Tensor, nearest_logits: Tensor, log_sum: Tensor, coupling: float
+) -> tuple[Rows, Tensor]:
+    """p <- (1 - alpha) p + alpha q_bank(t): equation 3 over all n samples.
+
+    The K largest entries of the mixture are among those stored and the K largest of q_bank, because all columns that
+    are not stored have the same probability.
+
+    Args:
+        rows: r rows.
+        at_stored: (r, K) logits of the stored columns; -inf for those that have no embedding yet.
+        nearest, nearest_logits: (r, K) samples (int32, n for none) of the largest logits, and these.
+        log_sum: (r,) log-sum-exp of all logits.
+        coupling: alpha in [0, 1].
+
+    Returns:
+        The rows, and how far each has moved, (r,) float64: the total variation between before and after, before
+        truncation, with all columns that are neither stored nor among the nearest taken as one.
+    """
+    n, p, share = rows.samples, rows.probabilities.double(), rows.share()
+    known = torch.where(rows.columns < n, (at_stored.double() - log_sum[:, None]).exp(), 0.0)
+    order = rows.columns.sort(1).values
+    place = torch.searchsorted(order, nearest).clamp_(max=order.shape[1] - 1)
+    new = (order.gather(1, place) != nearest) & (nearest < n)
+    found = torch.where(new, (nearest_logits.double() - log_sum[:, None]).exp(), 0.0)
+    before = torch.cat([p, torch.where(new, share[:, None], 0.0)], 1)
+    learned = torch.cat([known, found], 1)
+    change = coupling * (learned - before)
+    columns = torch.cat([rows.columns, torch.where(new, nearest, n)], 1)
+    unlisted = rows.others() - new.sum(1)
+    old_other = share * unlisted
+    new_other = torch.where(unlisted > 0, (1 - learned.sum(1)).clamp_(min=0), 0.0)
+    other_change = coupling * (new_other - old_other)
+    drift = (change.abs().sum(1) + other_change.abs()) / 2
+    after = truncate(columns, before + change, old_other + other_change, p.shape[1], n, rows.rest.dtype)
+    return after, drift
+
+
+def truncate(columns: Tensor, p: Tensor, other: Tensor, stored: int, n: int, dtype: torch.dtype) -> Rows:
+    """The K largest entries of every row, largest first; the mass of all others is folded into the rest.
+
+    Args:
+        columns: (r, C) int32, each sample at most once in a row; n for none.
+        p: (r, C) float64, their probabilities; overwritten.
+        other: (r,) float64, mass of the columns not listed.
+        stored: K; may be more than C.
+        dtype: of the result.
+
+    Returns:
+        Rows that sum to 1.
+    """
+    kept, where = p.topk(min(stored, p.shape[1]), dim=1)
+    chosen = torch.where(kept > 0, columns.gather(1, where), n)
+    p.scatter_(1, where, 0.0)
+    rest = other + p.sum(1)
+    rest = torch.where((chosen < n).sum(1) < n, rest, 0.0)
+    total = kept.sum(1) + rest
+    kept, rest = (kept / total[:, None]).to(dtype), (rest / total).to(dtype)
+    missing = stored - kept.shape[1]
+    if missing > 0:
+        kept = torch.nn.functional.pad(kept, (0, missing))
+        chosen = torch.nn.functional.pad(chosen, (0, missing), value=n)
+    return Rows(chosen, kept, rest, n)

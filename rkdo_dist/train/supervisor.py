@@ -1,0 +1,255 @@
+"""The persistent field in a step: rows from earlier iterations in, rows for later ones out.
+
+A step asks for the supervisors of its lanes, and after the loss lets the rows recur. Rows of the step were fetched
+while the step before pushed its gradients back, and are written to their owners while this one does. Everything is
+formed per lane, in shapes that do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkdo_dist import checkpoint
+from rkdo_dist.checkpoint import Checkpoint
+from rkdo_dist.exchange import group
+from rkdo_dist.exchange.store import Fetch, RowStore, Shards
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.persistent import BatchColumns, Rows, Supervisor, recur_in_batch, recur_with_bank, restrict
+from rkdo_dist.field.tiled import computing_dtype
+
+Views = tuple[Tensor, Tensor]
+CHUNK = 1 << 20  # entries of the float64 matrices that rows recur in
+WATCHED, NEIGHBOURS = 6, 8  # rows, and stored entries of each, that snapshots show
+
+
+class PersistentField:
+    """Rows of all training samples, on all ranks together. Every method is collective.
+
+    Args:
+        store: the rows, and the bank for `columns` "bank".
+        columns: "batch" or "bank": over which columns rows recur.
+        bank_temperature: of the learned rows over the bank.
+        schedule: the samples (B,) int64 of the global batch of a step, in lane order; None after the last step.
+        device: where the step computes.
+    """
+
+    def __init__(
+        self,
+        store: RowStore,
+        columns: str,
+        bank_temperature: float,
+        schedule: Callable[[int], Tensor | None],
+        device: torch.device,
+    ) -> None:
+        self.store, self._columns, self._temperature = store, columns, bank_temperature
+        self._schedule, self._device = schedule, device
+        self._batch = BatchColumns(store.shards.samples, device)
+        self._ahead: tuple[int, Tensor, Fetch] | None = None
+        self._step, self._samples, self._rows = -1, torch.empty(0), list[Rows]()
+        self._restricted: list[Supervisor] = []
+
+    def begin(self, step: int, samples: Tensor) -> None:
+        """Begin to fetch the rows of a step, unless they are under way.
+
+        Args:
+            step: as for `schedule`.
+            samples: (b,) int64 of this rank's lanes: what the schedule must say too.
+        """
+        if self._ahead is None or self._ahead[0] != step:
+            self._fetch(step)
+        assert self._ahead is not None
+        first = group.rank() * len(samples)
+        assert torch.equal(self._ahead[1][first : first + len(samples)], samples), "the batch is not the one planned"
+
+    def supervisors(self, lanes: Sequence[Views]) -> list[Supervisor]:
+        """p of each of this rank's lanes (embeddings (m, d)), for the step that has begun."""
+        assert self._ahead is not None
+        (self._step, self._samples, fetch), self._ahead = self._ahead, None
+        rows, m = fetch.wait().to(self._device), len(lanes[0][0])
+        self._batch.set(self._samples.to(self._device))
+        self._rows = [rows.slice(i * m, (i + 1) * m) for i in range(len(lanes))]
+        self._restricted = [
+            restrict(part, self._batch, self._own(i, m), computing_dtype(lanes[0][0].dtype))
+            for i, part in enumerate(self._rows)
+        ]
+        return self._restricted
+
+    def recur(self, lanes: Sequence[Views], columns: Tensor, objective: Objective) -> dict[str, Tensor]:
+        """Move the rows of the step (eq. 3), send them home, and begin to fetch those of the next step.
+
+        Args:
+            lanes: embeddings of this rank's lanes, without graph.
+            columns: view 2 of the global batch (B, d).
+            objective: of kind "persistent".
+
+        Returns:
+            What the rows were before, summed over each lane, float64 (lanes,): see `_report`.
+        """
+        columns = columns.to(computing_dtype(columns.dtype))
+        reports = [self._report(i, len(columns), objective) for i in range(len(lanes))]
+        if self._columns == "bank":
+            self.store.refresh(self._samples, columns)
+        drifts = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in lanes]
+        if objective.row_coupling > 0:
+            moved = self._with_bank(lanes, objective) if self._columns == "bank" else self._within(
+                lanes, columns, objective
+            )
+            drifts = [drift.sum() for _, drift in moved]
+            self.store.write(self._samples, Rows.cat([rows for rows, _ in moved]))
+        for report, drift in zip(reports, drifts, strict=True):
+            report["row_drift"] = drift
+        self._fetch(self._step + 1)
+        return {name: torch.stack([report[name] for report in reports]) for name in reports[0]}
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """A few rows as they are now, the same ones every time: their nearest stored neighbours (JSON-able)."""
+        self.store.finish()
+        n = self.store.shards.samples
+        watched = sorted({(2 * k + 1) * n // (2 * WATCHED) for k in range(WATCHED)})
+        mine = [self._described(i) for i in watched if self.store.first <= i < self.store.stop]
+        everyone: list[Any] = group.gather_objects(mine)
+        return {"step": step, "samples": n, "rows": [row for part in everyone for row in part]}
+
+    def write_parts(self, building: Path) -> None:
+        """Write this rank's tiles into a checkpoint that has been begun; call `store.finish` on all ranks before."""
+        for tile in self.store.shards.tiles_of(group.rank()):
+            checkpoint.write_part(building, _part(tile), self.store.tensors(tile))
+
+    def restore(self, found: Checkpoint) -> None:
+        """Take this rank's tiles from a checkpoint, whatever the number of ranks that wrote it.
+
+        Raises:
+            ValueError: if it has none, or they do not fit.
+        """
+        for tile in self.store.shards.tiles_of(group.rank()):
+            try:
+                self.store.load(tile, found.part(_part(tile)))
+            except ValueError as error:
+                raise ValueError(f"the rows in {found.path} do not fit this run: {error}") from error
+
+    def _fetch(self, step: int) -> None:
+        if self._ahead is not None:
+            self._ahead[2].wait()  # of a step that did not happen
+            self._ahead = None
+        samples = self._schedule(step)
+        if samples is not None:
+            self._ahead = (step, samples, self.store.fetch(samples))
+
+    def _own(self, lane: int, m: int) -> Tensor:
+        """Positions in the global batch of a lane's samples."""
+        first = (group.rank() * len(self._rows) + lane) * m
+        return torch.arange(first, first + m, device=self._device)
+
+    def _within(self, lanes: Sequence[Views], columns: Tensor, objective: Objective) -> list[tuple[Rows, Tensor]]:
+        moved = []
+        for rows, (u, _) in zip(self._rows, lanes, strict=True):
+            size, parts = max(1, CHUNK // (len(columns) + rows.columns.shape[1])), []
+            for start in range(0, len(u), size):
+                queries = u[start : start + size].to(columns.dtype)
+                learned = torch.softmax(queries @ columns.T / objective.temperatures[-1], dim=1)
+                part = rows.slice(start, start + len(queries))
+                parts.append(recur_in_batch(part, self._batch, learned, objective.row_coupling))
+            moved.append((Rows.cat([p for p, _ in parts]), torch.cat([drift for _, drift in parts])))
+        return moved
+
+    def _with_bank(self, lanes: Sequence[Views], objective: Objective) -> list[tuple[Rows, Tensor]]:
+        m = len(lanes[0][0])
+        queries = torch.cat([u for u, _ in lanes]).to(self.store.rows.rest.dtype) / self._temperature
+        found = self.store.search(queries, torch.cat([rows.columns for rows in self._rows]))
+        log_sum, moved = found.log_sum(), []
+        for i, rows in enumerate(self._rows):
+            here, part = slice(i * m, (i + 1) * m), found.slice(i * m, (i + 1) * m)
+            arguments = (part.at_stored, part.samples, part.logits, log_sum[here])
+            moved.append(recur_with_bank(rows, *arguments, objective.row_coupling))
+        return moved
+
+    def _report(self, lane: int, batch: int, objective: Objective) -> dict[str, Tensor]:
+        """Sums over a lane's rows as they are before the step.
+
+        `row_positive`: p(i|i) of the whole row; `row_entropy`: its entropy; `row_stored`: the share of its mass that is
+        stored entry by entry; `row_mass`: m, its mass in the batch; `p_positive`: p(i|i) of the supervisor, the row
+        restricted to the batch; `ideal`: the loss if all positives had similarity 1 and all others -1 / (B - 1).
+        """
+        rows, p = self._rows[lane], self._restricted[lane]
+        m = len(rows.rest)
+        low = -(1 + 1 / (batch - 1)) / objective.temperatures[-1]
+        log_sum = math.log(1 + (batch - 1) * math.exp(low))
+        return {
+            "row_positive": rows.at(self._batch.samples[self._own(lane, m)]).sum(),
+            "row_entropy": rows.entropy().sum(),
+            "row_stored": m - rows.rest.double().sum(),
+            "row_mass": p.mass.sum(),
+            "p_positive": p.positive.sum(),
+            "ideal": (log_sum - (1 - p.positive) * low - p.entropy).sum(),
+        }
+
+    def _described(self, sample: int) -> dict[str, Any]:
+        place = sample - self.store.first
+        row = self.store.rows.slice(place, place + 1)
+        order = row.probabilities[0].argsort(descending=True)[:NEIGHBOURS]
+        pairs = zip(row.columns[0, order].tolist(), row.probabilities[0, order].tolist(), strict=True)
+        here = torch.tensor([sample], device=row.columns.device)
+        return {
+            "sample": sample,
+            "positive": float(row.at(here)),
+            "rest": float(row.rest),
+            "entropy": float(row.entropy()),
+            "nearest": [[column, p] for column, p in pairs if column < row.samples],
+        }
+
+
+def _part(tile: int) -> str:
+    """The name of a tile's part of a checkpoint."""
+    return f"rows.{tile:06d}"
+
+
+def make_rows(samples: int, stored: int, width: int | None, device: torch.device) -> RowStore:
+    """The rows of `samples` samples at their beginning, sharded over the ranks, if there is room for them.
+
+    Args:
+        samples, stored, width, device: see `RowStore`.
+
+    Raises:
+        ValueError: if this machine has less memory than its ranks' shares need.
+    """
+    need = rows_bytes(samples, stored, width, group.world_size())
+    on_device = device.type == "cuda"
+    room = torch.cuda.mem_get_info(device)[0] if on_device else available_memory()
+    ours = 1 if on_device else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if room is not None and need * ours > room:
+        bank = " and their embeddings" if width is not None else ""
+        raise ValueError(
+            f"the rows of {samples} samples{bank} need {need * ours / 2**30:.2f} GiB on {device.type} "
+            f"({ours} processes of this machine, field.stored={stored}), but only {room / 2**30:.2f} GiB are free: "
+            "lower field.stored, use more processes on other machines"
+            + (", field.store=host" if on_device else "")
+            + (", field.columns=batch" if width is not None else "")
+        )
+    return RowStore(samples, stored, width, device)
+
+
+def rows_bytes(samples: int, stored: int, width: int | None, world: int) -> int:
+    """Bytes that the largest share of rows (and bank, d = `width`) takes on a rank."""
+    shards = Shards(samples, world)
+    own = max(stop - start for start, stop in map(shards.own, range(world)))
+    return own * (8 * stored + 4 + (0 if width is None else 4 * width + 1))
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that this process may still take, as far as the system says; None if it does not."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        used, limit = (int(Path(f"/sys/fs/cgroup/memory.{x}").read_text()) for x in ("current", "max"))
+        found.append(limit - used)
+    except (OSError, ValueError):  # another system, no limit
+        pass
+    return min(found, default=None)
