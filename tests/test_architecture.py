@@ -37,7 +37,7 @@ HOMES = {
     "deepspeed": ("train.zero", "train.runtime"),
     "webdataset": ("data",),
     "torchvision": ("data", "encoders"),
-    "sklearn": ("evaluate.scores", "data.prepare", "data.sources"),
+    "sklearn": ("evaluate.scores", "evaluate.maps", "data.prepare", "data.sources"),
     "rich": ("train", "cli", "studies"),
     "matplotlib": ("studies",),
     "scipy": ("studies.statistics",),

@@ -1,4 +1,4 @@
-"""Commands that explain: `rkdo flops`, `rkdo verify-theory`."""
+"""Commands that explain: `rkdo report`, `rkdo flops`, `rkdo verify-theory`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this file's commands."""
+    report = commands.add_parser("report", help="one self-contained HTML page of any runs")
+    report.add_argument("directories", nargs="+", metavar="RUN", help="run directories, finished or not")
+    report.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or report.html for several runs")
+    report.set_defaults(run=_report)
+
     flops = commands.add_parser("flops", help="what a step costs: FLOPs by depth, time, memory, share of the loss")
     flops.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/paper/cifar10-rkdo.yaml")
     flops.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.global_batch=256")
@@ -21,6 +26,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     theory.add_argument("--out", metavar="DIR", help="write theory.json and a figure here (.png and .svg)")
     theory.add_argument("--repeats", type=int, default=1, metavar="N", help="random draws of every kind (default 1)")
     theory.set_defaults(run=_verify_theory)
+
+
+def _report(options: argparse.Namespace, words: list[str]) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.studies.report.page import write_report
+
+    directories = [Path(d) for d in options.directories]
+    out = Path(options.out) if options.out else (directories[0] if len(directories) == 1 else Path()) / "report.html"
+    console = Console(stderr=True)
+    with console.status("reading the runs") as status:
+        write_report(directories, out, status.update)
+    console.print(f"report: {out}")
+    return 0
 
 
 def _flops(options: argparse.Namespace, words: list[str]) -> int:

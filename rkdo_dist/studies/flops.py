@@ -3,9 +3,9 @@
 Convention: a multiply-add is two operations, and only convolutions and matrix products are counted (that is what
 `torch.utils.flop_counter` does, and torch.profiler does nearly the same). So elementwise work, which is all that a
 further level of the recursion adds, does not appear in the count; it appears in the time. The counter takes the
-backward of a grouped convolution for that of a full one (shufflenet: 3.7 times the forward, not 3). The encoder is counted on
-fake tensors, which cost nothing, and the loss on a small batch of its own, which is scaled exactly: its products are
-bilinear in rows and columns.
+backward of a grouped convolution for that of a full one (shufflenet: 3.7 times the forward, not 3). The encoder is
+counted on fake tensors, which cost nothing, and the loss on a small batch of its own, which is scaled exactly: its
+products are bilinear in rows and columns.
 """
 
 from __future__ import annotations

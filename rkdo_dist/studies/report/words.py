@@ -1,0 +1,199 @@
+"""What the runs say, in sentences and comparisons."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES
+from rkdo_dist.studies.report.runs import Epoch, Group, Run
+from rkdo_dist.studies.statistics import LEVEL, NO_EVIDENCE, Paired, holm, paired, verdict
+
+# The same function for every objective, so that differences mean something.
+COMMON = {k: t for k, t in (SCORE_TITLES | YARDSTICK_TITLES).items() if not k.startswith("own_")}
+_MANY = 3  # with more groups, each is compared with the first only
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score of two groups, seed by seed.
+
+    Attributes:
+        step: of the evaluations.
+        result: paired by seed.
+        p: of the t-test, adjusted over all comparisons of the page.
+    """
+
+    first: Group
+    second: Group
+    name: str
+    step: int
+    result: Paired
+    p: float
+
+    @property
+    def says(self) -> str:
+        """The verdict in words."""
+        return verdict(self.result, self.p, (self.first.label, self.second.label))
+
+    @property
+    def evident(self) -> bool:
+        """Whether there is evidence of a difference."""
+        return self.result.n > 1 and self.p < LEVEL
+
+
+def pairs_of(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Which groups are compared: all with all, or (with many) each with the first."""
+    if len(groups) <= _MANY:
+        return list(combinations(groups, 2))
+    return [(groups[0], other) for other in groups[1:]]
+
+
+def common_step(first: Group, second: Group) -> tuple[int, list[int]] | None:
+    """The last step at which all shared seeds were evaluated under one protocol, and these seeds; None: there is "
+    "none."""
+    runs = [{run.seed: run for run in group.runs if run.evaluations} for group in (first, second)]
+    seeds = sorted(set(runs[0]) & set(runs[1]))
+    chosen = [by_seed[seed] for by_seed in runs for seed in seeds]
+    if not chosen:
+        return None
+    for step in sorted(set.intersection(*(set(run.evaluations) for run in chosen)), reverse=True):
+        if len({run.evaluations[step].get("protocol") for run in chosen}) == 1:
+            return step, seeds
+    return None
+
+
+def comparisons(groups: Sequence[Group]) -> list[Comparison]:
+    """Every common score of every pair of groups, Holm's correction over all of them."""
+    found = []
+    for first, second in pairs_of(groups):
+        at = common_step(first, second)
+        if at is None:
+            continue
+        step, seeds = at
+        for name in COMMON:
+            sides = [[_of_seed(group, seed).score(step, name) for seed in seeds] for group in (first, second)]
+            numbers = [[x for x in side if x is not None and math.isfinite(x)] for side in sides]
+            if all(len(side) == len(seeds) for side in numbers):
+                found.append(Comparison(first, second, name, step, paired(*numbers), math.nan))
+    adjusted = holm([one.result.t_p for one in found])
+    return [replace(one, p=p) for one, p in zip(found, adjusted, strict=True)]
+
+
+def _of_seed(group: Group, seed: int) -> Run:
+    return next(run for run in group.runs if run.seed == seed)
+
+
+def last_common_epoch(groups: Sequence[Group]) -> int | None:
+    """Index of the last epoch that every run of every group has begun and done as many steps of; None: there is "
+    "none."""
+    epochs = [run.epochs for group in groups for run in group.runs]
+    for number in reversed(range(min(map(len, epochs), default=0))):
+        if len({one[number].steps for one in epochs}) == 1:
+            return number
+    return None
+
+
+def mean_epoch(group: Group, number: int) -> Epoch:
+    """An epoch, averaged over the group's seeds that have it."""
+    found = [run.epochs[number] for run in group.runs if number < len(run.epochs)]
+
+    def mean(values: Sequence[float]) -> float:
+        return statistics.fmean(values)
+
+    return Epoch(
+        steps=found[0].steps,
+        seconds=mean([e.seconds for e in found]),
+        loss=mean([e.loss for e in found]),
+        at_uniform=mean([e.at_uniform for e in found]),
+        at_ideal=mean([e.at_ideal for e in found]),
+        parts={
+            name: mean([e.parts[name] for e in found]) for name in found[0].parts if all(name in e.parts for e in found)
+        },
+    )
+
+
+def loss_gap(first: Group, second: Group) -> list[str]:
+    """Sentences: what the difference of two groups' losses consists of."""
+    number = last_common_epoch([first, second])
+    if number is None:
+        return [f"{first.label} and {second.label} have no epoch in common yet: their losses are not set side by side."]
+    a, b = mean_epoch(first, number), mean_epoch(second, number)
+    low, high = (first, second) if a.loss <= b.loss else (second, first)
+    if a.loss > b.loss:
+        a, b = b, a
+    gap, before = b.loss - a.loss, b.at_uniform - a.at_uniform
+    said = [
+        f"In epoch {number + 1} the mean loss of {low.label} is {a.loss:.4f} and that of {high.label} {b.loss:.4f}: "
+        f"{low.label} is {_percent(gap, b.loss)} lower."
+    ]
+    if math.isclose(a.at_uniform, b.at_uniform, rel_tol=1e-9) and math.isclose(a.at_ideal, b.at_ideal, rel_tol=1e-9):
+        said.append("Both losses have the same value for an encoder that knows nothing and for an ideal one.")
+        return said
+    said.append(
+        f"These are different functions. An encoder that knows nothing scores {a.at_uniform:.4f} and "
+        f"{b.at_uniform:.4f}: {_lower(before, b.at_uniform)} before any training."
+    )
+    if gap > 0:
+        said.append(_origin(gap, before))
+    if a.attained is not None and b.attained is not None:
+        said.append(
+            f"Measured on its own scale, from there to its value for ideal embeddings, {low.label} has come "
+            f"{a.attained:.1%} of the way and {high.label} {b.attained:.1%}."
+        )
+    return said
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "0 %"
+
+
+def _lower(before: float, whole: float) -> str:
+    return f"{_percent(abs(before), whole)} {'lower' if before >= 0 else 'higher'}"
+
+
+def _origin(gap: float, before: float) -> str:
+    """How much of a gap was there before training."""
+    share, change = before / gap, gap - before
+    if before <= 0:
+        return f"So the whole gap of {gap:.4f} has come with training."
+    if change < 0:
+        return (
+            f"So more than the whole gap of {gap:.4f} was there before training ({before:.4f}), "
+            f"and training has narrowed it by {-change:.4f}."
+        )
+    return (
+        f"So {before:.4f} of the gap of {gap:.4f} ({share:.0%}) was there before training; "
+        f"the other {change:.4f} came with it."
+    )
+
+
+def evidence(first: Group, second: Group, found: Sequence[Comparison]) -> list[str]:
+    """Sentences: what the scores that are the same function for both say about two groups."""
+    mine = [one for one in found if one.first is first and one.second is second]
+    names = f"{first.label} and {second.label}"
+    if not mine:
+        shared = {run.seed for run in first.runs} & {run.seed for run in second.runs}
+        why = "no evaluation at the same step under the same protocol" if shared else "no seed in common"
+        return [f"{names} have {why}: nothing is compared."]
+    n, step = mine[0].result.n, mine[0].step
+    if n < 2:
+        return [
+            f"{names} share one seed: nothing can be tested, and a difference of two single runs is no evidence of a "
+            f"difference between objectives. The scores after step {step} are in the table below."
+        ]
+    clear = [one for one in mine if one.evident]
+    said = [
+        f"{names} were compared on {len(mine)} scores that are the same function for both, after step {step}, "
+        f"{n} seeds."
+    ]
+    if not clear:
+        return [*said, f"There is {NO_EVIDENCE} in any of them (paired t-tests, Holm's correction, level {LEVEL})."]
+    said.append("; ".join(f"{COMMON[one.name]}: {one.says}" for one in clear) + ".")
+    if len(clear) < len(mine):
+        rest = ", ".join(COMMON[one.name] for one in mine if not one.evident)
+        said.append(f"There is {NO_EVIDENCE} in the others: {rest}.")
+    return said
