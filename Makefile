@@ -23,7 +23,7 @@ $(READY): requirements.lock pyproject.toml tools/environment.py
 	@echo "Setting up $(VENV) from requirements.lock (torch and its libraries: some minutes the first time)"
 	$(PYTHON) tools/environment.py $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q -c requirements.lock --index-url $(TORCH_INDEX) torch torchvision)
-	$(BIN)/python -m pip install -q -c requirements.lock -e '.[test,lint]'
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[test,lint,deepspeed]'
 	@touch $@
 
 demo: $(READY)  ## shards, RKDO and I-Con on two ranks, a table and a figure (embedded digits; about two minutes)
