@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Train on N ranks of this machine: launch/local.sh N CONFIG [key=value ...]
+#   ACCELERATE_CONFIG   strategy and precision; default: configs/accelerate/ddp.yaml, or single.yaml for one rank
+#   PORT                of the rendezvous; default: one that is free
 set -euo pipefail
 if [ "$#" -lt 2 ]; then
   echo "usage: $0 RANKS CONFIG [key=value ...]" >&2
@@ -7,5 +9,9 @@ if [ "$#" -lt 2 ]; then
 fi
 ranks=$1
 shift
-exec accelerate launch --multi_gpu --num_machines 1 --num_processes "$ranks" --mixed_precision no --dynamo_backend no \
-  -m rkdo_dist train "$@"
+strategy=ddp
+[ "$ranks" != 1 ] || strategy=single
+here=$(cd "$(dirname "$0")/.." && pwd)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+exec accelerate launch --config_file "${ACCELERATE_CONFIG:-$here/configs/accelerate/$strategy.yaml}" \
+  --num_processes "$ranks" --main_process_port "${PORT:-0}" -m rkdo_dist train "$@"

@@ -15,6 +15,7 @@ import json
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -118,6 +119,21 @@ class RunDirectory:
         if source is not None:
             self._copy_from(source)
         write_atomic(self.path / "config.yaml", configuration.to_yaml(config))
+
+    def check_shared(self, patience: float = 10.0) -> None:
+        """Whether this process sees the run that rank zero has claimed; network file systems get `patience` seconds.
+
+        Raises:
+            RunError: if it does not.
+        """
+        until = time.monotonic() + patience
+        while not (self.path / "config.yaml").is_file():
+            if time.monotonic() > until:
+                raise RunError(
+                    f"run.dir={self.path} on {platform.node()} is not the directory that rank zero writes to: "
+                    "all nodes must share the run directory"
+                )
+            time.sleep(0.2)
 
     def _copy_from(self, source: RunDirectory) -> None:
         """Checkpoints and journal of another run; `config.yaml` comes last and makes the copy a run."""

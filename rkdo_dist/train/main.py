@@ -81,6 +81,7 @@ def _set_up(config: Config, rt: Runtime) -> Job:
     agree({**job.facts(), **rt.launch})
     source = group.together(lambda: other_run(config), "looking at run.resume")
     group.together(lambda: run.claim(build.without_secrets(config), source) if rt.is_main else None, "claiming run.dir")
+    group.together(run.check_shared, "looking at run.dir")
     if config.run.resume != "never":
         group.together(job.restore, "loading the checkpoint")
     agree({"step of the checkpoint": job.position})

@@ -52,6 +52,7 @@ class Peers:
     def __init__(self, timeout: int) -> None:
         self._timeout = timeout
         self._places: list[Place] = []
+        self._me = 0
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -72,7 +73,7 @@ class Peers:
     def meet(self) -> None:
         """Learn where every rank runs (collective; a few bytes, once)."""
         places: list[Any] = group.gather_objects(Place(socket.gethostname(), own_address() or "127.0.0.1"))
-        self._places = places
+        self._places, self._me = places, group.rank()
 
     def explain(self, error: BaseException) -> str | None:
         """What a failed collective means for the user; None if the error is of another kind."""
@@ -100,8 +101,7 @@ class Peers:
     def _suspects(self, text: str) -> str:
         """The ranks that an error speaks of: those at the address it names, otherwise all others."""
         named = _ADDRESS.search(text)
-        me = group.rank()
-        others = [rank for rank in range(len(self._places)) if rank != me]
+        others = [rank for rank in range(len(self._places)) if rank != self._me]
         there = [rank for rank in others if named is not None and self._places[rank].address == named.group(1)]
         ranks = there or others
         places = {str(self._places[rank]) for rank in ranks}

