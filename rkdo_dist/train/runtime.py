@@ -29,6 +29,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.train.loss_scale import LossScale
 
 Reduction = Literal["exact", "fast"]
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -181,7 +182,7 @@ def _prepare_for_deepspeed(on_cpu: bool) -> None:
     # DeepSpeed still calls collectives by names that newer torch calls old.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*is deprecated", category=FutureWarning)
     # Started without a launcher's environment (python -m rkdo_dist with the variable set): one rank.
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
 
 
@@ -202,8 +203,10 @@ def _strategy(accelerator: Accelerator) -> str:
 
 
 def _loss_scale(accelerator: Accelerator) -> LossScale:
-    """As Accelerate's GradScalerKwargs say, or as they are by default."""
-    scaler = getattr(accelerator, "scaler", None) or torch.amp.GradScaler("cpu")
+    """As Accelerate's GradScaler is set, or as they are by default (it is switched off without a GPU)."""
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return LossScale()
     return LossScale(
         scaler.get_scale(), scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
     )
