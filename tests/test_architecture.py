@@ -40,7 +40,7 @@ HOMES = {
     "sklearn": ("evaluate.scores", "evaluate.maps", "data.prepare", "data.sources"),
     "rich": ("train", "cli", "studies"),
     "matplotlib": ("studies",),
-    "scipy": ("studies.statistics",),
+    "scipy": ("studies.statistics", "studies.cost"),
     "yaml": ("config.reading",),
     "safetensors": ("checkpoint",),
 }

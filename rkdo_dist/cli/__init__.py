@@ -7,18 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rkdo_dist.cli import data, judging, reading, reporting, status, training
+from rkdo_dist.cli import data, judging, reading, reporting, scaling, status, training
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
-_FILES = (data, training, status, judging, reading, reporting)  # in the order of --help
+_FILES = (data, training, status, scaling, judging, reading, reporting)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 lost a peer, 2 a mistake in the request, 75 pre-empted, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(words)
+    options = _parsed(words)
     try:
         code = options.run(options, words)
     except KeyboardInterrupt:
@@ -34,6 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """The options; settings may stand before, between and after them (argparse takes a list in one piece only)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(settings) < len(rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *settings]
+    return options
 
 
 def _is_users(error: BaseException) -> bool:

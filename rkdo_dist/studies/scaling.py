@@ -1,0 +1,276 @@
+"""`rkdo scale`: the same global batches on several numbers of processes, and what that bought.
+
+Every size is measured by `rkdo measure` under a launcher of its own. Strong: one global batch at every size. Weak: the
+global batch grows with the size, so that a process always has the same lanes; the configuration's global batch is that
+of the smallest size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config
+from rkdo_dist.exchange.ledger import sent_bytes
+from rkdo_dist.files import write_atomic
+from rkdo_dist.studies import cost
+from rkdo_dist.studies.cost import CostModel, Point, Projection
+from rkdo_dist.studies.links import interconnect
+
+RESULTS = "results.json"
+
+
+class ScalingError(ValueError):
+    """A study cannot be made or read; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be run.
+
+    Attributes:
+        config, overrides: of the runs, as for `rkdo train`.
+        worlds: numbers of processes.
+        weak: whether the global batch grows with them.
+        steps: measured steps of each.
+        ways: as for `rkdo measure`; empty: as the configuration says.
+        launch_config: an Accelerate configuration for `accelerate launch`; None starts torchrun here.
+    """
+
+    config: Path
+    overrides: tuple[str, ...]
+    worlds: tuple[int, ...]
+    weak: bool
+    steps: int
+    ways: tuple[str, ...]
+    launch_config: Path | None = None
+
+
+def check(plan: Plan) -> Config:
+    """The configuration, after everything that can be refused before a process is started.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    from rkdo_dist.train.measure import WAYS, in_way, way_of
+
+    base = configuration.load(plan.config, plan.overrides)
+    if not plan.worlds or any(w < 1 for w in plan.worlds) or len(set(plan.worlds)) < len(plan.worlds):
+        raise ScalingError(f"--world-sizes must be different positive numbers, got {','.join(map(str, plan.worlds))}")
+    if plan.steps < 1:
+        raise ScalingError(f"--steps must be at least 1, got {plan.steps}")
+    unknown = [way for way in plan.ways if way not in WAYS]
+    if unknown:
+        raise ScalingError(f"unknown way {unknown[0]!r} in --ways: use some of {', '.join(WAYS)}")
+    settings = {world: _overrides(plan, base, world) for world in plan.worlds}
+    for world, overrides in settings.items():
+        config = configuration.load(plan.config, overrides)
+        for way in plan.ways or (way_of(config),):
+            configuration.check_world(in_way(config, way), world)
+    return base
+
+
+def _overrides(plan: Plan, base: Config, world: int) -> list[str]:
+    """The settings of one size."""
+    grown = base.train.global_batch * world
+    if not plan.weak:
+        return list(plan.overrides)
+    if grown % min(plan.worlds):
+        raise ScalingError(f"--mode weak: {grown} pairs do not divide by the smallest size, {min(plan.worlds)}")
+    return [*plan.overrides, f"train.global_batch={grown // min(plan.worlds)}"]
+
+
+def run(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every size and write `out/results.json`.
+
+    Args:
+        say: told what is going on.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ScalingError: if a size fails, with the last words of its processes.
+    """
+    base = check(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    points = []
+    for world in sorted(plan.worlds):
+        file = out / f"measured-{world}.json"
+        file.unlink(missing_ok=True)
+        say(f"measuring on {world} process{'es' if world > 1 else ''}")
+        _launch(plan, _overrides(plan, base, world), world, file)
+        points += json.loads(file.read_text(encoding="utf-8"))["points"]
+    return _write(out, "weak" if plan.weak else "strong", points)
+
+
+def _launch(plan: Plan, overrides: Sequence[str], world: int, file: Path) -> None:
+    if plan.launch_config is None:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    else:
+        where = ["--config_file", str(plan.launch_config), "--num_processes", str(world), "--main_process_port", "0"]
+        launcher = ["accelerate.commands.launch", *where]
+    command = [sys.executable, "-m", *launcher, "-m", "rkdo_dist", "measure", str(plan.config), *overrides]
+    command += ["--steps", str(plan.steps), "--out", str(file)]
+    command += ["--ways", ",".join(plan.ways)] if plan.ways else []
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if answer.returncode or not file.is_file():
+        own = [line for line in (answer.stderr + answer.stdout).splitlines() if line.startswith("rkdo")]
+        last = own[-1:] or (answer.stderr + answer.stdout).splitlines()[-15:]
+        raise ScalingError(f"measuring on {world} processes failed: " + "\n".join(last))
+
+
+def _write(out: Path, mode: str, points: list[dict[str, Any]]) -> dict[str, Any]:
+    results = {"mode": mode, "points": points}
+    write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The results of an earlier study, or those that `rkdo measure` has left in a folder (as on a cluster).
+
+    Raises:
+        ScalingError: if there are none, or they cannot be read.
+    """
+    try:
+        if (folder / RESULTS).is_file():
+            return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+        points = [point for file in files for point in json.loads(file.read_text(encoding="utf-8"))["points"]]
+        shapes = {point["shape"]["lanes"] * point["shape"]["micro_batch"] for point in points}
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ScalingError(f"{folder}: not the measurements of `rkdo measure` ({error!r})") from error
+    if not points:
+        raise ScalingError(f"{folder} holds no {RESULTS} and no files of `rkdo measure`")
+    return {"mode": "strong" if len(shapes) == 1 else "weak", "points": points}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured point, as people read it.
+
+    Attributes:
+        efficiency: pairs per second and process, as a share of the same way at the smallest size.
+        oversubscribed: whether processes shared CPU cores, so that this is no scaling.
+        same: "yes" where the losses and batches of all steps are those of the smallest size; otherwise what differs.
+        exact_bytes: whether formula and ledger agree; None if they cannot be compared (DeepSpeed).
+    """
+
+    way: str
+    world: int
+    batch: int
+    seconds: float
+    speed: float
+    efficiency: float
+    oversubscribed: bool
+    peak: int
+    phases: dict[str, float]
+    sent: dict[str, float]
+    exact_bytes: bool | None
+    same: str
+    predicted: float
+    left_out: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """All that is told of a study."""
+
+    mode: str
+    rows: list[Row]
+    model: CostModel
+    points: list[Point]
+    machine: str
+    cores: int
+    projections: list[Projection]
+    links: str
+    speed: float
+
+
+def study(
+    results: dict[str, Any], worlds: Sequence[int] = (), links: str = "nvlink+ib400", speed: float = 1.0
+) -> Study:
+    """Evaluate results: efficiency, model, its errors, and projections to `worlds`.
+
+    Args:
+        links: see `links.interconnect`.
+        speed: how many times as fast as the measured ones the devices of the projection are.
+
+    Raises:
+        ValueError: for an interconnect that is not known, or results that cannot be read.
+    """
+    net = interconnect(links)
+    if not speed > 0 or any(world < 1 for world in worlds):
+        raise ScalingError(f"--project needs positive numbers, and --device-speed one above 0, got {speed}")
+    try:
+        facts = sorted(results["points"], key=lambda p: (p["way"], p["world"]))
+        points = [Point.of(p) for p in facts]
+    except (KeyError, TypeError) as error:
+        raise ScalingError(f"the measurements are not those of this version: {error!r} is missing") from error
+    model, errors = cost.fit(points), cost.left_out(points)
+    first = {p["way"]: p for p in reversed(facts)}
+    rows = [_row(*each, first, model) for each in zip(facts, points, errors, strict=True)]
+    bases = {point.way: point for point in reversed(points)}  # the smallest of each way
+    projected = [
+        p
+        for weak in (False, True)
+        for way in sorted(bases)
+        for p in cost.project(model, bases[way], worlds, weak, net, speed)
+    ]
+    machine = ", ".join(dict.fromkeys(p["device"] for p in facts))
+    cores = min(p["cores"] for p in facts)
+    return Study(results["mode"], rows, model, points, machine, cores, projected, links, speed)
+
+
+def _row(facts: dict[str, Any], point: Point, error: float | None, first: dict[str, Any], model: CostModel) -> Row:
+    shape, base = point.shape, first[point.way]
+    base_batch = base["shape"]["lanes"] * base["shape"]["micro_batch"]
+    speed = shape.batch / point.seconds
+    sent: dict[str, float] = {}
+    for purpose, operation, size, _ in point.wire:
+        sent[purpose] = sent.get(purpose, 0.0) + sent_bytes(operation, size, shape.world)
+    return Row(
+        way=point.way,
+        world=shape.world,
+        batch=shape.batch,
+        seconds=point.seconds,
+        speed=speed,
+        efficiency=speed / shape.world / (base_batch / base["seconds"] / base["world"]),
+        oversubscribed=point.slowdown > 1,
+        peak=max(facts["peak_bytes"]),
+        phases=dict(point.phases),
+        sent=sent,
+        exact_bytes=None if shape.strategy.startswith("zero") else cost.bytes_agree(point),
+        same=_sameness(facts, base),
+        predicted=model.seconds(point),
+        left_out=error,
+    )
+
+
+def _sameness(facts: dict[str, Any], base: dict[str, Any]) -> str:
+    if facts is base:
+        return "reference"
+    if facts["shape"]["lanes"] != base["shape"]["lanes"]:
+        return "-"
+    if facts["batch_digests"] != base["batch_digests"]:
+        return "NO: other samples"
+    if facts["losses"] == base["losses"]:
+        return "yes, every bit"
+    pairs = zip(facts["losses"], base["losses"], strict=True)
+    largest = max(abs(a - b) / abs(b) if a is not None and b else float("inf") for a, b in pairs)
+    return f"samples; losses to {largest:.0e}" if facts["way"] != "exact" else f"NO: losses to {largest:.0e}"
+
+
+def median_error(rows: Sequence[Row]) -> float | None:
+    """Median size of the errors on points left out; None if there are none."""
+    known = [abs(row.left_out) for row in rows if row.left_out is not None]
+    return statistics.median(known) if known else None

@@ -1,0 +1,236 @@
+"""`rkdo doctor`: what this machine and launch would do with a configuration, and everything that is wrong with it.
+
+Runs on the ranks that a launcher has started, like training, and makes the same checks before the first step; nothing
+is trained and no file is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import socket
+from importlib import metadata
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rkdo_dist import __version__
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.shards import open_shard
+from rkdo_dist.encoders import Encoder
+from rkdo_dist.exchange import group
+from rkdo_dist.exchange.ledger import sent_bytes
+from rkdo_dist.train import build, memory, runtime, wire
+from rkdo_dist.train.agreement import agree, code_digest, same_request
+from rkdo_dist.train.journal import progress_bar
+from rkdo_dist.train.runtime import Runtime
+
+_PACKAGES = ("torchvision", "accelerate", "deepspeed", "webdataset", "numpy")
+
+
+def doctor(config: Config) -> int:
+    """Check everything that training would check, and print what it would do.
+
+    Returns:
+        0; mistakes are raised.
+
+    Raises:
+        ValueError: for a mistake in the request, alike on every rank.
+    """
+    if not config.data.shards:
+        raise ConfigError(
+            "data.shards is not set: name a directory made by `rkdo prepare`, e.g. data.shards=data/digits"
+        )
+    rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
+    try:
+        console = Console() if rt.is_main else None
+        same_request(config)
+        agree(rt.launch)
+        in_effect = dataclasses.replace(config, run=dataclasses.replace(config.run, reduction=rt.reduction))
+        configuration.check_world(in_effect, rt.world)
+        index = group.together(lambda: build.open_index(config), "reading the index")
+        agree({"the shards' index (digest)": index.digest()})
+        group.together(lambda: _check_parts(config, index), "checking the configuration")
+        ranks: list[Any] = group.gather_objects(_this_rank(rt))
+        _print(console, _launch_table(config, rt, ranks))
+        _check_shards(config, index, console)
+        encoder = build.make_encoder(config).to(rt.device)
+        shape = wire.shape_of(config, encoder, build.make_objective(config, 0.0), rt.world, rt.launch)
+        need = group.together(lambda: _memory(config, rt, index, encoder, shape), "measuring a forward pass")
+        per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)
+        _print(console, _run_table(config, index, shape), _wire_table(shape), _memory_table(need, rt, per_host))
+        _print(console, "[green]nothing stands in the way of training[/green]")
+        return 0
+    finally:
+        runtime.finish()
+
+
+def _print(console: Console | None, *things: Any) -> None:
+    for thing in things if console is not None else ():
+        console.print(thing)  # type: ignore[union-attr]
+
+
+def _check_parts(config: Config, index: ShardIndex) -> None:
+    """What training builds before its first step, of which each part refuses what it cannot use."""
+    build.run_length(config, index)
+    build.make_objective(config, 0.0)
+    build.make_views(config, index)
+    for split in _splits(config):
+        index.split(split)
+
+
+def _splits(config: Config) -> list[str]:
+    evaluated = [config.evaluate.test_split]
+    if config.evaluate.protocol == "full":
+        evaluated.insert(0, config.evaluate.train_split)
+    return list(dict.fromkeys([config.data.split, *(evaluated if config.evaluate.at_end else [])]))
+
+
+def _check_shards(config: Config, index: ShardIndex, console: Console | None) -> None:
+    """Verify length, SHA-256 and sample count of every shard; the ranks of a node share the work."""
+    shards = [shard for split in _splits(config) for shard in index.split(split).shards]
+    if index.address is not None:
+        _print(console, f"{len(shards)} shards lie elsewhere: each is verified when it has been fetched")
+        return
+    place, places = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mine = shards[place::places]
+    show = console if console is not None and console.is_terminal else Console(quiet=True)
+    with progress_bar(show, disable=show.quiet, transient=True) as bar:
+        task = bar.add_task("verifying shards", total=len(mine), note="")
+
+        def verify() -> None:
+            for shard in mine:
+                open_shard(index, shard).close()
+                bar.update(task, advance=1, note=index.name_of(shard))
+
+        group.together(verify, "verifying the shards")
+    size = sum(shard.bytes for shard in shards)
+    _print(console, f"{len(shards)} shards verified ({_bytes(size)}): lengths, SHA-256 and sample counts")
+
+
+def _this_rank(rt: Runtime) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else platform.processor() or "CPU"
+    return {"host": socket.gethostname(), "device": f"{rt.device} ({name})", "cores": memory.cores()}
+
+
+def _launch_table(config: Config, rt: Runtime, ranks: list[Any]) -> Table:
+    hosts = list(dict.fromkeys(r["host"] for r in ranks))
+    devices = list(dict.fromkeys(r["device"] for r in ranks))
+    cores = min(r["cores"] for r in ranks)
+    backend = torch.distributed.get_backend() if group.is_distributed() else "none (one process)"
+    table = _table("This launch", "", "")
+    table.add_row(
+        "processes", f"{rt.world} on {len(hosts)} machine{'s' if len(hosts) > 1 else ''} ({', '.join(hosts)})"
+    )
+    table.add_row("devices", ", ".join(devices))
+    busy = max(sum(r["host"] == host for r in ranks) for host in hosts) * config.run.threads
+    shared = f"; {busy} threads share them" if rt.device.type == "cpu" and busy > cores else ""
+    table.add_row("CPU cores of a machine", f"{cores}, {config.run.threads} thread(s) per process{shared}")
+    table.add_row("backend", str(backend))
+    table.add_row("strategy", rt.strategy)
+    table.add_row("precision", {"no": "float32"}.get(rt.precision, rt.precision))
+    note = (
+        "" if rt.reduction == config.run.reduction else f" (run.reduction={config.run.reduction} is not possible here)"
+    )
+    table.add_row("reduction", rt.reduction + note)
+    table.add_row("rkdo_dist", f"{__version__}, code {code_digest()[:12]}")
+    table.add_row("torch", torch.__version__)
+    table.add_row("other packages", ", ".join(f"{name} {version}" for name, version in _versions().items()))
+    table.add_row("python", f"{platform.python_version()}, {platform.platform(terse=True)}")
+    return table
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _run_table(config: Config, index: ShardIndex, shape: wire.StepShape) -> Table:
+    steps, total = build.run_length(config, index)
+    f, train = config.field, config.train
+    table = _table("This run", "", "")
+    table.add_row(
+        "data", f"{index.root}, split {config.data.split}: {index.split(config.data.split).samples:,} samples"
+    )
+    table.add_row("index digest", index.digest()[:16])
+    table.add_row("settings digest", configuration.digest(config)[:16])
+    table.add_row("objective", f"{f.objective}, depth {f.depth}, pairing {f.pairing}, columns by {f.exchange}")
+    table.add_row("encoder", f"{config.encoder.backbone}, {shape.parameters:,} parameters, d = {shape.dimension}")
+    table.add_row("step", f"{shape.batch} pairs = {shape.lanes} lanes of {shape.micro_batch}; {shape.rows} per process")
+    table.add_row("memory policy", "embed again (recompute)" if train.recompute else "keep activations")
+    table.add_row("length", f"{total} steps, {steps} an epoch")
+    table.add_row("run.dir", config.run.dir or "not set (training needs it)")
+    return table
+
+
+def _wire_table(shape: wire.StepShape) -> Table:
+    table = _table("Sent by each process in a step (formula)", "for", "collective", "calls", "bytes")
+    book = wire.step_payloads(shape)
+    total = 0.0
+    for (purpose, operation), payload in sorted(book.payload.items(), key=lambda item: -item[1]):
+        sent = sent_bytes(operation, payload, shape.world)
+        total += sent
+        table.add_row(purpose, operation, str(book.calls[purpose, operation]), _bytes(sent))
+    table.add_section()
+    table.add_row(
+        "all" if shape.world > 1 else "nothing: one process", "", str(sum(book.calls.values())), _bytes(total)
+    )
+    if shape.strategy.startswith("zero"):
+        table.caption = "DeepSpeed's own part by the formula of its paper; it cannot be counted here"
+    return table
+
+
+def _memory(config: Config, rt: Runtime, index: ShardIndex, encoder: Encoder, shape: wire.StepShape) -> dict[str, int]:
+    size = build.make_views(config, index).size
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with rt.autocast():
+            return encoder(images)
+
+    # Parameters under ZeRO-3 are sharded later: the encoder here is whole.
+    lane = memory.lane_bytes(forward, encoder, shape.micro_batch, size, rt.device)
+    return memory.step_memory(shape, config.train.optimizer, lane, 3 * size * size)
+
+
+def _memory_table(need: dict[str, int], rt: Runtime, per_host: int) -> Table:
+    table = _table("Memory of a process at the peak of a step (estimate)", "for", "bytes")
+    for name, size in need.items():
+        table.add_row(name, _bytes(size))
+    table.add_section()
+    total = sum(need.values())
+    table.add_row("all of these", _bytes(total))
+    there = memory.available_bytes(rt.device)
+    on_cpu = rt.device.type == "cpu"
+    if on_cpu:
+        table.add_row("this process so far (torch and its libraries)", _bytes(memory.peak_bytes(rt.device)))
+        table.add_row(f"free on this machine, for {per_host} process(es)", _bytes(there))
+    else:
+        table.add_row("the device has", _bytes(there))
+    if total * (per_host if on_cpu else 1) > there:
+        table.caption = "[red]this does not fit: lower train.micro_batch, or use train.recompute=true[/red]"
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if column in ("bytes", "calls") else "left", no_wrap=number == 0)
+    return table
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

@@ -1,0 +1,218 @@
+"""`rkdo measure`: what a few steps of a configuration cost on the ranks that a launcher has started.
+
+The steps are those of training (same samples, same arithmetic), with the stopwatch on. Nothing of a run is written,
+only one JSON file with the facts of every way asked for. `rkdo scale` starts this at several sizes; on a cluster, start
+it under your own launcher at each size and let `rkdo scale --from` put the files together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import platform
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn import functional
+
+from rkdo_dist import __version__
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.exchange import group, ledger
+from rkdo_dist.field.tiled import value_and_gradient
+from rkdo_dist.files import write_atomic
+from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.train import build, memory, runtime, wire
+from rkdo_dist.train.agreement import agree, same_request
+from rkdo_dist.train.job import Job
+from rkdo_dist.train.runtime import Runtime
+from rkdo_dist.train.stopwatch import DATA, FIELD, Stopwatch, phase, running
+
+# How gradients are summed and columns travel: run.reduction and field.exchange together.
+WAYS: dict[str, tuple[Literal["exact", "fast"], Literal["gather", "ring"]]] = {
+    "exact": ("exact", "gather"),
+    "gather": ("fast", "gather"),
+    "ring": ("fast", "ring"),
+}
+WARM_UP = 2  # steps that are made but not measured: DDP orders its buckets anew after the first
+
+
+def way_of(config: Config) -> str:
+    """The way that a configuration asks for."""
+    asked = (config.run.reduction, config.field.exchange)
+    return next((name for name, way in WAYS.items() if way == asked), "gather")
+
+
+def in_way(config: Config, way: str) -> Config:
+    """The configuration with the settings of a way."""
+    reduction, exchange = WAYS[way]
+    run = dataclasses.replace(config.run, reduction=reduction)
+    return dataclasses.replace(config, run=run, field=dataclasses.replace(config.field, exchange=exchange))
+
+
+def measure(config: Config, ways: Sequence[str], steps: int, out: Path) -> None:
+    """Measure `steps` steps in each of `ways` and write the facts to `out` (rank zero).
+
+    Raises:
+        ValueError: for a mistake in the request, alike on every rank.
+    """
+    unknown = [way for way in ways if way not in WAYS]
+    if unknown or not ways:
+        raise ConfigError(f"unknown way {', '.join(unknown)}: use some of {', '.join(WAYS)}")
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
+    rt = runtime.start(config.run.threads, config.run.timeout, "exact" if "exact" in ways else "fast")
+    try:
+        same_request(config)
+        agree({"ways": list(ways), "steps": steps, **rt.launch})
+        if rt.zero_stage and "exact" in ways:
+            raise ConfigError(f"{rt.strategy} sums gradients itself: measure --ways gather or ring")
+        for way in ways:
+            configuration.check_world(in_way(config, way), rt.world)
+        index = group.together(lambda: build.open_index(config), "reading the index")
+        agree({"the shards' index (digest)": index.digest()})
+        points = [_measured(in_way(config, way), way, rt, index, steps) for way in ways]
+        settings = configuration.flatten(build.without_secrets(config))
+        facts = {"version": __version__, "settings": settings, "points": points}
+        group.together(lambda: write_atomic(out, json.dumps(facts, indent=1)) if rt.is_main else None, f"writing {out}")
+    finally:
+        runtime.finish()
+
+
+def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: int) -> dict[str, Any]:
+    """The facts of one way, on every rank alike."""
+    gc.collect()
+    memory.reset_peak(rt.device)
+    rt = dataclasses.replace(rt, reduction=config.run.reduction)
+    wanted = WARM_UP + steps
+    job = group.together(lambda: _job(config, rt, index, wanted), "building the run")
+    shape = wire.shape_of(config, job.encoder, job.objective(0), rt.world, rt.launch)
+    probe = _field_probe(job)
+    records = list(_steps(job, Stopwatch(rt.device), wanted))
+    facts = _combined(records[WARM_UP:])
+    ranks: list[Any] = group.gather_objects({
+        "host": socket.gethostname(),
+        "peak_bytes": memory.peak_bytes(rt.device),
+        "phases": facts.pop("phases"),
+    })  # fmt: skip
+    return {
+        "way": way,
+        "world": rt.world,
+        "machines": len({r["host"] for r in ranks}),
+        "device": _device_name(rt),
+        "device_kind": rt.device.type,
+        "cores": memory.cores(),
+        "threads": config.run.threads,
+        "precision": rt.precision,
+        "shape": dataclasses.asdict(shape),
+        "field_probe": probe,
+        **facts,
+        "phases": {name: statistics.fmean(r["phases"][name] for r in ranks) for name in ranks[0]["phases"]},
+        "peak_bytes": [r["peak_bytes"] for r in ranks],
+        "losses": [r["loss"] for r in records],
+        "batch_digests": [r["digest"] for r in records],
+    }
+
+
+def _job(config: Config, rt: Runtime, index: ShardIndex, steps: int) -> Job:
+    job = Job(config, rt, index, RunDirectory(config.run.dir))
+    if job.total_steps < steps:
+        raise ConfigError(
+            f"the run has {job.total_steps} steps, but {steps} are needed ({WARM_UP} of them to warm up): "
+            "raise train.epochs or train.max_steps"
+        )
+    return job
+
+
+def _field_probe(job: Job, rows: int = 512, columns: int = 4096) -> dict[str, float]:
+    """The field alone on drawn embeddings, large enough that its entries cost more than its calls.
+
+    A step's own field may be far too small to tell what an entry costs, and projections need just that.
+    """
+    device, d = job.runtime.device, job.config.encoder.embedding_dim
+    generator = torch.Generator().manual_seed(0)
+    u, v = (functional.normalize(torch.randn(columns, d, generator=generator), dim=1).to(device) for _ in range(2))
+    watch, found = Stopwatch(device), []
+    for _ in range(4):
+        watch.split()
+        with watch.phase(FIELD):
+            value_and_gradient(job.objective(0), u[:rows], v[:rows], u, v, 0)
+        found.append(watch.split()[FIELD])
+    return {"rows": rows, "columns": columns, "seconds": statistics.median(found[1:])}
+
+
+def _steps(job: Job, watch: Stopwatch, steps: int) -> Iterator[dict[str, Any]]:
+    """Train on, yielding time, phases, ledger, loss and digest of each step."""
+    step = job.make_step()
+    with _counting(step.strategy.model), running(watch):
+        batches = job.batches()  # closed with this generator
+        before, began = ledger.book(), time.perf_counter()
+        watch.split()
+        for _ in range(steps):
+            with phase(DATA):
+                batch = next(batches)
+            job.set_learning_rate(job.position)
+            result = job.attempt(step, batch, 0)
+            job.position += 1
+            record = job.record(batch, result, 1.0)
+            now, seconds = ledger.book(), time.perf_counter() - began
+            yield {
+                "seconds": seconds,
+                "phases": watch.split(),
+                "book": now.since(before),
+                "loss": result.loss,
+                "digest": record["batch_digest"],
+            }
+            before, began = ledger.book(), time.perf_counter()
+            watch.split()
+
+
+@contextlib.contextmanager
+def _counting(model: nn.Module) -> Iterator[None]:
+    """While open, what DDP sends is noted, by a hook that makes the all-reduce DDP would make."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.register_comm_hook(None, lambda _, bucket: _noted(bucket))  # DDP reads annotations, a lambda has none
+    yield
+
+
+def _noted(bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    if group.world_size() > 1:  # under a launcher one process has a DDP of its own, which sends nothing
+        ledger.note(ledger.GRADIENTS, "all_reduce", ledger.size(bucket.buffer()))
+    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+
+def _combined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over steps, and the ledger of one step; all steps must have sent the same."""
+    books = [(dict(r["book"].payload), dict(r["book"].calls)) for r in records]
+    assert all(book == books[0] for book in books), "steps have sent different amounts"
+    payload, calls = books[0]
+    seconds = statistics.median(r["seconds"] for r in records)
+    phases = {name: statistics.median(r["phases"][name] for r in records) for name in records[0]["phases"]}
+    return {
+        "steps": len(records),
+        "seconds": seconds,
+        "seconds_of_steps": [r["seconds"] for r in records],
+        "phases": {**phases, "other": max(0.0, seconds - sum(phases.values()))},
+        "wire": [[p, o, size, calls[p, o]] for (p, o), size in sorted(payload.items())],
+    }
+
+
+def _device_name(rt: Runtime) -> str:
+    if rt.device.type == "cuda":
+        return torch.cuda.get_device_name(rt.device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as handle:
+        for line in handle:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or os.uname().machine

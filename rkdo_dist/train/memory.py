@@ -1,0 +1,123 @@
+"""How much memory a rank needs for a step, from what is countable and from two small forward passes.
+
+What autograd keeps of a forward is an affine function of the number of images: measured at two sizes, known at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rkdo_dist.train.wire import StepShape
+
+_MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1}
+_PROBES = (2, 4)  # images; batch norm of vectors needs two
+
+
+def kept_bytes(forward: Callable[[Tensor], Tensor], images: Tensor, encoder: nn.Module) -> int:
+    """Bytes that autograd keeps of one forward pass for the backward pass, without parameters and buffers.
+
+    Args:
+        forward: images (n, 3, S, S) to embeddings, with gradient.
+        encoder: whose parameters and buffers do not count, as they are there anyway.
+    """
+    own = {t.untyped_storage()._cdata for t in (*encoder.parameters(), *encoder.buffers())}
+    storages: dict[int, Tensor] = {}  # holds the tensors, so that no storage's place is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = forward(images)
+    del out
+    return sum(t.untyped_storage().nbytes() for place, t in storages.items() if place not in own)
+
+
+def lane_bytes(
+    forward: Callable[[Tensor], Tensor], encoder: nn.Module, micro_batch: int, size: int, device: torch.device
+) -> int:
+    """Activations that one lane keeps: both views of `micro_batch` images of `size` pixels (estimated, see above).
+
+    The encoder's buffers and random state are as before.
+    """
+    saved = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    few, more = _PROBES
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        found = [kept_bytes(forward, torch.rand(n, 3, size, size, device=device) - 0.5, encoder) for n in _PROBES]
+    with torch.no_grad():
+        for name, buffer in encoder.named_buffers():
+            buffer.copy_(saved[name])
+    each = (found[1] - found[0]) / (more - few)
+    return round(found[0] + each * (2 * micro_batch - few))
+
+
+def step_memory(shape: StepShape, optimizer: str, lane: int, image_bytes: int) -> dict[str, int]:
+    """Bytes on a rank at the peak of a step, by what they are for; the library's own are not among them.
+
+    Args:
+        optimizer: `train.optimizer`.
+        lane: what a lane's activations take (`lane_bytes`).
+        image_bytes: one decoded image, uint8.
+    """
+    local = shape.lanes // shape.world
+    stage = int(shape.strategy.removeprefix("zero-")) if shape.strategy.startswith("zero-") else 0
+    whole = shape.parameters * 4
+    gradients = whole
+    if shape.reduction == "exact":
+        # The lane's own, the partial sums of the tree, and the exchange's vector and what it receives.
+        gradients = whole * (1 + (local & -local).bit_length() + (2 if shape.world > 1 else 1))
+    elif shape.strategy == "ddp":
+        gradients = whole  # a view of DDP's buckets
+    width = shape.dimension * 4
+    blocks = 3 * shape.rows if shape.exchange == "ring" else 2 * shape.batch
+    return {
+        "parameters": whole // (shape.world if stage == 3 else 1),
+        "gradients": gradients // (shape.world if stage >= 2 else 1),
+        "optimizer": _MOMENTS[optimizer] * whole // (shape.world if stage else 1),
+        "activations": lane * (1 if shape.recompute else local),
+        "embeddings and their gradients": 4 * shape.rows * width,
+        "columns and their gradients": blocks * shape.column_views * width,
+        "images": 2 * shape.rows * image_bytes,
+    }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of the device; on a CPU what the machine has left, for all ranks on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of `peak_bytes`; on a CPU that needs Linux, elsewhere the old peak stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as handle:
+        handle.write("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held since `reset_peak`: allocated on the device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as handle:
+        for line in handle:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

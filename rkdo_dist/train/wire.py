@@ -1,0 +1,211 @@
+"""What a training step sends, by formula: the payload of every collective, exact to the byte.
+
+With W ranks, L lanes of m samples (B = L m, b = B / W per rank), P trainable parameters, C channels of tracked batch
+norms, V column views ("v", or "uv" for joint and symmetric pairings), F forwards per lane (1, or 2 with views apart),
+K numbers in a report (the loss's parts, the loss, the stop code), embeddings (m, d) and gradients in float32:
+
+| purpose | exact | fast |
+|---|---|---|
+| columns | all-gather, two of b d 4 | gather: all-gather, V of b d 4; ring: walks x (W - 1) sends of V b d 4 |
+| column gradients | all-to-all, V of B d 4 | gather: reduce-scatter, V of B d 4; ring: W sends of V b d 4 |
+| parameter gradients | all-to-all of P' 4, all-gather of P' 4 / W (P' = P rounded up to W) | all-reduce of P 4 (DDP) |
+| batch statistics | the same two of F 3C 8, rounded up to W | all-reduce of F 3C 8 |
+| synchronised batch norm | - | all-reduces of (c + 1) 4 and c 4, per norm of c channels, forward and backward |
+| reports and checks | flags of 8; per lane: digests of 32, finite checks of 1, 8 K | the same, but 8 K + 64 per rank |
+
+Bytes that a rank sends for a payload are `exchange.ledger.sent_bytes`. DeepSpeed's traffic is given by its formula
+(ZeRO paper, Rajbhandari et al. 2020, section 7: reduce-scatter of gradients and all-gather of parameters; stage 3
+gathers parameters for every forward and backward instead) and cannot be counted here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rkdo_dist.config import Config
+from rkdo_dist.exchange.ledger import (
+    COLUMN_GRADIENTS,
+    COLUMNS,
+    GRADIENTS,
+    SMALL,
+    STATISTICS,
+    SYNC_NORM,
+    Ledger,
+)
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.tiled import FieldRows
+from rkdo_dist.sync_norm import SyncBatchNorm
+
+PARAMETERS = "parameters"  # what only sharding strategies send
+_FLAG, _DIGEST, _FACTS = 8, 32, 64  # bytes of an agreed flag, of a lane's digest, of the checks of a loss's inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """What decides how much a step computes and sends; plain numbers, so that it can be written down and changed.
+
+    Attributes:
+        strategy: "single", "ddp", "zero-1", ...
+        reduction, exchange: in effect.
+        parameters: trainable numbers P.
+        channels: of tracked batch norms, C.
+        sync_channels: of each synchronised batch norm.
+        column_views: V.
+        report: numbers in a report, K.
+        walks: of a ring before the one home.
+        forwards: per lane, F.
+        loss_scaling: whether gradients are checked by a loss scaler.
+    """
+
+    world: int
+    lanes: int
+    micro_batch: int
+    dimension: int
+    parameters: int
+    channels: int
+    sync_channels: tuple[int, ...]
+    column_views: int
+    report: int
+    walks: int
+    forwards: int
+    strategy: str
+    reduction: str
+    exchange: str
+    recompute: bool
+    loss_scaling: bool = False
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.lanes * self.micro_batch
+
+    @property
+    def rows(self) -> int:
+        """Samples per rank, b."""
+        return self.batch // self.world
+
+    @property
+    def passes(self) -> int:
+        """How often a rank goes over its b x B part of the field."""
+        return self.walks + 1 if self.exchange == "ring" else 1
+
+    @property
+    def visits(self) -> int:
+        """Calls of the field's kernel on a rank: what its fixed cost multiplies."""
+        if self.reduction == "exact":
+            return self.lanes // self.world
+        return self.passes * (self.world if self.exchange == "ring" else 1)
+
+    def at(self, world: int, lanes: int) -> StepShape:
+        """The same step on another number of ranks, with another number of lanes."""
+        strategy = self.strategy
+        if strategy in ("single", "ddp"):
+            strategy = "single" if world == 1 else "ddp"
+        return dataclasses.replace(self, world=world, lanes=lanes, strategy=strategy)
+
+
+def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: int, launch: dict[str, str]) -> StepShape:
+    """The shape of a run's steps.
+
+    Args:
+        encoder: as `train.build` makes it (also on the meta device), not wrapped.
+        objective: of any step.
+        world: ranks.
+        launch: `Runtime.launch`: strategy, precision and reduction in effect.
+    """
+    norms = [m for m in encoder.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    nothing = {name: torch.zeros(2, 1) for name in "uv"}
+    return StepShape(
+        world=world,
+        lanes=config.train.lanes,
+        micro_batch=config.train.micro_batch,
+        dimension=config.encoder.embedding_dim,
+        parameters=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
+        channels=sum(m.num_features for m in norms),
+        sync_channels=tuple(m.num_features for m in encoder.modules() if isinstance(m, SyncBatchNorm)),
+        column_views=len(objective.column_views),
+        report=len(objective.part_names) + 2,
+        walks=len(FieldRows(objective, nothing, 2, 0, 2).walks),
+        forwards=1 if config.encoder.views == "together" else 2,
+        strategy=launch["strategy"],
+        reduction=launch["reduction"],
+        exchange=config.field.exchange,
+        recompute=config.train.recompute,
+        loss_scaling=launch["precision"] == "fp16",
+    )
+
+
+def step_payloads(shape: StepShape) -> Ledger:
+    """The ledger of one training step on one rank, as the table of this module says; empty on one rank."""
+    book = Ledger()
+    if shape.world == 1:
+        return book
+    if shape.reduction == "exact":
+        _exact(book, shape)
+    else:
+        _fast(book, shape)
+    local = shape.lanes // shape.world
+    book.note((SMALL, "all_reduce"), 2 * _FLAG, 2)  # the batch could be read; replaced samples
+    book.note((SMALL, "all_gather"), local)  # finite embeddings
+    book.note((SMALL, "all_gather"), local * _DIGEST)
+    return book
+
+
+def _exact(book: Ledger, shape: StepShape) -> None:
+    local = shape.lanes // shape.world
+    book.note((COLUMNS, "all_gather"), 2 * shape.rows * shape.dimension * 4, 2)
+    views = shape.column_views
+    book.note((COLUMN_GRADIENTS, "all_to_all"), views * shape.batch * shape.dimension * 4, views)
+    _exact_all_reduce(book, GRADIENTS, shape.parameters, 4, shape.world)
+    _exact_all_reduce(book, STATISTICS, shape.forwards * 3 * shape.channels, 8, shape.world)
+    book.note((SMALL, "all_gather"), local * shape.report * 8)
+    if not shape.loss_scaling:
+        book.note((SMALL, "all_gather"), local)  # finite gradients
+
+
+def _exact_all_reduce(book: Ledger, purpose: str, numbers: int, width: int, world: int) -> None:
+    padded = (numbers + -numbers % world) * width
+    if padded:
+        book.note((purpose, "all_to_all"), padded)
+        book.note((purpose, "all_gather"), padded // world)
+
+
+def _fast(book: Ledger, shape: StepShape) -> None:
+    views, world = shape.column_views, shape.world
+    block = views * shape.rows * shape.dimension * 4
+    if shape.exchange == "ring":
+        sends = (shape.walks + 1) * (world - 1)
+        book.note((COLUMNS, "send"), sends * block, sends)
+        book.note((COLUMN_GRADIENTS, "send"), world * block, world)
+    else:
+        book.note((COLUMNS, "all_gather"), block, views)
+        book.note((COLUMN_GRADIENTS, "reduce_scatter"), world * block, views)
+    book.note((SMALL, "all_gather"), _FACTS)
+    book.note((SMALL, "all_gather"), shape.report * 8)
+    book.note((STATISTICS, "all_reduce"), shape.forwards * 3 * shape.channels * 8)
+    _synchronised(book, shape)
+    if shape.strategy.startswith("zero"):
+        _zero(book, shape)
+    else:
+        book.note((GRADIENTS, "all_reduce"), shape.parameters * 4)
+        if not shape.loss_scaling:
+            book.note((SMALL, "all_reduce"), _FLAG)  # finite gradients
+
+
+def _synchronised(book: Ledger, shape: StepShape) -> None:
+    # Two sums in every forward (with recomputation there are two), and their adjoints in the backward pass.
+    times = shape.forwards * shape.lanes // shape.world * (3 if shape.recompute else 2)
+    for channels in shape.sync_channels:
+        book.note((SYNC_NORM, "all_reduce"), times * (2 * channels + 1) * 4, 2 * times)
+
+
+def _zero(book: Ledger, shape: StepShape) -> None:
+    numbers = shape.parameters * 4
+    book.note((GRADIENTS, "reduce_scatter"), numbers)
+    local = shape.lanes // shape.world * shape.forwards
+    gathers = 1 if shape.strategy != "zero-3" else local * (3 if shape.recompute else 2)
+    book.note((PARAMETERS, "all_gather"), gathers * numbers // shape.world, gathers)

@@ -1,0 +1,182 @@
+"""`rkdo doctor`: says what a launch would do, refuses what cannot work, and never leaves a rank waiting."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rkdo_dist import config as configuration
+from rkdo_dist.encoders import Encoder
+from rkdo_dist.train import agreement, build, memory, wire
+from tests.jobs import command, launch, on_ranks
+from tests.ranks import run_ranks
+
+
+def doctor(small: list[str]) -> list[str]:
+    return ["doctor", *small[1:]]
+
+
+def test_one_process_without_training(small: list[str], tmp_path: Path) -> None:
+    code, text = command(doctor(small))
+    assert code == 0, text
+    for words in ("single", "float32", "exact", "8 shards verified", "shufflenet_v2_x0_5", "activations", "6 steps"):
+        assert words in text, words
+    assert torch.__version__ in text
+    assert "nothing stands in the way" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_agree_and_only_one_speaks(small: list[str]) -> None:
+    (code, text), (other, silence) = on_ranks(2, [*doctor(small), "run.reduction=fast", "field.exchange=ring"])
+    assert (code, other) == (0, 0), text + silence
+    assert not silence.strip()
+    assert "gloo" in text
+    assert "2 on 1 machine" in text
+    assert re.search(r"column gradients\s*│ send", text)
+    assert re.search(r"parameter gradients\s*│ all_reduce", text)
+
+
+def test_a_typo_gives_the_usual_error(small: list[str]) -> None:
+    code, text = command([*doctor(small), "train.epoch=3"])
+    assert code == 2
+    assert "train.epochs" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.split=trian", "trian"),
+        ("train.global_batch=4096", "fewer than one global batch"),
+        ("evaluate.test_split=nowhere", "nowhere"),
+        ("data.shards=''", "data.shards is not set"),
+        ("encoder.backbone=resnet19", "resnet18"),
+    ],
+)
+def test_what_training_would_refuse(small: list[str], override: str, words: str) -> None:
+    code, text = command([*doctor(small), "evaluate.at_end=true", override])
+    assert code == 2, text
+    assert words in text.replace("\n", " ")
+
+
+def test_three_ranks_cannot_share_the_lanes(small: list[str]) -> None:
+    for code, text in on_ranks(3, doctor(small)):
+        assert code == 2
+        assert "3 ranks cannot share a step of 4 lanes" in text.replace("\n", " ")
+
+
+def test_a_damaged_shard_is_named_on_every_rank(small: list[str], digits: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(digits, copy)
+    shard = sorted(copy.glob("*train*.tar"))[3]
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    for code, text in on_ranks(2, [*doctor(small), f"data.shards={copy}"]):
+        assert code == 2
+        assert shard.name in text.replace("\n", "")
+
+
+def _on_one_rank(rank: int, world: int, arguments: list[str], odd: int, change: str) -> tuple[int, str]:
+    """`rkdo` where one rank was given something else."""
+    if rank == odd:
+        if change == "code":
+            agreement.code_files = _edited(agreement.code_files)  # type: ignore[assignment]
+        elif change == "version":
+            agreement.__version__ = "0.0.9"  # type: ignore[attr-defined]
+        else:
+            arguments = [*arguments, change]
+    return command(arguments)
+
+
+def _edited(files: Callable[[], dict[str, str]]) -> Callable[[], dict[str, str]]:
+    return lambda: {**files(), "field/recursion.py": "0" * 64}
+
+
+CHANGES: list[tuple[str, list[str]]] = [
+    ("run.seed=43", ["run.seed", "42", "rank 1 has 43"]),
+    ("field.temperature=0.25", ["field.temperature", "rank 1 has 0.25"]),
+    ("train.checkpoint_every=5", ["train.checkpoint_every", "rank 1 has 5"]),
+    ("run.reduction=fast", ["run.reduction", "rank 1 has fast"]),
+    ("train.micro_batch=32", ["train.micro_batch", "rank 1 has 32"]),
+    ("code", ["field/recursion.py", "rank 1 has 0000000000000000"]),
+    ("version", ["version", "rank 1 has 0.0.9"]),
+]
+
+
+CASES = [("doctor", *case) for case in CHANGES] + [("train", *CHANGES[n]) for n in (4, 5)]
+
+
+@pytest.mark.parametrize(("what", "change", "words"), CASES, ids=[f"{w}-{c}" for w, c, _ in CASES])
+def test_a_rank_with_something_else_is_refused_by_name(
+    small: list[str], tmp_path: Path, what: str, change: str, words: list[str]
+) -> None:
+    for code, text in run_ranks(_on_one_rank, 2, [what, *small[1:]], 1, change, timeout=60):
+        assert code == 2, text
+        for word in ["ranks disagree on", *words]:
+            assert word in text.replace("\n", " "), text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_with_another_index_is_refused_by_name(small: list[str], digits: Path, tmp_path: Path) -> None:
+    """Another index of the same shards: as when a node's copy is old."""
+    copy = tmp_path / "copy"
+    shutil.copytree(digits, copy)
+    index = json.loads((copy / "index.json").read_text())
+    index["classes"][0] = "nought"
+    (copy / "index.json").write_text(json.dumps(index))
+    for code, text in run_ranks(_on_one_rank, 4, doctor(small), 2, f"data.shards={copy}", timeout=60):
+        assert code == 2, text
+        assert "ranks disagree on the shards' index" in text.replace("\n", " ")
+        assert "rank 2 has" in text
+
+
+@pytest.mark.slow
+def test_under_a_real_launcher(small: list[str]) -> None:
+    answer = launch(2, [*doctor(small), "run.reduction=fast"])
+    assert answer.returncode == 0, answer.stderr
+    assert "ddp" in answer.stdout
+    assert answer.stdout.count("nothing stands in the way") == 1
+
+
+def test_the_activations_of_a_lane_are_what_autograd_keeps() -> None:
+    """Two small forwards tell what a large one keeps, batch norm's fixed part included."""
+    for backbone in ("resnet18", "shufflenet_v2_x0_5"):
+        encoder = Encoder(backbone, "paper", 16, "imagenet")
+        before = {k: v.clone() for k, v in encoder.state_dict().items()}
+        predicted = memory.lane_bytes(encoder, encoder, 12, 32, torch.device("cpu"))
+        assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+        measured = memory.kept_bytes(encoder, torch.rand(24, 3, 32, 32), encoder)
+        assert predicted == measured
+
+
+def test_kept_bytes_counts_a_storage_once_and_no_parameter() -> None:
+    """Linear keeps its input; ReLU its output, which the next Linear keeps too."""
+    network = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3))
+    images = torch.rand(7, 10)
+    assert memory.kept_bytes(network, images, network) == 7 * 10 * 4 + 7 * 20 * 4
+
+
+def test_memory_of_a_step_by_strategy(small: list[str]) -> None:
+    config = configuration.load(small[1], small[2:])
+    encoder = build.make_encoder(config)
+    launched = {"strategy": "ddp", "precision": "no", "reduction": "fast"}
+    shape = wire.shape_of(config, encoder, build.make_objective(config, 0.0), 2, launched)
+    whole = 4 * sum(p.numel() for p in encoder.parameters())
+    needs: dict[str, dict[str, Any]] = {}
+    for strategy in ("ddp", "zero-1", "zero-2", "zero-3"):
+        from dataclasses import replace
+
+        needs[strategy] = memory.step_memory(replace(shape, strategy=strategy), "adam", 1000, 192)
+    assert needs["ddp"]["optimizer"] == 2 * whole
+    assert needs["zero-1"]["optimizer"] == whole
+    assert needs["zero-2"]["gradients"] == whole // 2
+    assert needs["zero-3"]["parameters"] == whole // 2
+    assert needs["ddp"]["activations"] == 2000  # two lanes a rank
