@@ -84,6 +84,20 @@ def test_noise_is_no_evidence_and_a_real_difference_is(tmp_path: Path) -> None:
     assert "There is no evidence of a difference in the others: InfoNCE" in text
 
 
+def test_equal_differences_of_a_few_seeds_are_no_certainty(tmp_path: Path) -> None:
+    """Accuracies are multiples of 1/n: the same difference twice has no spread, and Student's p is 0."""
+    paths = [
+        fake_run(tmp_path / f"{objective}-{seed}", objective, seed, [2.0], {4: scores_of(0.1 * seed + extra)})
+        for objective, extra in (("rkdo", 2 / 141), ("icon", 0.0))
+        for seed in (1, 2)
+    ]
+    one = groups_of(*paths)
+    (accuracy, _) = words.comparisons(one)
+    assert accuracy.result.t_p == 0
+    assert not accuracy.evident
+    assert "There is no evidence of a difference in any of them" in " ".join(words.evidence(*one, [accuracy]))
+
+
 def test_one_seed_and_no_common_seed_and_no_common_step_are_said(tmp_path: Path) -> None:
     a = fake_run(tmp_path / "a", "rkdo", 1, [1.9, 1.7], {4: scores_of(0.2), 8: scores_of(0.3)})
     b = fake_run(tmp_path / "b", "icon", 1, [2.7], {4: scores_of(0.1)})

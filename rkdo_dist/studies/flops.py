@@ -11,6 +11,7 @@ products are bilinear in rows and columns.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import resource
 import statistics
 import time
@@ -24,6 +25,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from rkdo_dist.config import Config
+from rkdo_dist.config.sections import EncoderConfig
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.losses import FieldLoss
@@ -66,16 +68,17 @@ def step_flops(config: Config, image_size: int) -> StepFlops:
         image_size: side of the squares that the encoder sees.
     """
     images = 2 * config.train.global_batch
-    forward, both = _encoder_flops(config, image_size)
+    forward, both = _encoder_flops(config.encoder, image_size)
     objective = build.make_objective(config, 0.0)
     loss_forward, loss_step = loss_flops(objective, config.train.global_batch, config.encoder.embedding_dim)
     again = forward if config.train.recompute else 0.0
     return StepFlops(images * forward, loss_forward, images * (both + again), loss_step)
 
 
-def _encoder_flops(config: Config, image_size: int) -> tuple[float, float]:
+@functools.cache
+def _encoder_flops(section: EncoderConfig, image_size: int) -> tuple[float, float]:
     """Operations for one image: forward, and forward and backward."""
-    section, found = config.encoder, []
+    found = []
     for backward in (False, True):
         with FakeTensorMode(), counter() as count:
             encoder = Encoder(section.backbone, section.head, section.embedding_dim, section.stem)
