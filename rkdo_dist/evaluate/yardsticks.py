@@ -72,7 +72,8 @@ def own_objective(objective: Objective, u: Array, v: Array, global_batch: int) -
     """A run's own objective on held-out pairs, taken apart.
 
     Args:
-        objective: resolved for the step that is judged; one that needs no labels.
+        objective: resolved for the step that is judged; one that needs no labels. Of a persistent field held-out
+            samples have no rows yet, so their supervisor is the identity.
         u, v: as in `yardsticks`.
         global_batch: of training, on which the objective's value depends; fewer pairs make one smaller batch.
 

@@ -185,7 +185,7 @@ def _yardsticks(
     assert pairs is not None
     u, v = pairs.backbone, pairs.embeddings
     _, total = build.run_length(config, index)
-    objective = build.make_objective(config, min(1.0, step / total))
+    objective = build.make_objective(config, min(1.0, max(0, step - 1) / total))  # of the last step
     own = common.own_objective(objective, u, v, config.train.global_batch)
     return common.yardsticks(u, v, test.embeddings, test.backbone) | own
 

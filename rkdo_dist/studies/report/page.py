@@ -320,6 +320,9 @@ def _pictures(report: _Report, progress: Progress) -> list[Element]:
                 "supervisory rows p above, learned rows q below, by level."
             )
             drawn.append(figure(pictures.field_maps(seen, objective), "png", "Field heat maps", text))
+        else:
+            text = "No field heat maps: test samples have no rows in a field that persists across steps."
+            drawn.append(tag("p", text, class_="note"))
         sections.append(_section(title, name, *drawn))
     return sections
 
