@@ -113,12 +113,14 @@ def run(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _launch(plan: Plan, overrides: Sequence[str], world: int, file: Path) -> None:
-    if plan.launch_config is None:
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    if plan.launch_config is None and world == 1:
+        launcher = []
+    elif plan.launch_config is None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     else:
         where = ["--config_file", str(plan.launch_config), "--num_processes", str(world), "--main_process_port", "0"]
-        launcher = ["accelerate.commands.launch", *where]
-    command = [sys.executable, "-m", *launcher, "-m", "rkdo_dist", "measure", str(plan.config), *overrides]
+        launcher = ["-m", "accelerate.commands.launch", *where]
+    command = [sys.executable, *launcher, "-m", "rkdo_dist", "measure", str(plan.config), *overrides]
     command += ["--steps", str(plan.steps), "--out", str(file)]
     command += ["--ways", ",".join(plan.ways)] if plan.ways else []
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -162,7 +164,7 @@ class Row:
         efficiency: pairs per second and process, as a share of the same way at the smallest size.
         oversubscribed: whether processes shared CPU cores, so that this is no scaling.
         same: "yes" where the losses and batches of all steps are those of the smallest size; otherwise what differs.
-        exact_bytes: whether formula and ledger agree; None if they cannot be compared (DeepSpeed).
+        exact_bytes: whether formula and ledger agree; None if they cannot be compared.
     """
 
     way: str
@@ -249,7 +251,7 @@ def _row(facts: dict[str, Any], point: Point, error: float | None, first: dict[s
         peak=max(facts["peak_bytes"]),
         phases=dict(point.phases),
         sent=sent,
-        exact_bytes=None if shape.strategy.startswith("zero") else cost.bytes_agree(point),
+        exact_bytes=cost.bytes_agree(point),
         same=_sameness(facts, base),
         predicted=model.seconds(point),
         left_out=error,

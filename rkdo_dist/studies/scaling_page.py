@@ -7,6 +7,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from rkdo_dist.files import write_atomic
@@ -19,23 +20,38 @@ Cells = tuple[list[str], list[list[str]]]  # headings, rows
 
 def measured_cells(study: Study) -> Cells:
     """The measured points."""
-    heads = ["way", "processes", "batch", "step", "pairs/s", "efficiency", "peak", *cost.PHASES, "sent", "same losses"]
+    heads = ["way", "procs", "batch", "step ms", "pairs/s", "efficiency", "peak MB", "same losses"]
     rows = []
     for row in study.rows:
         efficiency = "shares cores" if row.oversubscribed else f"{100 * row.efficiency:.0f} %"
-        phases = [f"{1e3 * row.phases.get(name, 0.0):.1f}" for name in cost.PHASES]
         rows.append([
-            row.way, str(row.world), str(row.batch), f"{1e3 * row.seconds:.1f}", f"{row.speed:.0f}", efficiency,
-            f"{row.peak / 1e6:.0f}", *phases, f"{sum(row.sent.values()) / 1e6:.3f}", row.same,
+            row.way, str(row.world), str(row.batch), _ms(row.seconds), f"{row.speed:.0f}", efficiency,
+            f"{row.peak / 1e6:.0f}", row.same,
         ])  # fmt: skip
     return heads, rows
 
 
+def phase_cells(study: Study) -> Cells:
+    """Where the time of the measured points went, and what they sent."""
+    rows = []
+    for row in study.rows:
+        phases = [_ms(row.phases.get(name, 0.0)) for name in cost.PHASES]
+        columns = sum(size for purpose, size in row.sent.items() if purpose.startswith("column"))
+        sizes = [f"{columns / 1e6:.3f}", f"{sum(row.sent.values()) / 1e6:.3f}"]
+        rows.append([row.way, str(row.world), *phases, *sizes])
+    heads = {"forward/backward": "fwd/bwd"}
+    return ["way", "procs", *(heads.get(name, name) for name in cost.PHASES), "columns", "all sent"], rows
+
+
 MEASURED_NOTE = (
-    "step and phases in ms (medians; data includes drawing the views), peak memory of a process and bytes sent by a "
-    "process and step in MB. Every collective counts as exchange, and so does waiting in it for a slower process; "
-    "under fast sums DDP's all-reduce runs inside forward/backward"
+    "medians of steps; phases in ms (data includes drawing the views); what a process sends in a step in MB, for "
+    "columns with their gradients and for everything. Every collective counts as exchange, and so does waiting in it "
+    "for a slower process; under fast sums DDP's all-reduce runs inside forward/backward"
 )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds < 0.1 else f"{1e3 * seconds:.0f}"
 
 
 def notes(study: Study) -> list[str]:
@@ -49,7 +65,9 @@ def notes(study: Study) -> list[str]:
             "not how it scales"
         )
     compared = [row.exact_bytes for row in study.rows if row.exact_bytes is not None]
-    if all(compared):
+    if not compared:
+        found.append("bytes: as far as the ledger sees them; not all of them have a formula or can be counted here")
+    elif all(compared):
         found.append(f"bytes: formula and ledger agree exactly in all {len(compared)} measurements (DDP's by its hook)")
     else:
         found.append("bytes: FORMULA AND LEDGER DIFFER in " + ", ".join(
@@ -81,8 +99,8 @@ def error_cells(rows: Sequence[Row]) -> Cells:
     for row in rows:
         left = "-" if row.left_out is None else f"{100 * row.left_out:+.1f} %"
         fitted = f"{100 * (row.predicted / row.seconds - 1):+.1f} %"
-        found.append([row.way, str(row.world), f"{1e3 * row.seconds:.1f}", f"{1e3 * row.predicted:.1f}", fitted, left])
-    return ["way", "processes", "measured ms", "model ms", "error, fitted", "error, left out"], found
+        found.append([row.way, str(row.world), _ms(row.seconds), _ms(row.predicted), fitted, left])
+    return ["way", "procs", "measured ms", "model ms", "error, fitted", "error, left out"], found
 
 
 def projection_cells(study: Study) -> Cells:
@@ -91,10 +109,10 @@ def projection_cells(study: Study) -> Cells:
     for p in study.projections:
         share = p.phases["exchange"] / p.seconds
         rows.append([
-            f"{p.mode}, {p.way}", str(p.world), f"{p.batch:,}", f"{1e3 * p.seconds:.1f}", f"{p.batch / p.seconds:,.0f}",
+            f"{p.mode}, {p.way}", str(p.world), f"{p.batch:,}", _ms(p.seconds), f"{p.batch / p.seconds:,.0f}",
             f"{100 * p.efficiency:.1f} %", f"{100 * share:.1f} %", f"{p.sent / 1e6:.1f}",
         ])  # fmt: skip
-    return ["scaling, way", "devices", "batch", "step ms", "pairs/s", "efficiency", "in exchange", "MB sent"], rows
+    return ["scaling, way", "devices", "batch", "step ms", "pairs/s", "efficiency", "exchange", "MB sent"], rows
 
 
 def projection_note(study: Study) -> str:
@@ -113,7 +131,8 @@ def projection_note(study: Study) -> str:
 
 def terminal_tables(study: Study) -> list[Table | str]:
     """What `rkdo scale` prints."""
-    shown: list[Table | str] = [_rich("Measured", measured_cells(study)), MEASURED_NOTE]
+    shown: list[Table | str] = [_rich("Measured", measured_cells(study))]
+    shown += [_rich("Where the time of a step goes, and what is sent", phase_cells(study)), MEASURED_NOTE]
     shown += [f"- {note}" for note in notes(study)]
     shown.append(_rich("Cost model", error_cells(study.rows)))
     if study.projections:
@@ -123,7 +142,7 @@ def terminal_tables(study: Study) -> list[Table | str]:
 
 def _rich(title: str, cells: Cells) -> Table:
     heads, rows = cells
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     for number, head in enumerate(heads):
         text = number == 0 or head == "same losses"
         table.add_column(head, justify="left" if text else "right", overflow="fold")
@@ -139,7 +158,7 @@ def _rich(title: str, cells: Cells) -> Table:
 def write_page(study: Study, figures: dict[str, Path], path: Path) -> None:
     """Write the page; it needs no other file."""
     parts = [f"<h1>Scaling study, {study.mode}</h1>", _list(notes(study)), "<h2>Measured</h2>"]
-    parts += [_table(measured_cells(study)), f"<p>{html.escape(MEASURED_NOTE)}.</p>"]
+    parts += [_table(measured_cells(study)), _table(phase_cells(study)), f"<p>{html.escape(MEASURED_NOTE)}.</p>"]
     for title, file in figures.items():
         if "Projection" not in title and "model" not in title:
             parts.append(_figure(title, file))

@@ -29,6 +29,7 @@ from rkdo_dist.train import build, memory, runtime, wire
 from rkdo_dist.train.agreement import agree, code_digest, same_request
 from rkdo_dist.train.journal import progress_bar
 from rkdo_dist.train.runtime import Runtime
+from rkdo_dist.train.supervisor import rows_bytes
 
 _PACKAGES = ("torchvision", "accelerate", "deepspeed", "webdataset", "numpy")
 
@@ -187,6 +188,8 @@ def _wire_table(shape: wire.StepShape) -> Table:
     )
     if shape.strategy.startswith("zero"):
         table.caption = "DeepSpeed's own part by the formula of its paper; it cannot be counted here"
+    elif shape.persistent:
+        table.caption = "rows of the persistent field travel too; how many depends on the samples that meet"
     return table
 
 
@@ -199,7 +202,11 @@ def _memory(config: Config, rt: Runtime, index: ShardIndex, encoder: Encoder, sh
 
     # Parameters under ZeRO-3 are sharded later: the encoder here is whole.
     lane = memory.lane_bytes(forward, encoder, shape.micro_batch, size, rt.device)
-    return memory.step_memory(shape, config.train.optimizer, lane, 3 * size * size)
+    f, rows = config.field, 0
+    if shape.persistent:
+        width = shape.dimension if f.columns == "bank" else None
+        rows = rows_bytes(index.split(config.data.split).samples, f.stored, width, rt.world)
+    return memory.step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows)
 
 
 def _memory_table(need: dict[str, int], rt: Runtime, per_host: int) -> Table:

@@ -193,10 +193,13 @@ def _noted(bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.T
 
 
 def _combined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over steps, and the ledger of one step; all steps must have sent the same."""
-    books = [(dict(r["book"].payload), dict(r["book"].calls)) for r in records]
-    assert all(book == books[0] for book in books), "steps have sent different amounts"
-    payload, calls = books[0]
+    """Medians over steps, and the ledger of a step (steps send alike, except for rows of a persistent field)."""
+    books = [r["book"] for r in records]
+    entries = sorted({entry for book in books for entry in book.calls})
+    wire = []
+    for entry in entries:
+        payload, calls = (statistics.fmean(getattr(b, kind)[entry] for b in books) for kind in ("payload", "calls"))
+        wire.append([*entry, round(payload), round(calls)])
     seconds = statistics.median(r["seconds"] for r in records)
     phases = {name: statistics.median(r["phases"][name] for r in records) for name in records[0]["phases"]}
     return {
@@ -204,7 +207,7 @@ def _combined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_of_steps": [r["seconds"] for r in records],
         "phases": {**phases, "other": max(0.0, seconds - sum(phases.values()))},
-        "wire": [[p, o, size, calls[p, o]] for (p, o), size in sorted(payload.items())],
+        "wire": wire,
     }
 
 

@@ -57,13 +57,14 @@ def lane_bytes(
     return round(found[0] + each * (2 * micro_batch - few))
 
 
-def step_memory(shape: StepShape, optimizer: str, lane: int, image_bytes: int) -> dict[str, int]:
+def step_memory(shape: StepShape, optimizer: str, lane: int, image_bytes: int, rows: int = 0) -> dict[str, int]:
     """Bytes on a rank at the peak of a step, by what they are for; the library's own are not among them.
 
     Args:
         optimizer: `train.optimizer`.
         lane: what a lane's activations take (`lane_bytes`).
         image_bytes: one decoded image, uint8.
+        rows: this rank's rows of a persistent field.
     """
     local = shape.lanes // shape.world
     stage = int(shape.strategy.removeprefix("zero-")) if shape.strategy.startswith("zero-") else 0
@@ -84,6 +85,7 @@ def step_memory(shape: StepShape, optimizer: str, lane: int, image_bytes: int) -
         "embeddings and their gradients": 4 * shape.rows * width,
         "columns and their gradients": blocks * shape.column_views * width,
         "images": 2 * shape.rows * image_bytes,
+        **({"rows of the persistent field": rows} if rows else {}),
     }
 
 

@@ -59,6 +59,7 @@ class StepShape:
         walks: of a ring before the one home.
         forwards: per lane, F.
         loss_scaling: whether gradients are checked by a loss scaler.
+        persistent: whether rows of a persistent field travel too, which has no formula here.
     """
 
     world: int
@@ -77,6 +78,7 @@ class StepShape:
     exchange: str
     recompute: bool
     loss_scaling: bool = False
+    persistent: bool = False
 
     @property
     def batch(self) -> int:
@@ -136,6 +138,7 @@ def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: in
         exchange=config.field.exchange,
         recompute=config.train.recompute,
         loss_scaling=launch["precision"] == "fp16",
+        persistent=config.field.recursion == "persistent",
     )
 
 
