@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from rkdo_dist import config as configuration
+from rkdo_dist.rundir import RunDirectory
 from tests.jobs import command, fingerprint, metrics
 from tests.launching import LAUNCH, ROOT, Script, environment, steps, wait_until
 
@@ -197,6 +198,9 @@ def test_slurm_saves_and_queues_again_when_pre_empted(small: list[str], tmp_path
     assert fingerprint(run, 40) == fingerprint(straight, 40)
     assert metrics(run) == metrics(straight)
 
-    with Script([*words, "field.temperature=-1"], tmp_path / "third", variables) as third:
-        assert third.wait() != 0  # a mistake is not repeated
+    RunDirectory(run).write_status("failed", 40)
+    (tools / "srun").write_text("#!/usr/bin/env bash\nexit 1\n")
+    with Script(words, tmp_path / "third", variables) as third:
+        assert third.wait() == 1  # a failure is not repeated
+    assert "failed at step 40" in third.text
     assert calls.read_text().count("requeue") == 1
