@@ -189,7 +189,7 @@ def test_slurm_saves_and_queues_again_when_pre_empted(small: list[str], tmp_path
     assert "preempted at step" in first.text
     assert 3 <= steps(run) < 40
 
-    with Script(words, tmp_path / "second", variables) as second:
+    with Script(words, tmp_path / "second", {**variables, "SLURM_NNODES": "1"}) as second:  # fewer nodes this time
         assert second.wait() == 0, second.text
     assert "complete at step 40" in second.text
     assert calls.read_text().count("requeue") == 1

@@ -22,7 +22,8 @@ TIMEOUT = 15  # run.timeout
 
 def test_gloo_listens_on_the_way_to_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
     loopback = next(n for n, entries in psutil.net_if_addrs().items() if any(e.address == "127.0.0.1" for e in entries))
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is put back as it was, whatever happens to it here
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("WORLD_SIZE", "4")
