@@ -317,7 +317,7 @@ def _pictures(report: _Report, progress: Progress) -> list[Element]:
             objective = build.make_objective(run.config, 1.0)
             text = (
                 f"The field of {len(seen.u)} test pairs ordered by class, rows against columns, logarithmic colours: "
-                "supervisory rows p above, learned rows q below, by level."
+                "supervisory rows p, then learned rows q, by level."
             )
             drawn.append(figure(pictures.field_maps(seen, objective), "png", "Field heat maps", text))
         else:
