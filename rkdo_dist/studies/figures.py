@@ -20,6 +20,11 @@ def pyplot() -> Any:
     return plt
 
 
+def seeds(count: int) -> str:
+    """ "1 seed", "5 seeds"."""
+    return f"{count} seed" if count == 1 else f"{count} seeds"
+
+
 def save(figure: Any, folder: Path, name: str) -> list[Path]:
     """Save as PNG and SVG (the same bytes for the same figure) and close."""
     folder.mkdir(parents=True, exist_ok=True)

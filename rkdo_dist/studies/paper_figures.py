@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist.studies import published
-from rkdo_dist.studies.figures import COLOURS, DATASET_COLOURS, pyplot, save
+from rkdo_dist.studies.figures import COLOURS, DATASET_COLOURS, pyplot, save, seeds
 from rkdo_dist.studies.paper import NAMES, OBJECTIVES, Cell, Results
 from rkdo_dist.studies.records import mean_sd
 
@@ -40,10 +40,8 @@ def _panels(plt: Any, results: Results, title: str, ylabel: str) -> tuple[Any, l
     )
     figure.suptitle(f"{title}\n{results.request.said}; mean ± sd over seeds", fontsize=11)
     for dataset, panel in zip(datasets, axes[0], strict=True):
-        seeds = len({seed for d, _, seed in results.records if d == dataset})
-        panel.set_title(
-            f"{published.TITLES[dataset]} ({seeds} seeds)" if seeds else f"{published.TITLES[dataset]} (not run)"
-        )
+        count = len({seed for d, _, seed in results.records if d == dataset})
+        panel.set_title(f"{published.TITLES[dataset]} ({seeds(count) if count else 'not run'})")
     axes[0][0].set_ylabel(ylabel)
     return figure, list(axes[0])
 
@@ -60,11 +58,14 @@ def _marker(panel: Any, x: float, number: published.Number | None, label: str | 
         panel.errorbar(x, number[0], number[1], label=label, **_PAPER)
 
 
-def _legend(panel: Any, **options: Any) -> None:
+def _legend(panel: Any, above: float = 0.0) -> None:
+    """A legend in the upper right corner, after room for it `above` what is drawn (a share of the height)."""
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high + above * (high - low))
     handles, labels = panel.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     if once:
-        panel.legend(once.values(), once.keys(), fontsize=8, framealpha=0.9, **options)
+        panel.legend(once.values(), once.keys(), fontsize=8, framealpha=0.9, loc="upper right", ncols=2 if above else 1)
 
 
 def _improvement(plt: Any, results: Results) -> Any:
@@ -79,8 +80,8 @@ def _improvement(plt: Any, results: Results) -> Any:
             if cell.published is not None:
                 panel.plot(x, cell.published.percent, "D", color="#555555", markersize=6, label="published", zorder=5)
         _at_uniform(panel, results, dataset)
-        panel.set(xticks=range(len(epochs)), xticklabels=[str(e) for e in epochs], xlabel="epochs", ylim=(0, 40))
-        _legend(panel, loc="lower right")
+        panel.set(xticks=range(len(epochs)), xticklabels=[str(e) for e in epochs], xlabel="epochs", ylim=(0, 36))
+        _legend(panel, above=0.15)
     return figure
 
 
@@ -112,9 +113,9 @@ def _improvement_by_epoch(plt: Any, results: Results) -> Any:
         for count in published.EPOCHS:
             percent = published.TABLE_1[dataset, count].percent
             panel.plot(count, percent, "D", color="#555555", markersize=6, label="published", zorder=5)
-        panel.set(xlabel="epoch (0: before training)", ylim=(0, 40))
+        panel.set(xlabel="epoch (0: before training)", ylim=(0, 36))
         panel.xaxis.get_major_locator().set_params(integer=True)
-        _legend(panel, loc="lower right")
+        _legend(panel, above=0.15)
     return figure
 
 
@@ -139,7 +140,7 @@ def _early_against_late(plt: Any, results: Results) -> Any:
             _bar(panel, x, getattr(cell, objective), COLOURS[objective], None)
             _marker(panel, x, rows[objective], "published")
         panel.set(xticks=(0, 1), xticklabels=("RKDO, 2 epochs", "I-Con, 5 epochs"), xlim=(-0.6, 1.6), ylim=(0, None))
-        _legend(panel, loc="lower right")
+        _legend(panel, above=0.12)
     return figure
 
 
@@ -154,7 +155,7 @@ def _early_learning(plt: Any, results: Results) -> Any:
                 row = published.TABLE_2[dataset, epochs]
                 _marker(panel, x + offset, getattr(row, objective), "published")
         panel.set(xticks=(0, 1), xticklabels=("1 epoch", "2 epochs"), xlim=(-0.6, 1.6), ylim=(0, None))
-        _legend(panel, loc="lower right")
+        _legend(panel, above=0.15)
     return figure
 
 
@@ -184,6 +185,6 @@ def _losses(plt: Any, results: Results) -> Any:
                 label=f"{NAMES[objective]} before training",
             )
         panel.set(xlabel="epochs")
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_xticks(results.request.epochs)
         _legend(panel)
     return figure

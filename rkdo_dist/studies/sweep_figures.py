@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkdo_dist.studies.figures import pyplot, save
+from rkdo_dist.studies.figures import pyplot, save, seeds
 from rkdo_dist.studies.records import mean_sd
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def figures(asked: Sweep, rows: list[Row], folder: Path, title: str) -> list[Pat
     paths = []
     for first, second in itertools.combinations(range(len(asked.axes)), 2):
         name = f"{asked.axes[first].key}-{asked.axes[second].key}"
-        paths += save(_maps(asked, rows, names, (first, second)), folder, name)[:1]
+        paths += save(_maps(asked, rows, names, (first, second), title), folder, name)[:1]
     return paths
 
 
@@ -55,7 +55,7 @@ def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
         panel.plot(x_values, means, "-o" if numeric else "o", color="#1f5fa8", markersize=5)
         low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
         panel.fill_between(x_values, low, high, color="#1f5fa8", alpha=0.18, linewidth=0)
-        panel.set(xlabel=axis.key, ylabel=_TITLES.get(name, name), title=f"mean ± sd over {len(asked.seeds)} seeds")
+        panel.set(xlabel=axis.key, ylabel=_TITLES.get(name, name), title=f"mean ± sd over {seeds(len(asked.seeds))}")
         if numeric and min(positions) > 0 and max(positions) > _LOG * min(positions):
             panel.set_xscale("log")
         panel.set_xticks(positions, axis.texts)
@@ -70,14 +70,14 @@ def _positions(axis: Axis) -> tuple[list[float], bool]:
     return [float(number) for number in range(len(axis.values))], False
 
 
-def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int]) -> Any:
+def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int], title: str) -> Any:
     """A heat map per name: the first key downwards, the second across; other keys are averaged over."""
     down, across = (asked.axes[number] for number in pair)
     others = [axis.key for number, axis in enumerate(asked.axes) if number not in pair]
     height, width = 1.9 + 0.62 * len(down.values), 2.6 + 1.05 * len(across.values)
     plt, figure, panels = _panels(names, max(3.2, height), max(4.6, width))
     averaged = f"; averaged over {', '.join(others)}" if others else ""
-    figure.suptitle(f"{down.key} and {across.key}: mean ± sd over {len(asked.seeds)} seeds{averaged}", fontsize=11)
+    figure.suptitle(f"{title}\nmean ± sd over {seeds(len(asked.seeds))}{averaged}", fontsize=11)
     for name, panel in zip(names, panels, strict=True):
         cells = [
             [_values(rows, pair, (i, j), name) for j in range(len(across.values))] for i in range(len(down.values))
@@ -97,12 +97,12 @@ def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int]
 
 def _values(rows: list[Row], pair: tuple[int, int], place: tuple[int, int], name: str) -> list[float]:
     """A value per seed: its mean over the combinations that meet in this cell."""
-    seeds: dict[int, list[float]] = {}
+    found: dict[int, list[float]] = {}
     for row in rows:
         if (row.combination[pair[0]], row.combination[pair[1]]) == place:
             for seed, value in row.values(name).items():
-                seeds.setdefault(seed, []).append(value)
-    return [statistics.fmean(values) for values in seeds.values()]
+                found.setdefault(seed, []).append(value)
+    return [statistics.fmean(values) for values in found.values()]
 
 
 def _write_in(plt: Any, panel: Any, image: Any, place: tuple[int, int], values: list[float]) -> None:
