@@ -41,8 +41,10 @@ def on_two_ranks() -> dict[str, Any]:
     """All that two ranks are asked for, in one go: importing DeepSpeed takes longer than the steps."""
     tasks = [Task(s, recompute=how == "recomputed", wrong=how == "wrong") for s, how in FIRST_STEP]
     poisoned = [Task(s, optimizer="adam", steps=3, poison=(1,)) for s in ZERO]
-    answers = run_ranks(_on_two_ranks, 2, tasks + poisoned, timeout=300)
-    found = {"poisoned": [answer[0][len(tasks) :] for answer in answers], "handed on": answers[0][1]}
+    three = [Task(s, optimizer="adam", steps=3) for s in ALL]
+    answers = run_ranks(_on_two_ranks, 2, tasks + poisoned + three, timeout=300)
+    found = {"poisoned": [answer[0][len(tasks) : -len(three)] for answer in answers], "handed on": answers[0][1]}
+    found |= {(s, "three"): got for s, got in zip(ALL, answers[0][0][-len(three) :], strict=True)}
     return found | dict(zip(FIRST_STEP, answers[0][0], strict=False))
 
 
@@ -76,6 +78,13 @@ def test_an_average_taken_twice_would_be_seen(strategy: str) -> None:
     assert not agree(wrong, single())
     halved = {n: 2 * g for n, g in gradients(wrong).items()}
     assert all(np.allclose(halved[n], g, rtol=1e-4, atol=1e-7) for n, g in gradients(single()).items())
+
+
+@pytest.mark.parametrize("strategy", ALL)
+def test_the_first_three_losses_are_those_of_one_process(strategy: str) -> None:
+    right = train(0, 1, Task("exact", optimizer="adam", steps=3))["losses"]
+    assert len(right) == 3
+    assert np.abs(np.array(on_two_ranks()[strategy, "three"]["losses"]) - right).max() < 1e-4
 
 
 @cache
