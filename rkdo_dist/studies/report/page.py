@@ -60,7 +60,8 @@ def write_report(directories: Sequence[Path], out: Path, progress: Progress = la
         _settings(report),
         _environment(report),
     ]
-    title = " against ".join(group.label for group in groups)
+    labels = [group.label for group in groups]
+    title = " against ".join(labels) if len(labels) < 3 else f"{', '.join(labels[:-1])} and {labels[-1]}"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -119,7 +120,7 @@ def _alone(report: _Report) -> list[str]:
     if number is None:
         return []
     epoch = words.mean_epoch(group, number)
-    share = "" if epoch.attained is None else f", {epoch.attained:.1%} of the way"
+    share = "" if epoch.attained is None else f", {epoch.attained:z.1%} of the way"
     return [
         f"In epoch {number + 1} its mean loss is {epoch.loss:.4f}, between {epoch.at_uniform:.4f} for an encoder that "
         f"knows nothing and {epoch.at_ideal:.4f} for ideal embeddings{share}."
@@ -179,7 +180,7 @@ def _apart(report: _Report) -> Element | None:
         ("loss", lambda e, n: f"{e.loss:.4f}"),
         ("at uniform (knows nothing)", lambda e, n: f"{e.at_uniform:.4f}"),
         ("at the ideal simplex", lambda e, n: f"{e.at_ideal:.4f}"),
-        ("share of the way attained", lambda e, n: "-" if e.attained is None else f"{e.attained:.1%}"),
+        ("share of the way attained", lambda e, n: "-" if e.attained is None else f"{e.attained:z.1%}"),
         ("cross-entropy, summed over levels", lambda e, n: _part(e.parts.get("cross_entropy"))),
         ("entropy of p, summed over levels", lambda e, n: _part(e.parts.get("entropy_p"))),
         *(

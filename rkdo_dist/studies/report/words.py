@@ -151,7 +151,7 @@ def loss_gap(first: Group, second: Group) -> list[str]:
     if a.attained is not None and b.attained is not None:
         said.append(
             f"Measured on its own scale, from there to its value for ideal embeddings, {low.label} has come "
-            f"{a.attained:.1%} of the way and {high.label} {b.attained:.1%}."
+            f"{a.attained:z.1%} of the way and {high.label} {b.attained:z.1%}."
         )
     return said
 
