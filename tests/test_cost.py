@@ -63,9 +63,8 @@ def test_wrong_formulas_do_not(strong: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("world", "ways", "changes"),
     [
-        (2, WAYS, ["train.global_batch=64"]),  # weak: as many lanes on a rank as one had alone
-        (4, WAYS, ["train.global_batch=128"]),
-        (2, WAYS, ["field.pairing=joint", "encoder.views=apart"]),
+        (4, WAYS, ["train.global_batch=128"]),  # weak: as many lanes on a rank as one had alone
+        (2, WAYS, ["train.global_batch=64", "field.pairing=joint", "encoder.views=apart"]),
         (2, "gather", ["field.symmetric=true", "encoder.batch_norm=sync", "train.recompute=true"]),
         (2, "ring", ["field.objective=icon", "field.temperature=0.02", "encoder.batch_norm=sync"]),
     ],
