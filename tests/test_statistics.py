@@ -87,9 +87,14 @@ def test_equal_values_are_no_difference() -> None:
 def test_a_constant_difference_is_not_the_noise_of_rounding() -> None:
     found = paired([0.1 + x for x in A], A)  # differences of 0.1 that differ in their last bits
     assert found.sd_difference == 0
-    assert found.t_p == 0
     assert found.effect == math.inf
     assert found.wilcoxon_p == pytest.approx(2 / 32)
+
+
+def test_the_same_difference_in_few_seeds_is_no_certainty() -> None:
+    found = paired([0.31, 0.32], [0.30, 0.31])  # Student's p would be 0
+    assert found.t_p == found.wilcoxon_p == 0.5
+    assert verdict(found) == NO_EVIDENCE
 
 
 def test_one_pair_is_no_evidence() -> None:

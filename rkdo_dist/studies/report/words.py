@@ -79,17 +79,8 @@ def comparisons(groups: Sequence[Group]) -> list[Comparison]:
             numbers = [[x for x in side if x is not None and math.isfinite(x)] for side in sides]
             if all(len(side) == len(seeds) for side in numbers):
                 found.append(Comparison(first, second, name, step, paired(*numbers), math.nan))
-    adjusted = holm([_p_value(one.result) for one in found])
+    adjusted = holm([one.result.t_p for one in found])
     return [replace(one, p=p) for one, p in zip(found, adjusted, strict=True)]
-
-
-def _p_value(result: Paired) -> float:
-    """Of the t-test; of Wilcoxon's where all differences are the same.
-
-    Accuracies are multiples of 1/n, so a few seeds often differ by exactly the same amount. Student's test takes that
-    for certainty (p = 0), and it is none.
-    """
-    return result.wilcoxon_p if result.sd_difference == 0 else result.t_p
 
 
 def _of_seed(group: Group, seed: int) -> Run:
