@@ -8,12 +8,17 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from rkdo_dist import config as configuration
 from rkdo_dist.config import ConfigError
+from rkdo_dist.data.index import load_index
 from rkdo_dist.data.prepare import prepare
+from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.studies import field_figure
 from tests.jobs import command, metrics, on_ranks, rank_command
 from tests.ranks import Ranks
 
@@ -130,6 +135,27 @@ def test_snapshots_show_the_same_rows_at_every_checkpoint(small: list[str]) -> N
         assert listed == sorted(listed, reverse=True)
         assert sum(listed) + row["rest"] <= 1 + 1e-5
         assert 0 <= row["positive"] <= 1
+
+
+def test_the_figure_shows_the_images_that_the_rows_name(small: list[str], digits: Path) -> None:
+    assert command([*small, *FIELD])[0] == 0
+    run = run_of(small)
+    shown = field_figure.evolution(run)
+    assert shown.steps == [2, 4, 6]
+    assert len(shown.curves["row_positive"][0]) == 6
+    listed = {sample for rows in shown.rows for row in rows for sample, _ in field_figure.neighbours(row)}
+    assert listed <= set(shown.pictures)
+    blocks = [block for _, block in evaluation_stream(load_index(digits), "train", 64)]
+    images, labels = (torch.cat([getattr(b, name) for b in blocks]) for name in ("images", "labels"))
+    for sample, picture in shown.pictures.items():
+        assert picture.label == int(labels[sample])
+        assert np.array_equal(picture.image, images[sample].permute(1, 2, 0).numpy())
+    code, text = command(["field", str(run), "--out", f"{run}-figure"])
+    assert code == 0, text
+    assert Path(f"{run}-figure/field.png").stat().st_size > 10_000
+    code, text = command(["field", str(run.parent)])
+    assert code == 2
+    assert "is not a run directory" in " ".join(text.split())
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rkdo_dist.cli import data, judging, reading, reporting, scaling, status, training
+from rkdo_dist.cli import data, field, judging, reading, reporting, scaling, status, training
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
-_FILES = (data, training, status, scaling, judging, reading, reporting)  # in the order of --help
+_FILES = (data, training, status, scaling, judging, reading, reporting, field)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
