@@ -6,7 +6,7 @@
 `step` trains ResNet-18 on CIFAR-10's shapes (random images, 50,000 samples) with in-batch recursion, InfoNCE, and the
 persistent field with batch columns and with the bank; the rows have been filled before, so that all K entries are in
 use. Ratios are medians over rounds of neighbouring steps. `size` runs the field alone on synthetic embeddings and
-prints the peak of the resident memory of all ranks together.
+prints the peak of the resident memory of all ranks together, libraries counted for each.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.nn import functional
 
-from rkdo_dist.data.stream import MicroBatch
-from rkdo_dist.encoders import Encoder
 from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows
-from rkdo_dist.train import runtime
 from rkdo_dist.train.field import exact_field
-from rkdo_dist.train.step import Step, StepSettings
 from rkdo_dist.train.supervisor import PersistentField
 
 LANE, D = 64, 64
@@ -51,8 +47,8 @@ def filled(store: RowStore, d: int) -> None:
     own, k = store.rows.columns.shape
     n = store.shards.samples
     first = torch.arange(store.first, store.stop)
-    for start in range(0, own, 1 << 16):
-        stop = min(own, start + (1 << 16))
+    for start in range(0, own, 1 << 12):
+        stop = min(own, start + (1 << 12))
         jumps = torch.randint(1, n // k, (stop - start, k), generator=generator).cumsum(1)
         jumps[:, 0] = 0
         store.rows.columns[start:stop] = ((first[start:stop, None] + jumps) % n).int()
@@ -67,6 +63,11 @@ def filled(store: RowStore, d: int) -> None:
 
 def steps(arguments: argparse.Namespace) -> None:
     """Step times side by side."""
+    from rkdo_dist.data.stream import MicroBatch  # here, so that `size` measures the field and not what these load
+    from rkdo_dist.encoders import Encoder
+    from rkdo_dist.train import runtime
+    from rkdo_dist.train.step import Step, StepSettings
+
     batch, samples, k = arguments.batch, 50_000, arguments.stored
     if arguments.small:
         batch, samples, k = 2 * LANE, 4096, 64
@@ -145,6 +146,7 @@ def lanes_of(rows: int, d: int, seed: int) -> list[tuple[Tensor, Tensor]]:
 def size(rank: int, world: int, arguments: argparse.Namespace, folder: str) -> None:
     """A field of many samples over `world` ranks; rank zero prints the sum of all peaks."""
     torch.set_num_threads(1)
+    before = _resident()
     meeting = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     batch, n = arguments.batch, arguments.samples
@@ -161,16 +163,32 @@ def size(rank: int, world: int, arguments: argparse.Namespace, folder: str) -> N
         store.finish()
         times.append(time.perf_counter() - began)
     totals = _sums(store.rows)
-    peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, dtype=torch.float64)
+    peak = torch.tensor([_resident(), before, _proportional()], dtype=torch.float64)
     dist.all_reduce(peak)
+    most, libraries, proportional = peak.tolist()
     if rank == 0:
-        need = n * (8 * arguments.stored + 4 + (257 if arguments.columns == "bank" else 0)) / 2**30
+        need = n * (8 * arguments.stored + 4 + (257 if arguments.columns == "bank" else 0)) / 1e9
         print(
-            f"n = {n:,}, K = {arguments.stored}, columns {arguments.columns}, {world} ranks: rows {need:.2f} GiB, "
-            f"peak of all ranks together {float(peak):.2f} GiB ({float(peak) * 1.073741824:.2f} GB), "
+            f"n = {n:,}, K = {arguments.stored}, columns {arguments.columns}, {world} ranks: rows {need:.2f} GB, "
+            f"peak of all ranks together {most:.2f} GB ({libraries:.2f} of it Python, torch and libraries; "
+            f"{proportional:.2f} GB at the end with shared pages counted once), "
             f"{statistics.median(times[1:]):.2f} s a step of {batch}; rows sum to 1 within {totals:.1e}"
         )
     dist.destroy_process_group()
+
+
+def _resident() -> float:
+    """The largest resident memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _proportional() -> float:
+    """Memory of this process now, in GB, with its share of pages that it shares with others; Linux only."""
+    try:
+        with open("/proc/self/smaps_rollup") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e9
+    except OSError:
+        return float("nan")
 
 
 def _sums(rows: Rows) -> float:
