@@ -31,7 +31,7 @@ from rkdo_dist.field.persistent import Rows
 from rkdo_dist.train.field import exact_field
 from rkdo_dist.train.supervisor import PersistentField
 
-LANE, D = 64, 64
+LANE, D = 64, 64  # pairs in a micro-batch, width of the embeddings
 
 
 def schedule(samples: int, batch: int) -> Callable[[int], Tensor]:
@@ -81,14 +81,14 @@ def steps(arguments: argparse.Namespace) -> None:
     settings = StepSettings(seed=0, reduction="exact", recompute=False, views_together=True, exchange="gather")
     kinds = {"infonce": (None, Objective.infonce()), "rkdo, in the batch": (None, Objective.rkdo())}
     for columns in ("batch", "bank"):
-        store = RowStore(samples, k, 64 if columns == "bank" else None)
-        filled(store, 64)
+        store = RowStore(samples, k, D if columns == "bank" else None)
+        filled(store, D)
         memory = PersistentField(store, columns, 0.1, plan, device)
         kinds[f"persistent, {columns}"] = (memory, Objective.persistent(0.3))  # type: ignore[assignment]
     made = {}
     for name, (memory, objective) in kinds.items():
         torch.manual_seed(0)
-        encoder = Encoder("resnet18", "released", 64, "cifar")
+        encoder = Encoder("resnet18", "released", D, arguments.stem)
         optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
         made[name] = Step(encoder, view, rt, settings, optimizer, memory), objective
     times: dict[str, list[float]] = {name: [] for name in made}
@@ -103,7 +103,8 @@ def steps(arguments: argparse.Namespace) -> None:
             step(lanes, objective, 0, number)
             if number:  # the first round warms up
                 times[name].append(time.perf_counter() - began)
-    print(f"ResNet-18, {batch} pairs of 32 x 32, n = {samples}, K = {k}, d = 64, {arguments.threads} threads")
+    what = f"ResNet-18 ({arguments.stem} stem), {batch} pairs of 32 x 32, n = {samples}, K = {k}, d = {D}"
+    print(f"{what}, {arguments.threads} threads")
     base = times["rkdo, in the batch"]
     for name, found in times.items():
         ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))
@@ -115,10 +116,10 @@ def alone(
     arguments: argparse.Namespace, batch: int, samples: int, k: int, plan: Callable[[int], Tensor], step: float
 ) -> None:
     """The field without an encoder: what the ratios above should amount to, measured with less noise."""
-    lanes = lanes_of(batch, 64, 0)
+    lanes = lanes_of(batch, D, 0)
     for columns in ("batch", "bank"):
-        store = RowStore(samples, k, 64 if columns == "bank" else None)
-        filled(store, 64)
+        store = RowStore(samples, k, D if columns == "bank" else None)
+        filled(store, D)
         memory = PersistentField(store, columns, 0.1, plan, torch.device("cpu"))
         times: dict[str, list[float]] = {"with": [], "without": []}
         for number in range(arguments.rounds + 1):
@@ -150,13 +151,13 @@ def size(rank: int, world: int, arguments: argparse.Namespace, folder: str) -> N
     meeting = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     batch, n = arguments.batch, arguments.samples
-    store = RowStore(n, arguments.stored, 64 if arguments.columns == "bank" else None)
-    filled(store, 64)
+    store = RowStore(n, arguments.stored, D if arguments.columns == "bank" else None)
+    filled(store, D)
     plan = schedule(n, batch)
     memory = PersistentField(store, arguments.columns, 0.1, plan, torch.device("cpu"))
     b, times = batch // world, []
     for step in range(arguments.rounds + 1):
-        lanes = lanes_of(b, 64, step * world + rank)
+        lanes = lanes_of(b, D, step * world + rank)
         began = time.perf_counter()
         memory.begin(step, plan(step)[rank * b : (rank + 1) * b])
         exact_field(lanes, Objective.persistent(0.3), rank * len(lanes), 0, memory)
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet", help="cifar: 12 times the work")
     parser.add_argument("--small", action="store_true", help="a smoke test")
     parser.add_argument("--samples", type=int, default=1_280_000)
     parser.add_argument("--columns", choices=("batch", "bank"), default="batch")
