@@ -85,7 +85,7 @@ def test_noise_is_no_evidence_and_a_real_difference_is(tmp_path: Path) -> None:
 
 
 def test_equal_differences_of_a_few_seeds_are_no_certainty(tmp_path: Path) -> None:
-    """Accuracies are multiples of 1/n: the same difference twice has no spread, and Student's p is 0."""
+    """Accuracies are multiples of 1/n: the same difference twice has no spread, which is no certainty."""
     paths = [
         fake_run(tmp_path / f"{objective}-{seed}", objective, seed, [2.0], {4: scores_of(0.1 * seed + extra)})
         for objective, extra in (("rkdo", 2 / 141), ("icon", 0.0))
@@ -93,7 +93,6 @@ def test_equal_differences_of_a_few_seeds_are_no_certainty(tmp_path: Path) -> No
     ]
     one = groups_of(*paths)
     (accuracy, _) = words.comparisons(one)
-    assert accuracy.result.t_p == 0
     assert not accuracy.evident
     assert "There is no evidence of a difference in any of them" in " ".join(words.evidence(*one, [accuracy]))
 
