@@ -153,6 +153,9 @@ def test_the_figure_shows_the_images_that_the_rows_name(small: list[str], digits
     code, text = command(["field", str(run), "--out", f"{run}-figure"])
     assert code == 0, text
     assert Path(f"{run}-figure/field.png").stat().st_size > 10_000
+    code, text = command(["report", str(run), "--out", f"{run}.html"])
+    assert code == 0, text
+    assert "Rows of the persistent field, seed 42" in Path(f"{run}.html").read_text()
     code, text = command(["field", str(run.parent)])
     assert code == 2
     assert "is not a run directory" in " ".join(text.split())

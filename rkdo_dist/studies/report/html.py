@@ -59,3 +59,8 @@ def image(data: bytes, kind: str, alt: str, width: int | None = None, class_: st
 def figure(data: bytes, kind: str, alt: str, caption: str) -> Element:
     """An image with words under it."""
     return tag("figure", tag("div", image(data, kind, alt), class_="wide"), tag("figcaption", caption))
+
+
+def section(title: str, name: str, *children: Element | None) -> Element:
+    """A section of the page, with a heading and an id."""
+    return tag("section", tag("h2", title), *children, id=name)

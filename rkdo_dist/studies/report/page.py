@@ -13,13 +13,12 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.files import write_atomic
 from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES
 from rkdo_dist.studies.flops import step_flops
-from rkdo_dist.studies.report import charts, pictures, words
-from rkdo_dist.studies.report.html import Element, figure, image, joined, table, tag
+from rkdo_dist.studies.report import charts, gallery, words
+from rkdo_dist.studies.report.html import Element, figure, section, table, tag
 from rkdo_dist.studies.report.runs import Group, grouped, read
 from rkdo_dist.studies.report.style import STYLE
 from rkdo_dist.train import build
 
-_PICTURED = 4  # groups with pictures, at most
 _VERSIONS = ("torch", "torchvision", "numpy")
 _TARGET = "linear_accuracy"  # of the resource curves
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -56,7 +55,7 @@ def write_report(directories: Sequence[Path], out: Path, progress: Progress = la
         _tests(report),
         _curves(report),
         _resources(report),
-        *_pictures(report, progress),
+        *gallery.sections(report.groups, progress),
         _settings(report),
         _environment(report),
     ]
@@ -86,10 +85,6 @@ def _scope(report: _Report, count: int) -> str:
     return f"{runs} on {Path(first.data.shards).name or 'unnamed data'}, {first.encoder.backbone}, {named}."
 
 
-def _section(title: str, name: str, *children: Element | None) -> Element:
-    return tag("section", tag("h2", title), *children, id=name)
-
-
 def _paragraphs(sentences: Sequence[str], class_: str | None = None) -> Element:
     return tag("p", " ".join(sentences), class_=class_)
 
@@ -109,9 +104,7 @@ def _summary(report: _Report) -> Element:
     if unfinished:
         listed = ", ".join(str(run.path) for run in unfinished)
         remarks.append(f"Without a step or an evaluation so far: {listed}.")
-    return _section(
-        "What the loss gap consists of", "summary", *parts, *(tag("p", r, class_="remark") for r in remarks)
-    )
+    return section("What the loss gap consists of", "summary", *parts, *(tag("p", r, class_="remark") for r in remarks))
 
 
 def _alone(report: _Report) -> list[str]:
@@ -140,7 +133,7 @@ def _scores(report: _Report) -> Element:
         "Mean and standard deviation over seeds of the last evaluation that all runs of a configuration have. The own "
         "objective is a different function for every objective: its values do not compare."
     )
-    return _section(
+    return section(
         "Scores", "scores", table(["", *(g.label for g in report.groups)], rows), tag("p", note, class_="note")
     )
 
@@ -192,7 +185,7 @@ def _apart(report: _Report) -> Element | None:
     rows = [[title, *(cell(epoch, number) for _, epoch, number in found)] for title, cell in lines]
     note = "Means over the last epoch's steps, on training batches. The loss is cross-entropy minus entropy of p."
     header = ["", *(group.label for group, _, _ in found)]
-    return _section("Each loss taken apart", "apart", table(header, rows), tag("p", note, class_="note"))
+    return section("Each loss taken apart", "apart", table(header, rows), tag("p", note, class_="note"))
 
 
 def _part(value: float | None) -> str:
@@ -229,7 +222,7 @@ def _tests(report: _Report) -> Element | None:
         f"Paired by seed at the last common evaluation. Holm's correction over the {len(rows)} rows; the interval is a "
         "bootstrap over seeds. With few seeds these tests have little power: no evidence is not evidence of equality."
     )
-    return _section("Paired comparisons", "tests", table(header, rows, "text"), tag("p", note, class_="note"))
+    return section("Paired comparisons", "tests", table(header, rows, "text"), tag("p", note, class_="note"))
 
 
 def _curves(report: _Report) -> Element | None:
@@ -241,7 +234,7 @@ def _curves(report: _Report) -> Element | None:
     if scores is not None:
         text = f"Evaluations: the same functions for every objective, on the test split. {band}"
         drawn.append(figure(scores, "svg+xml", "Curves of scores", text))
-    return _section("Curves", "curves", *drawn)
+    return section("Curves", "curves", *drawn)
 
 
 def _resources(report: _Report) -> Element | None:
@@ -263,7 +256,7 @@ def _resources(report: _Report) -> Element | None:
         for level in levels
     ]
     header = [f"{title} of at least", *(group.label for group in report.groups)]
-    return _section(
+    return section(
         "Resources",
         "resources",
         figure(chart, "svg+xml", "Accuracy against steps, operations and seconds", text),
@@ -292,58 +285,6 @@ def _step_cost(group: Group) -> float | None:
     return None if size is None else step_flops(group.config, size).step
 
 
-def _pictures(report: _Report, progress: Progress) -> list[Element]:
-    sections = []
-    for group in report.groups[:_PICTURED]:
-        run = group.runs[0]
-        progress(f"pictures of {group.label}")
-        title, name = f"Pictures: {group.label}", f"pictures-{group.number}"
-        try:
-            seen = pictures.look(run)
-        except (ValueError, OSError) as error:
-            text = f"No pictures: they need the newest checkpoint and the shards. {error}"
-            sections.append(_section(title, name, tag("p", text, class_="remark")))
-            continue
-        about = f"Seed {run.seed}, checkpoint of step {seen.step}, the first {len(seen.images)} test images."
-        drawn = [
-            figure(
-                pictures.embedding_map(seen),
-                "svg+xml",
-                "Embedding map",
-                f"{about} For the eye: distances in t-SNE mean little.",
-            ),
-            _sheet(pictures.neighbour_sheet(seen)),
-        ]
-        if run.config.field.recursion == "in_batch":
-            objective = build.make_objective(run.config, 1.0)
-            text = (
-                f"The field of {len(seen.u)} test pairs ordered by class, rows against columns, logarithmic colours: "
-                "supervisory rows p, then learned rows q, by level."
-            )
-            drawn.append(figure(pictures.field_maps(seen, objective), "png", "Field heat maps", text))
-        else:
-            text = "No field heat maps: test samples have no rows in a field that persists across steps."
-            drawn.append(tag("p", text, class_="note"))
-        sections.append(_section(title, name, *drawn))
-    return sections
-
-
-def _sheet(sheet: list[list[pictures.Neighbour]]) -> Element:
-    rows = []
-    for row in sheet:
-        cells = []
-        for n, one in enumerate(row):
-            kind = "query" if n == 0 else "right" if one.right else "wrong"
-            words_ = [one.name] if n == 0 else [one.name, f"{one.cosine:.2f}"]
-            picture = image(one.png, "png", one.name, width=56, class_="pixels")
-            label = tag("span", joined(words_, " "))
-            cells.append(tag("td", picture, label, class_=kind))
-        rows.append(tag("tr", *cells))
-    text = "Left: test images. Right: their nearest test images by cosine similarity; a wrong class is marked."
-    box = tag("div", tag("table", tag("tbody", *rows), class_="sheet"), class_="wide")
-    return tag("figure", box, tag("figcaption", text))
-
-
 def _settings(report: _Report) -> Element:
     flat = [configuration.flatten(group.config) for group in report.groups]
     differing = [k for k in flat[0] if k not in ("run.seed", "run.dir") and len({str(one[k]) for one in flat}) > 1]
@@ -354,7 +295,7 @@ def _settings(report: _Report) -> Element:
         parts.append(table(["setting", *(group.label for group in report.groups)], rows, "text"))
     common = table(["setting", "all runs"], [[key, str(flat[0][key])] for key in same], "text")
     parts.append(tag("details", tag("summary", f"{len(same)} settings that are the same for all"), common))
-    return _section("Settings", "settings", *parts)
+    return section("Settings", "settings", *parts)
 
 
 def _environment(report: _Report) -> Element:
@@ -388,4 +329,4 @@ def _environment(report: _Report) -> Element:
         "versions",
         "platform",
     ]
-    return _section("Runs and environment", "environment", table(header, rows, "text"))
+    return section("Runs and environment", "environment", table(header, rows, "text"))
