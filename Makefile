@@ -4,10 +4,12 @@
 #   TORCH_INDEX=URL             another index for torch and torchvision, e.g. the CPU builds at
 #                               https://download.pytorch.org/whl/cpu
 #   VENV=.venv                  where the environment lives
+#   TESTERS=2                   processes of the fast tests, each with a pool of ranks of its own
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+TESTERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,7 +38,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 fast: $(READY)  ## tests without whole jobs
-	$(BIN)/python -m pytest -m 'not slow' -q
+	$(BIN)/python -m pytest -m 'not slow' -q -n $(TESTERS) --dist loadfile
 
 slow: $(READY)  ## whole jobs: real launches, kills and restarts
 	$(BIN)/python -m pytest -m slow -q

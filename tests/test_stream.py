@@ -316,10 +316,12 @@ def test_workers_end_with_the_stream_and_a_killed_one_is_reported(index: ShardIn
 
 
 SCRIPT = """
+import signal
 import sys
 from rkdo_dist.data.index import load_index
 from rkdo_dist.data.stream import lane_stream
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started the tests behind
     plan = {"seed": 0, "all_lanes": 2, "micro_batch": 5}
     stream = lane_stream(load_index(sys.argv[1]), "train", **plan, workers=2, epochs=10**6)
     try:
