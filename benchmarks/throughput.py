@@ -112,6 +112,7 @@ def synthetic(settings: Config, index: ShardIndex, rt: runtime.Runtime) -> Itera
     encoder = build.make_encoder(settings).to(rt.device)
     optimizer = build.make_optimizer(settings, encoder)
     loss_of, views = RKDOLoss(), torch.randn(2 * size, 3, height, width, device=rt.device)
+    views = views.contiguous(memory_format=torch.channels_last)  # as `train.step` does: a ceiling must have it too
     while True:
         with rt.autocast():
             u, v = encoder(views).chunk(2)

@@ -39,6 +39,11 @@ def test_every_shipped_config_loads(path: Path) -> None:
     c.check_world(config, 1)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_config_loads(path: Path) -> None:
+    c.check_world(c.load(path), 1)
+
+
 def test_the_names_that_scripts_rely_on_are_shipped() -> None:
     names = {str(p.relative_to(ROOT / "configs")) for p in CONFIGS}
     data = ("cifar10", "cifar100", "stl10")

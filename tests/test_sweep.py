@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rkdo_dist import config as configuration
 from rkdo_dist.config import ConfigError
@@ -67,6 +70,43 @@ def test_a_combination_changes_the_configuration_and_a_mistake_names_it(tmp_path
     wrong = asked(tmp_path, DEPTH, sweep.axis("field.coupling=0.5,1.5"))
     with pytest.raises(ConfigError, match=r"field.depth=1, field.coupling=1.5: field.coupling must lie in"):
         [wrong.config(combination, 1) for combination in wrong.combinations()]
+
+
+def test_variants_are_one_axis_of_several_settings_each(tmp_path: Path) -> None:
+    arms = sweep.variants(
+        ["InfoNCE: field.objective=infonce", "bank 0.1: field.recursion=persistent  field.columns=bank field.coupling=0.1"]
+    )
+    assert arms.texts == ["InfoNCE", "bank 0.1"]
+    wanted = asked(tmp_path, arms)
+    one, other = (wanted.config(combination, 1) for combination in wanted.combinations())
+    assert (one.field.objective, other.field.objective, other.field.coupling) == ("infonce", "rkdo", 0.1)
+    assert (one.field.recursion, other.field.recursion, other.field.columns) == ("in_batch", "persistent", "bank")
+    rows = sweep.results(wanted, runs_of(wanted, lambda c, seed: 0.3 + 0.1 * c[0] + 0.01 * seed))
+    sheet = sweep.table(wanted, rows)
+    assert [row[0] for row in sheet.rows] == arms.texts
+    assert "bank 0.1: field.recursion=persistent field.columns=bank field.coupling=0.1." in sheet.caption
+    assert [path.name for path in figures(wanted, rows, tmp_path / "figures", "Sweep")] == ["variant.png"]
+
+
+@pytest.mark.parametrize(
+    "text", ["infonce", "infonce:", ": field.depth=1", "a: field.depth", "a: 'field.depth=1", "a: run.seed=3"]
+)
+def test_variants_that_cannot_be_meant(text: str) -> None:
+    with pytest.raises(ConfigError, match="--variant"):
+        sweep.variants([text])
+    with pytest.raises(ConfigError, match="twice"):
+        sweep.variants(["a: field.depth=1", "a: field.depth=2"])
+
+
+def test_a_table_and_figures_for_every_metric(tmp_path: Path) -> None:
+    wanted = dataclasses.replace(asked(tmp_path, DEPTH), more_metrics=("linear_accuracy", "yardsticks.infonce"))
+    rows = sweep.results(wanted, runs_of(wanted, lambda c, seed: 0.3 + 0.01 * seed))
+    sweep.write(wanted, rows, Console(file=io.StringIO()))
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*") if "runs" not in path.parts}
+    assert {"table.md", "table-linear_accuracy.csv", "figures-yardsticks.infonce/field.depth.png"} <= names
+    wrong = dataclasses.replace(wanted, more_metrics=("accuracy",))
+    with pytest.raises(ConfigError, match="accuracy: no evaluation has it"):
+        sweep.write(wrong, rows, Console(file=io.StringIO()))
 
 
 def runs_of(wanted: sweep.Sweep, nmi: Any, missing: tuple[Any, ...] = ()) -> list[Planned]:
@@ -155,6 +195,9 @@ def test_a_sweep_runs_what_is_missing_only(small: list[str], tmp_path: Path, mon
         (["--vary", "field.depth=1", "--vary", "field.depth=2"], "twice"),
         (["--vary", "field.depth=1,2", "--seeds", "1,1"], "--seeds"),
         (["--vary", "field.depth=1,2", "--processes", "0"], "--processes"),
+        ([], "say what to vary"),
+        (["--variant", "a: field.depht=1"], "variant=a"),
+        (["--vary", "field.depth=1,2", "--metric", ""], "--metric"),
     ],
 )
 def test_mistakes_end_before_anything_runs(small: list[str], tmp_path: Path, arguments: list[str], word: str) -> None:

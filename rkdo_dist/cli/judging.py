@@ -26,11 +26,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sweep = commands.add_parser("sweep", help="train over a grid of settings: one table, a figure per pair of keys")
     sweep.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/digits-rkdo.yaml")
     sweep.add_argument(
-        "--vary", action="append", required=True, metavar="KEY=V1,V2", help="values of a setting; once per key"
+        "--vary", action="append", default=[], metavar="KEY=V1,V2", help="values of a setting; once per key"
+    )
+    sweep.add_argument(
+        "--variant", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="settings by a name; repeat it"
     )
     sweep.add_argument("--seeds", type=_numbers, default=None, metavar="N,...", help="default: the one of CONFIG")
     sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs")
-    sweep.add_argument("--metric", default="linear_accuracy", metavar="NAME", help="a score of the evaluations")
+    sweep.add_argument(
+        "--metric", type=_names, default=("linear_accuracy",), metavar="A,B", help="scores of the evaluations"
+    )
     sweep.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR")
     sweep.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time")
     sweep.set_defaults(run=_sweep)
@@ -58,9 +63,15 @@ def _reproduce(options: argparse.Namespace, words: list[str]) -> int:
 def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     from rkdo_dist import config as configuration
     from rkdo_dist.studies import sheets
-    from rkdo_dist.studies.sweep import Sweep, axis, sweep
+    from rkdo_dist.studies.sweep import Sweep, axis, sweep, variants
+
+    if not options.vary and not options.variant:
+        raise ValueError("say what to vary: --vary KEY=V1,V2, or --variant 'NAME: KEY=VALUE ...' at least twice")
+    if not options.metric:
+        raise ValueError("--metric needs the name of a score, such as linear_accuracy")
 
     base = configuration.load(options.config, options.set)
     seeds = (base.run.seed,) if options.seeds is None else options.seeds
-    asked = Sweep(base, tuple(axis(text) for text in options.vary), seeds, options.out, options.metric)
+    axes = [axis(text) for text in options.vary] + ([variants(options.variant)] if options.variant else [])
+    asked = Sweep(base, tuple(axes), seeds, options.out, options.metric[0], options.metric[1:])
     return sweep(asked, options.processes, sheets.console())

@@ -11,8 +11,9 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,31 @@ from rkdo_dist.train import build
 
 _DECIDED = {"run.dir": "--out", "run.resume": "", "run.seed": "--seeds"}
 _NAME = 120  # characters of a directory's name
+VARIANT = "variant"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and the values that it takes."""
+    """A setting and the values that it takes; or named variants, each with several settings.
+
+    Attributes:
+        key: "section.key", or "variant".
+        values: of the setting, or the variants' names.
+        settings: of each variant, as "section.key=value"; empty for a single setting.
+    """
 
     key: str
     values: tuple[Any, ...]
+    settings: tuple[tuple[str, ...], ...] = ()
 
     @property
     def texts(self) -> list[str]:
         """The values as a person would write them."""
         return [value if isinstance(value, str) else json.dumps(value) for value in self.values]
+
+    def changes(self, position: int) -> tuple[str, ...]:
+        """What the value at a position sets, as "section.key=value"."""
+        return self.settings[position] if self.settings else (f"{self.key}={json.dumps(self.values[position])}",)
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class Sweep:
 
     Attributes:
         metric: the name of a score in the evaluations; "yardsticks.infonce" for one inside another.
+        more_metrics: others, each with a table and figures of its own.
     """
 
     base: Config
@@ -58,6 +72,7 @@ class Sweep:
     seeds: tuple[int, ...]
     out: Path
     metric: str
+    more_metrics: tuple[str, ...] = ()
 
     def combinations(self) -> Iterator[tuple[int, ...]]:
         """Positions in every axis, the last one fastest."""
@@ -82,7 +97,7 @@ class Sweep:
         Raises:
             ConfigError: naming the combination.
         """
-        changes = [f"{a.key}={json.dumps(a.values[i])}" for a, i in zip(self.axes, combination, strict=True)]
+        changes = [change for a, i in zip(self.axes, combination, strict=True) for change in a.changes(i)]
         fixed = [f"run.dir={json.dumps(str(self.directory(combination, seed)))}", f"run.seed={seed}", "run.resume=auto"]
         try:
             return configuration.change(self.base, [*changes, *fixed, "train.keep_checkpoints=1"])
@@ -108,6 +123,31 @@ def axis(text: str) -> Axis:
     if len(set(found.texts)) < len(found.texts):
         raise ConfigError(f"--vary {text}: a value is given twice")
     return found
+
+
+def variants(texts: Sequence[str]) -> Axis:
+    """An axis of named variants, each from "NAME: section.key=value section.key=value ...".
+
+    Raises:
+        ConfigError: for anything else, a name given twice, or a setting that the sweep decides itself.
+    """
+    names, settings = [], []
+    for text in texts:
+        name, colon, words = text.partition(":")
+        try:
+            changes = shlex.split(words)
+        except ValueError:  # a quotation without its end
+            changes = []
+        if not colon or not name.strip() or not changes or not all("=" in change for change in changes):
+            raise ConfigError(f"--variant {text!r} is not of the form 'NAME: section.key=value section.key=value'")
+        decided = next((key for key in _DECIDED if any(change.startswith(key + "=") for change in changes)), None)
+        if decided:
+            raise ConfigError(f"--variant {text!r}: the sweep decides {decided} itself")
+        names.append(name.strip())
+        settings.append(tuple(changes))
+    if len(set(names)) < len(names):
+        raise ConfigError("--variant: a name is given twice")
+    return Axis(VARIANT, tuple(names), tuple(settings))
 
 
 def sweep(asked: Sweep, processes: int, console: Console) -> int:
@@ -196,7 +236,8 @@ def table(asked: Sweep, rows: list[Row]) -> Sheet:
         f"Sweep of {', '.join(a.key for a in asked.axes)} (protocol {', '.join(protocols) or '-'})",
         columns,
         "Losses of different settings are different functions: compare the attained share and the score. Paired t-test "
-        "by seed, Holm-adjusted over the rows.",
+        "by seed, Holm-adjusted over the rows."
+        + "".join(f" {name}: {' '.join(a.changes(i))}." for a in asked.axes if a.settings for i, name in enumerate(a.texts)),
     )
     for row, test, p in zip(rows, tests, adjusted, strict=True):
         settings = {a.key: a.texts[i] for a, i in zip(asked.axes, row.combination, strict=True)}
@@ -228,13 +269,18 @@ def write(asked: Sweep, rows: list[Row], console: Console) -> None:
     from rkdo_dist.studies.sweep_figures import figures
 
     known = sorted({name for row in rows for record in row.records.values() for name in _names(record.last)})
-    if known and asked.metric not in (*known, "loss", "attained"):
-        raise ConfigError(f"--metric {asked.metric}: no evaluation has it; choose from {', '.join(known)}")
-    sheet = table(asked, rows)
-    sheet.save(asked.out)
-    sheets.show(console, [sheet])
-    paths = figures(asked, rows, asked.out / "figures", sheet.title)
-    console.print(f"table: {asked.out / 'table.csv'}   figures: {', '.join(p.name for p in paths)}", highlight=False)
+    for metric in (asked.metric, *asked.more_metrics):
+        if known and metric not in (*known, "loss", "attained"):
+            raise ConfigError(f"--metric {metric}: no evaluation has it; choose from {', '.join(known)}")
+    for metric in (asked.metric, *asked.more_metrics):
+        this = replace(asked, metric=metric)
+        name, folder = ("table", "figures") if metric == asked.metric else (f"table-{metric}", f"figures-{metric}")
+        sheet = replace(table(this, rows), name=name)
+        sheet.save(asked.out)
+        sheets.show(console, [sheet])
+        paths = figures(this, rows, asked.out / folder, sheet.title)
+        drawn = ", ".join(path.name for path in paths)
+        console.print(f"table: {asked.out / name}.csv   {folder}: {drawn}", highlight=False)
 
 
 def _names(scores: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
