@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.resnet import BasicBlock
 
 HEADS = ("released", "paper")
 STEMS = ("imagenet", "cifar")
+_CIFAR_RESNET = re.compile(r"cifar_resnet(\d+)(?:x(\d+))?")
 # A class count that no layer width equals, so that it marks the classifier wherever a backbone keeps it.
 _MARK = 1009
 
@@ -23,11 +26,12 @@ class Encoder(nn.Module):
     global generator by torchvision's and torch's own rules; nothing is downloaded.
 
     Args:
-        backbone: any of torchvision's image classification models by name, such as "resnet18".
+        backbone: any of torchvision's image classification models by name, such as "resnet18"; or one of the small
+            ResNets for 32x32 images, "cifar_resnet8", 20, 32, ... (see `CifarResNet`).
         head: "released" or "paper".
         embedding_dim: d, the embeddings' width (64 in the paper).
         stem: "imagenet" for torchvision's first layers; "cifar" for a 3x3 convolution of stride 1 without
-            max-pooling, as is usual for 32x32 images. ResNets only.
+            max-pooling, as is usual for 32x32 images. torchvision's ResNets only; the small ones always have it.
 
     Attributes:
         feature_dim: f, the width of the backbone's features.
@@ -87,6 +91,10 @@ def classification_backbones() -> list[str]:
 
 def _backbone(name: str, stem: str) -> tuple[nn.Module, int]:
     """The named model with an identity in place of its classifier, and the width of its features."""
+    small = _CIFAR_RESNET.fullmatch(name)
+    if small:
+        network = CifarResNet(int(small[1]), int(small[2] or 1))
+        return network, network.width
     names = classification_backbones()
     if name not in names:
         if name in models.list_models():
@@ -105,6 +113,45 @@ def _backbone(name: str, stem: str) -> tuple[nn.Module, int]:
     elif stem != "imagenet":
         raise ValueError(f"unknown stem {stem!r}; use one of {', '.join(STEMS)}")
     return model, _remove_classifier(model, name)
+
+
+class CifarResNet(nn.Sequential):
+    """The ResNets for 32x32 images of He et al. (2016), section 4.2: 3x3 stem, three stages of n basic blocks, mean.
+
+    "cifar_resnet20" is depth 6 n + 2 = 20, with 16, 32 and 64 channels; "cifar_resnet8x4" has four times as many.
+    torchvision's ResNets begin with an eighth of the resolution and have 40 times the weights. Shortcuts that change
+    the shape are 1x1 convolutions (the paper's option B), weights are drawn as torchvision draws its ResNets'.
+
+    Args:
+        depth: 8, 14, 20, ...
+        widen: what the numbers of channels are multiplied by.
+
+    Attributes:
+        width: of the features, 64 times `widen`.
+    """
+
+    def __init__(self, depth: int, widen: int = 1) -> None:
+        blocks, rest = divmod(depth - 2, 6)
+        if blocks < 1 or rest or widen < 1:
+            raise ValueError(f"cifar_resnet{depth}: the depth must be 8, 14, 20, ... (6 n + 2), its factor at least 1")
+        channels = 16 * widen
+        stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        layers: list[nn.Module] = [stem, nn.BatchNorm2d(channels), nn.ReLU()]
+        for stage in range(3):
+            for block in range(blocks):
+                layers.append(_basic_block(channels, 16 * widen * 2**stage, 2 if stage and not block else 1))
+                channels = 16 * widen * 2**stage
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.width = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _basic_block(channels: int, out: int, stride: int) -> BasicBlock:
+    same = stride == 1 and channels == out
+    shortcut = None if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+    return BasicBlock(channels, out, stride, shortcut)
 
 
 def _remove_classifier(model: nn.Module, name: str) -> int:

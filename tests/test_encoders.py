@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from rkdo_dist.encoders import Encoder, classification_backbones
+from rkdo_dist.encoders import CifarResNet, Encoder, classification_backbones
 
 # The last of each family by name, but for RegNets, which cannot be built on the meta device, a small one.
 FAMILIES = {re.match(r"[a-z]+(_v\d)?", n)[0]: n for n in classification_backbones()}
@@ -57,6 +57,31 @@ def test_cifar_stem_keeps_the_resolution() -> None:
     assert sizes == [(1, 64, 32, 32)]
     scale = encoder.backbone.conv1.weight.std() * (64 * 9 / 2) ** 0.5  # fan-out initialisation
     assert 0.9 < scale < 1.1
+
+
+def test_small_resnets_are_those_of_he_et_al() -> None:
+    """Depth and weights of section 4.2: 0.27 million in ResNet-20, 0.85 in 56; 16, 32, 64 channels."""
+    for depth, millions in ((20, 0.27), (56, 0.85)):
+        network = CifarResNet(depth)
+        weighted = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        assert len(weighted) + 1 == depth  # and the classifier
+        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    encoder = Encoder("cifar_resnet8x4")
+    assert encoder.feature_dim == 256
+    blocks = [m for m in encoder.backbone if isinstance(m, models.resnet.BasicBlock)]
+    x, sizes = torch.randn(2, 3, 32, 32), []
+    for layer in encoder.backbone:
+        x = layer(x)
+        if layer in blocks:
+            sizes.append(tuple(x.shape[1:]))
+    assert sizes == [(64, 32, 32), (128, 16, 16), (256, 8, 8)]
+    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet9", "cifar_resnet2", "cifar_resnet8x0"])
+def test_a_depth_that_no_small_resnet_has(name: str) -> None:
+    with pytest.raises(ValueError, match=r"8, 14, 20"):
+        Encoder(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -143,6 +144,33 @@ def test_local_runs_on_two_ranks_and_prints_nothing_but_the_run(small: list[str]
     assert lines.pop() == f"done: {run}"
     assert lines
     assert all(line.startswith("rkdo: step ") for line in lines), lines
+
+
+def test_the_recursion_study_asks_for_settings_that_exist(tmp_path: Path) -> None:
+    """The script with a stand-in for rkdo that writes down its words; what they ask for is then checked for real."""
+    from rkdo_dist.cli.judging import add
+    from rkdo_dist.studies.sweep import Sweep, variants
+
+    (tmp_path / "rkdo").write_text(f'#!/bin/sh\nfor word in "$@"; do echo "$word"; done > {tmp_path}/words\n')
+    (tmp_path / "rkdo").chmod(0o755)
+    config = ROOT / "configs" / "study" / "cifar10-small.yaml"
+    words = [LAUNCH / "recursion-study.sh", config, tmp_path / "out", "--seeds", "1,2"]
+    subprocess.run(words, check=True, env=environment(tmp_path, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}"))
+    parser = argparse.ArgumentParser()
+    add(parser.add_subparsers())
+    options = parser.parse_args((tmp_path / "words").read_text().splitlines())
+    axis = variants(options.variant)
+    study = Sweep(configuration.load(config), (axis,), options.seeds, options.out, options.metric[0])
+    fields = [study.config(combination, seed).field for combination in study.combinations() for seed in study.seeds]
+    assert fields[0].objective == "infonce"  # what all others are tested against
+    assert {(f.objective, f.recursion, f.columns) for f in fields} == {
+        ("infonce", "in_batch", "batch"),
+        ("icon", "in_batch", "batch"),
+        ("rkdo", "in_batch", "batch"),
+        ("rkdo", "persistent", "batch"),
+        ("rkdo", "persistent", "bank"),
+    }
+    assert len(set(fields)) == len(axis.values)
 
 
 SRUN = """#!/usr/bin/env bash

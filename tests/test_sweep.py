@@ -73,9 +73,8 @@ def test_a_combination_changes_the_configuration_and_a_mistake_names_it(tmp_path
 
 
 def test_variants_are_one_axis_of_several_settings_each(tmp_path: Path) -> None:
-    arms = sweep.variants(
-        ["InfoNCE: field.objective=infonce", "bank 0.1: field.recursion=persistent  field.columns=bank field.coupling=0.1"]
-    )
+    bank = "bank 0.1: field.recursion=persistent  field.columns=bank field.coupling=0.1"
+    arms = sweep.variants(["InfoNCE: field.objective=infonce", bank])
     assert arms.texts == ["InfoNCE", "bank 0.1"]
     wanted = asked(tmp_path, arms)
     one, other = (wanted.config(combination, 1) for combination in wanted.combinations())

@@ -237,7 +237,7 @@ def table(asked: Sweep, rows: list[Row]) -> Sheet:
         columns,
         "Losses of different settings are different functions: compare the attained share and the score. Paired t-test "
         "by seed, Holm-adjusted over the rows."
-        + "".join(f" {name}: {' '.join(a.changes(i))}." for a in asked.axes if a.settings for i, name in enumerate(a.texts)),
+        + "".join(f" {line}." for line in _legend(asked.axes)),
     )
     for row, test, p in zip(rows, tests, adjusted, strict=True):
         settings = {a.key: a.texts[i] for a, i in zip(asked.axes, row.combination, strict=True)}
@@ -249,6 +249,13 @@ def table(asked: Sweep, rows: list[Row]) -> Sheet:
             {**settings, **_for_programs(asked, row), "t_p": math.nan if test is None else test.t_p, "holm_p": p}
         )
     return sheet
+
+
+def _legend(axes: Sequence[Axis]) -> Iterator[str]:
+    """What the named variants are."""
+    for one in axes:
+        if one.settings:
+            yield from (f"{name}: {' '.join(one.changes(i))}" for i, name in enumerate(one.texts))
 
 
 def _for_programs(asked: Sweep, row: Row) -> dict[str, Any]:

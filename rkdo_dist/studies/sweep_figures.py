@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ATTAINED = "attained"
 _TITLES = {ATTAINED: "attained share of the loss's way"}
+_LONG = 8  # characters of a name that needs room
 _LOG = 20  # a positive axis that spans more than this is logarithmic
 
 
@@ -54,11 +55,15 @@ def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
         sds = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
         panel.plot(x_values, means, "-o" if numeric else "o", color="#1f5fa8", markersize=5)
         low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
-        panel.fill_between(x_values, low, high, color="#1f5fa8", alpha=0.18, linewidth=0)
+        if numeric:
+            panel.fill_between(x_values, low, high, color="#1f5fa8", alpha=0.18, linewidth=0)
+        else:  # names have no order: no band from one to the next
+            panel.errorbar(x_values, means, sds, fmt="none", ecolor="#1f5fa8", capsize=4)
         panel.set(xlabel=axis.key, ylabel=_TITLES.get(name, name), title=f"mean ± sd over {seeds(len(asked.seeds))}")
         if numeric and min(positions) > 0 and max(positions) > _LOG * min(positions):
             panel.set_xscale("log")
-        panel.set_xticks(positions, axis.texts)
+        slanted = {} if numeric or max(map(len, axis.texts)) < _LONG else {"rotation": 30, "ha": "right"}
+        panel.set_xticks(positions, axis.texts, **slanted)
         panel.minorticks_off()
     return figure
 
