@@ -35,6 +35,7 @@ test: lint fast slow  ## everything CI runs
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 
 fast: $(READY)  ## tests without whole jobs

@@ -246,7 +246,7 @@ def _walks(rank: int, world: int) -> tuple[list[tuple[int, float]], int, list[fl
 
     def visit(block: Tensor, first: int, gradient: Tensor) -> None:
         assert (gradient == 0).all()
-        gradient += 10.0 ** rank * (1 + first)
+        gradient += 10.0**rank * (1 + first)
 
     return seen, len(places), ring.walk_home(own, visit).flatten().tolist()
 

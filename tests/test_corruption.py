@@ -58,10 +58,7 @@ def flat(stream: Iterator[Batch]) -> list[Any]:
         (
             b.epoch,
             b.step,
-            [
-                (m.keys, m.ids.tolist(), m.images.numpy().tobytes(), m.labels.tolist(), m.skipped)
-                for m in b.lanes
-            ],
+            [(m.keys, m.ids.tolist(), m.images.numpy().tobytes(), m.labels.tolist(), m.skipped) for m in b.lanes],
         )
         for b in stream
     ]
@@ -142,9 +139,7 @@ def test_none_of_500_corruptions_passes_silently(copy: ShardIndex) -> None:
         assert path.name in message, kind
         assert "\n" not in message
         silent += passes_plain_webdataset(path)
-        first = next(
-            (i for i, (a, b) in enumerate(zip(data, originals[0], strict=False)) if a != b), len(data)
-        )
+        first = next((i for i, (a, b) in enumerate(zip(data, originals[0], strict=False)) if a != b), len(data))
         sample = max((n for n, start in enumerate(starts) if start <= first), default=0)
         assert f"sample {sample}" in message, (kind, message)
         assert f"at offset {starts[sample] if sample else 0}" in message
@@ -304,11 +299,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     def png(width: int, height: int, extra: bytes = b"") -> bytes:
         header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
         return (
-            b"\x89PNG\r\n\x1a\n"
-            + header
-            + extra
-            + chunk(b"IDAT", zlib.compress(bytes(1 << 16)))
-            + chunk(b"IEND", b"")
+            b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(bytes(1 << 16))) + chunk(b"IEND", b"")
         )
 
     text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200 << 20)))

@@ -57,9 +57,7 @@ def test_digits_are_complete_balanced_and_in_several_shards(tmp_path: Path) -> N
     assert np.all(abs(share - 0.2) < 0.01)
 
     def bag(images: list[np.ndarray], labels: list[int]) -> list[tuple[int, bytes]]:
-        return sorted(
-            (label, image.astype(np.uint8).tobytes()) for image, label in zip(images, labels, strict=True)
-        )
+        return sorted((label, image.astype(np.uint8).tobytes()) for image, label in zip(images, labels, strict=True))
 
     raw = load_digits()
     decoded = [decode(image, key) for key, image, _ in train + test]
@@ -305,9 +303,7 @@ def test_wrong_sources_are_explained(tmp_path: Path) -> None:
 class _Fake:
     """Looks like a torchvision data set."""
 
-    def __init__(
-        self, root: str, download: bool, train: bool | None = None, split: str | None = None
-    ) -> None:
+    def __init__(self, root: str, download: bool, train: bool | None = None, split: str | None = None) -> None:
         if not download:
             raise RuntimeError("Dataset not found or corrupted")
         if "offline" in root:
@@ -329,9 +325,7 @@ def test_torchvision_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {name: s.samples for name, s in index.splits.items()} == {"train": 9, "test": 5}
     assert index.image_size == (6, 6)
     expected = _Fake("", True, train=True).data
-    got = {
-        decode(image, key).transpose(1, 2, 0).tobytes() for key, image, _ in contents(tmp_path / "c", "train")
-    }
+    got = {decode(image, key).transpose(1, 2, 0).tobytes() for key, image, _ in contents(tmp_path / "c", "train")}
     assert got == {image.tobytes() for image in expected}
     index = prepare("stl10", tmp_path / "s")
     assert set(index.splits) == {"train", "test", "unlabeled"}

@@ -210,8 +210,7 @@ def test_jobs_share_a_cache_without_collisions(server: Server, folder: Path, tmp
     context = multiprocessing.get_context("forkserver")
     results = context.Queue()
     jobs = [
-        context.Process(target=_job_in, args=(str(tmp_path / "cache"), f"{server.url}/s", results))
-        for _ in range(3)
+        context.Process(target=_job_in, args=(str(tmp_path / "cache"), f"{server.url}/s", results)) for _ in range(3)
     ]
     for job in jobs:
         job.start()
@@ -264,15 +263,11 @@ def test_secrets_appear_nowhere(
     assert not [text for text in texts if "hunter2" in text]
 
 
-def test_redirections_keep_passwords_and_stay_on_the_web(
-    server: Server, folder: Path, tmp_path: Path
-) -> None:
+def test_redirections_keep_passwords_and_stay_on_the_web(server: Server, folder: Path, tmp_path: Path) -> None:
     other = Server(folder)
 
     def rule(handler: Any, number: int) -> bool:
-        there = {"/s/test-00000.tar": f"file://{folder}/s/test-00000.tar"}.get(
-            handler.path, other.url + handler.path
-        )
+        there = {"/s/test-00000.tar": f"file://{folder}/s/test-00000.tar"}.get(handler.path, other.url + handler.path)
         handler.send_response(302)
         handler.send_header("Location", there.replace("127.0.0.1", "localhost") if "http" in there else there)
         handler.end_headers()
@@ -290,9 +285,7 @@ def test_redirections_keep_passwords_and_stay_on_the_web(
     other.http.server_close()
 
 
-@pytest.mark.parametrize(
-    "url", ["pipe:cat /etc/passwd", "file:///etc/passwd", "ftp://host/x", "data:text/plain,x"]
-)
+@pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "file:///etc/passwd", "ftp://host/x", "data:text/plain,x"])
 def test_other_schemes_are_refused(url: str) -> None:
     with pytest.raises(DataError, match="are not read; http, https, s3"):
         load_index(url)
@@ -301,9 +294,7 @@ def test_other_schemes_are_refused(url: str) -> None:
     assert not Path("unused").exists()
 
 
-def test_object_stores_go_through_fsspec(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_object_stores_go_through_fsspec(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.setenv("RKDO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.0)
@@ -319,9 +310,7 @@ def test_object_stores_go_through_fsspec(
     store.rm("/bucket", recursive=True)
 
 
-def test_urls_can_be_indexed_and_are_followed_only_where_allowed(
-    server: Server, tmp_path: Path, folder: Path
-) -> None:
+def test_urls_can_be_indexed_and_are_followed_only_where_allowed(server: Server, tmp_path: Path, folder: Path) -> None:
     host = server.url.removeprefix("http://")
     urls = [f"http://me:hunter2@{host}/s/train-0000{k}.tar?token=hunter2" for k in range(8)]
     with pytest.raises(DataError, match="say where the index"):

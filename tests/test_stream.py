@@ -31,9 +31,7 @@ from tests.ranks import PRELOAD
 
 multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, "rkdo_dist.data.stream"])
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more workers than cores, on purpose
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 PLAN: dict[str, Any] = {"seed": 3, "all_lanes": 4, "micro_batch": 5, "window": 16}
 
 
@@ -106,9 +104,7 @@ def test_any_number_of_workers_gives_the_same_bits(index: ShardIndex, workers: i
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (2, 2)])
-def test_any_number_of_ranks_gives_the_same_global_batches(
-    index: ShardIndex, world: int, workers: int
-) -> None:
+def test_any_number_of_ranks_gives_the_same_global_batches(index: ShardIndex, world: int, workers: int) -> None:
     want = all_of(lane_stream(index, "train", **PLAN))
     parts = [
         all_of(lane_stream(index, "train", **PLAN, lanes=rank_lanes(4, rank, world), workers=workers))
@@ -144,9 +140,7 @@ def test_shards_are_opened_about_once_and_a_seek_reads_nothing_else(
     opened: list[str] = []
     fetched: list[int] = []
     original = samples.open_shard
-    monkeypatch.setattr(
-        samples, "open_shard", lambda index, shard: opened.append(shard.name) or original(index, shard)
-    )
+    monkeypatch.setattr(samples, "open_shard", lambda index, shard: opened.append(shard.name) or original(index, shard))
     image = shards.OpenShard.image
     monkeypatch.setattr(shards.OpenShard, "image", lambda self, k: fetched.append(k) or image(self, k))
     count = len(index.split("train").shards)
@@ -162,9 +156,7 @@ def test_shards_are_opened_about_once_and_a_seek_reads_nothing_else(
         assert len(opened) <= 2 * PLAN["all_lanes"]
 
 
-def test_bytes_are_verified_before_any_sample_is_used(
-    copy: ShardIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_are_verified_before_any_sample_is_used(copy: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[int] = []
     image = shards.OpenShard.image
     monkeypatch.setattr(shards.OpenShard, "image", lambda self, k: fetched.append(k) or image(self, k))
@@ -189,9 +181,7 @@ def test_bytes_are_verified_before_any_sample_is_used(
         (lambda p: (p.unlink(), os.mkfifo(p)), "not an ordinary file"),
     ],
 )
-def test_a_damaged_shard_is_one_clear_error(
-    copy: ShardIndex, workers: int, damage: Any, message: str
-) -> None:
+def test_a_damaged_shard_is_one_clear_error(copy: ShardIndex, workers: int, damage: Any, message: str) -> None:
     path = copy.root / "train-00002.tar"
     damage(path)
     stream = lane_stream(copy, "train", **PLAN, workers=workers)
@@ -227,9 +217,7 @@ def test_a_shard_that_matches_its_index_but_holds_nonsense(
 
 
 def test_samples_without_a_label_have_minus_one(copy: ShardIndex) -> None:
-    odd = reindexed(
-        copy, "train-00000.tar", shard_of([("x/1.PNG", picture(1, kind="PNG")), ("x/1.seg.png", b"?")]), 1
-    )
+    odd = reindexed(copy, "train-00000.tar", shard_of([("x/1.PNG", picture(1, kind="PNG")), ("x/1.seg.png", b"?")]), 1)
     seen = {k: v for b in lane_stream(odd, "train", seed=0, all_lanes=1, micro_batch=1)
             for k, v in zip(b.lanes[0].keys, b.lanes[0].labels.tolist(), strict=True)}  # fmt: skip
     assert seen.pop("x/1") == -1

@@ -113,9 +113,7 @@ def test_every_warning_is_one_line_and_names_its_rank(small: list[str]) -> None:
     assert [line for line in lines if "every rank says" in line] == [
         "rkdo: warning: every rank says this (RuntimeWarning)"
     ]
-    assert [line for line in lines if "log record" in line] == [
-        "rkdo: warning: a log record of every rank (somebody)"
-    ]
+    assert [line for line in lines if "log record" in line] == ["rkdo: warning: a log record of every rank (somebody)"]
     assert [line for line in lines if "only one" in line] == ["rkdo [rank 1]: warning: only one rank says this"]
 
 

@@ -58,17 +58,13 @@ def test_pixels_are_those_of_torchvision(height: int, width: int, size: int) -> 
     views = Views(size, jitter=(0.8, 0.8, 0.8, 0.5), mean=0.3, std=0.7)
     draws = views.draw(np.arange(40), seed=1, epoch=2, view=0, height=height, width=width)
     cropped = reference_crop(images, draws, size)
-    torch.testing.assert_close(
-        resized_crop(images, draws.boxes, draws.flip, size), cropped, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(resized_crop(images, draws.boxes, draws.flip, size), cropped, atol=1e-6, rtol=0)
     jittered = reference_jitter(cropped, draws)
     assert (jittered - cropped).abs().max() > 0.3
     ours = cropped.clone()
     color_jitter(ours, draws)
     torch.testing.assert_close(ours, jittered, atol=1e-5, rtol=0)
-    grey = torch.stack(
-        [F.rgb_to_grayscale(x, 3) if g else x for x, g in zip(jittered, draws.grayscale, strict=True)]
-    )
+    grey = torch.stack([F.rgb_to_grayscale(x, 3) if g else x for x, g in zip(jittered, draws.grayscale, strict=True)])
     expected = F.normalize(grey, [0.3] * 3, [0.7] * 3)
     torch.testing.assert_close(views(images, torch.arange(40), 1, 2, 0), expected, atol=2e-5, rtol=0)
 
@@ -99,9 +95,7 @@ def test_a_view_belongs_to_seed_epoch_sample_and_view_alone() -> None:
 def test_draws_are_pinned_for_ever() -> None:
     # A resumed run must meet the same views: these values may never change.
     ids = np.array([0, 1, 2**40, 10**15])
-    digest = hashlib.sha256(
-        uniforms(ids, seed=42, epoch=7, view=1, count=34).astype("<f8").tobytes()
-    ).hexdigest()
+    digest = hashlib.sha256(uniforms(ids, seed=42, epoch=7, view=1, count=34).astype("<f8").tobytes()).hexdigest()
     assert digest == "6fd9c4b5fc5cc783b005d19ec5a09ce4f4c8d4268d199a5c224b383d278a9220"
 
 
@@ -159,9 +153,9 @@ def test_factors_and_frequencies_are_those_of_torchvision() -> None:
 def test_whole_views_have_the_moments_of_torchvision_s() -> None:
     count, size = 800, 16
     ramp = torch.linspace(0, 255, 24)
-    image = torch.stack(
-        [ramp[:, None].expand(24, 24), ramp[None].expand(24, 24), (ramp[:, None] + ramp[None]) / 2]
-    ).to(torch.uint8)
+    image = torch.stack([ramp[:, None].expand(24, 24), ramp[None].expand(24, 24), (ramp[:, None] + ramp[None]) / 2]).to(
+        torch.uint8
+    )
     theirs = v2.Compose(
         [
             v2.ToDtype(torch.float32, scale=True),

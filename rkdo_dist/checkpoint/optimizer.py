@@ -71,9 +71,7 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer, named_parameters: Nam
     return OptimizerState(tensors, groups, scalars)
 
 
-def tensors_to_optimizer(
-    saved: OptimizerState, optimizer: torch.optim.Optimizer, named_parameters: Named
-) -> None:
+def tensors_to_optimizer(saved: OptimizerState, optimizer: torch.optim.Optimizer, named_parameters: Named) -> None:
     """Give `optimizer` the saved state and hyper-parameters, bit by bit, on its parameters' devices.
 
     Args:

@@ -79,9 +79,7 @@ def scan(descriptor: int, where: str) -> Table:
     head = os.pread(descriptor, 8, 0)
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
-            raise DataError(
-                f"{where} is compressed ({kind}); shards must be plain tar files: decompress it first"
-            )
+            raise DataError(f"{where} is compressed ({kind}); shards must be plain tar files: decompress it first")
     keys: list[str] = []
     places: list[tuple[int, int, int, int, int]] = []
     try:
@@ -143,8 +141,7 @@ def _parts(sample: dict[str, Any], where: str) -> tuple[int, int, int, int, int]
     if len(images) != 1:
         found = ", ".join(sorted(name for name in sample if not name.startswith("__")))
         raise DataError(
-            f"{where}: sample {sample['__key__']!r} needs exactly one image "
-            f"({', '.join(EXTENSIONS)}), it has: {found}"
+            f"{where}: sample {sample['__key__']!r} needs exactly one image ({', '.join(EXTENSIONS)}), it has: {found}"
         )
     offset, size, _ = sample[images[0]]
     if size > MAX_BYTES:

@@ -100,9 +100,7 @@ def _listed(
     if isinstance(source, str | os.PathLike) and not is_url(source):
         base = Path(source)
         if base.is_dir():
-            names = sorted(
-                path.relative_to(base).as_posix() for path in base.rglob("*.tar") if path.name[0] != "."
-            )
+            names = sorted(path.relative_to(base).as_posix() for path in base.rglob("*.tar") if path.name[0] != ".")
             if not names:
                 raise DataError(f"there are no *.tar files in {base}")
             return base, names

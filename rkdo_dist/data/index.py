@@ -118,9 +118,7 @@ class ShardIndex:
 
     def digest(self) -> str:
         """SHA-256 over the content that a run depends on (not over where it lies)."""
-        return hashlib.sha256(
-            json.dumps(to_tree(replace(self, address=None)), sort_keys=True).encode()
-        ).hexdigest()
+        return hashlib.sha256(json.dumps(to_tree(replace(self, address=None)), sort_keys=True).encode()).hexdigest()
 
 
 def to_tree(index: ShardIndex) -> dict[str, Any]:
@@ -184,9 +182,7 @@ def load_index(path: str | os.PathLike[str], *, allow_remote: bool = False) -> S
 
 def _read(given: Path, target: Path) -> bytes:
     if not given.exists():
-        raise DataError(
-            f"there is no shard directory {given}; make one with `rkdo prepare SOURCE --out {given}`"
-        )
+        raise DataError(f"there is no shard directory {given}; make one with `rkdo prepare SOURCE --out {given}`")
     try:
         with open(target, "rb") as file:
             text = file.read(_MAX_INDEX_BYTES + 1)
@@ -206,9 +202,7 @@ def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where} is not valid JSON ({error}); prepare the shards again with --force"
-        ) from None
+        raise DataError(f"{where} is not valid JSON ({error}); prepare the shards again with --force") from None
 
 
 def _checked(tree: Any, where: str, root: Path, address: Address | None) -> ShardIndex:
@@ -231,9 +225,7 @@ def _from_tree(tree: Any, root: Path) -> ShardIndex:
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         raise _Bad('"classes" must be a list of names')
     size = tree.get("image_size")
-    if size is not None and not (
-        isinstance(size, list) and len(size) == 2 and all(_is_count(v) and v for v in size)
-    ):
+    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(_is_count(v) and v for v in size)):
         raise _Bad(f'"image_size" must be null or [height, width], got {size!r}')
     splits = tree.get("splits")
     if not isinstance(splits, dict) or not splits:
@@ -248,11 +240,7 @@ def _from_tree(tree: Any, root: Path) -> ShardIndex:
         if not built[name].samples:
             raise _Bad(f"split {name!r} has no samples")
     names = [shard.name for split in built.values() for shard in split.shards]
-    twice = (
-        next((name for name in names if names.count(name) > 1), None)
-        if len(set(names)) < len(names)
-        else None
-    )
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
         raise _Bad(f"shard {twice!r} is listed twice")
     seed, shard_size = tree.get("seed"), tree.get("shard_size")
@@ -293,8 +281,6 @@ def check_name(name: Any, where: str) -> None:
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         raise _Bad(f"{where}: {name!r} is not a file name")
     if ":" in name:
-        raise _Bad(
-            f"{where}: {name[:64]!r}: no scheme or colon is allowed; shards are files beside their index"
-        )
+        raise _Bad(f"{where}: {name[:64]!r}: no scheme or colon is allowed; shards are files beside their index")
     if name.startswith("/") or ".." in name.split("/"):
         raise _Bad(f"{where}: {name!r} leads out of the directory of the index")

@@ -104,12 +104,8 @@ class EpochPlan:
     samples: int = field(init=False)
     steps: int = field(init=False)
     _bases: np.ndarray = field(init=False, repr=False, compare=False)  # id of each shard's first sample
-    _pieces: np.ndarray = field(
-        init=False, repr=False, compare=False
-    )  # rows: shard, first position inside it
-    _ends: np.ndarray = field(
-        init=False, repr=False, compare=False
-    )  # place in the sequence where each piece ends
+    _pieces: np.ndarray = field(init=False, repr=False, compare=False)  # rows: shard, first position inside it
+    _ends: np.ndarray = field(init=False, repr=False, compare=False)  # place in the sequence where each piece ends
 
     def __post_init__(self) -> None:
         for name in ("lanes", "micro_batch", "window"):
@@ -206,9 +202,7 @@ def rank_lanes(lanes: int, rank: int, world: int) -> range:
         ValueError: if the world size does not divide the lanes, or the rank is not one of its ranks.
     """
     if world < 1 or lanes % world:
-        raise ValueError(
-            f"{world} ranks cannot share {lanes} lanes: the number of ranks must divide the lanes"
-        )
+        raise ValueError(f"{world} ranks cannot share {lanes} lanes: the number of ranks must divide the lanes")
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} ranks")
     return range(rank * lanes // world, (rank + 1) * lanes // world)

@@ -158,11 +158,7 @@ def _journal(out: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
             f"{out} holds an unfinished preparation of something else ({begun['source']}): "
             "choose another directory, or start again with --force"
         )
-    return {
-        name: s
-        for name, s in shards.items()
-        if (out / name).is_file() and sha256_of(out / name) == s["sha256"]
-    }
+    return {name: s for name, s in shards.items() if (out / name).is_file() and sha256_of(out / name) == s["sha256"]}
 
 
 def _build(
@@ -182,9 +178,7 @@ def _build(
             path = out / f"{name}-{len(shards):05d}.tar"
             report(path.name, start)
             stop = min(samples.count, start + limit)
-            entry = done.get(path.name) or _write(
-                samples, order, start, stop, path, partial(report, path.name)
-            )
+            entry = done.get(path.name) or _write(samples, order, start, stop, path, partial(report, path.name))
             finished.append(entry)
             write_atomic(out / JOURNAL_NAME, json.dumps({**wanted, "shards": finished}))
             shards.append(Shard(**{k: entry[k] for k in ("name", "samples", "sha256", "bytes", "checks")}))

@@ -42,19 +42,13 @@ _PIECE = 1 << 20
 
 def is_url(text: str | os.PathLike[str]) -> bool:
     """Whether this names something elsewhere (scheme://...) rather than a file."""
-    return (
-        isinstance(text, str)
-        and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", text) is not None
-        and not Path(text).exists()
-    )
+    return isinstance(text, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", text) is not None and not Path(text).exists()
 
 
 def default_cache() -> Path:
     """$RKDO_CACHE, else `rkdo` in the user's cache directory."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    return (
-        Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkdo"
-    )
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkdo"
 
 
 @dataclass(frozen=True)

@@ -160,9 +160,7 @@ class Cursor:
                 except DataError as error:
                     if not self._may_skip(error):
                         raise
-        raise DataError(
-            f"no shard of split {self._reading.split.name!r} in {self._reading.index.place} can be read"
-        )
+        raise DataError(f"no shard of split {self._reading.split.name!r} in {self._reading.index.place} can be read")
 
 
 @dataclass
@@ -202,7 +200,5 @@ def pack(samples: list[Sample]) -> Packed:
     return Packed(
         [sample.key for sample in samples],
         torch.from_numpy(np.stack([sample.image for sample in samples])),
-        torch.tensor(
-            [[getattr(s, name) for s in samples] for name in ("id", "label", "replaced")], dtype=torch.int64
-        ),
+        torch.tensor([[getattr(s, name) for s in samples] for name in ("id", "label", "replaced")], dtype=torch.int64),
     )

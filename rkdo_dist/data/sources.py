@@ -79,9 +79,7 @@ def open_source(source: str, root: Path | None, downloads: Path) -> Source:
         return Source(source, f"torchvision {source}", lambda: _torchvision(source, root or downloads))
     if source == "imagefolder":
         if root is None:
-            raise DataError(
-                "imagefolder needs --root: the folder (or tar) with train/ and test/ or val/ in it"
-            )
+            raise DataError("imagefolder needs --root: the folder (or tar) with train/ and test/ or val/ in it")
         return _imagefolder(root)
     if os.sep in source or source.endswith(".tar") or Path(source).exists():
         return _imagefolder(Path(source))
@@ -201,9 +199,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise DataError(
-                        f"{path}: member {member.name!r} is not an ordinary file (a link or device)"
-                    )
+                    raise DataError(f"{path}: member {member.name!r} is not an ordinary file (a link or device)")
                 parts = member.name.split("/")
                 if member.name.startswith("/") or ".." in parts:
                     raise DataError(f"{path}: member {member.name!r} has an unsafe name")
@@ -235,15 +231,12 @@ def _sorted_files(root: Path, paths: Iterator[tuple[str, int, int]]) -> list[_Fi
             raise DataError(f"{root}: {name} does not lie in a class folder (<split>/<class>/<image>)")
         if not parts[-1].lower().endswith(tuple(f".{extension}" for extension in EXTENSIONS)):
             raise DataError(
-                f"{root}: {name} is not an image ({', '.join(EXTENSIONS)}); "
-                "remove it, or hide it with a leading dot"
+                f"{root}: {name} is not an image ({', '.join(EXTENSIONS)}); remove it, or hide it with a leading dot"
             )
         files.append(_File(name, parts[0], parts[1], size, offset))
     if not any(f.split == "train" for f in files):
         there = ", ".join(sorted(tops)[:8]) or "nothing"
-        raise DataError(
-            f"{root} needs images in train/<class>/, and in test/<class>/ or val/<class>/; it has: {there}"
-        )
+        raise DataError(f"{root} needs images in train/<class>/, and in test/<class>/ or val/<class>/; it has: {there}")
     if not any(f.split == "test" for f in files):  # evaluation finds its samples under "test"
         files = [replace(f, split="test") if f.split == "val" else f for f in files]
     return files

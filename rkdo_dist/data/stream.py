@@ -129,9 +129,7 @@ def _settle(worker: int) -> None:
     sys.excepthook = _report_unless_disconnected
 
 
-def _report_unless_disconnected(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
+def _report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
@@ -239,9 +237,7 @@ def lane_stream(
         raise ValueError(f"start_step {start_step} is not inside an epoch of {steps} steps")
     lanes = range(all_lanes) if lanes is None else lanes
     if workers < 0 or prefetch < 1 or not lanes or lanes[0] < 0 or lanes[-1] >= all_lanes:
-        raise ValueError(
-            f"cannot read lanes {lanes} of {all_lanes} with {workers} workers that read {prefetch} ahead"
-        )
+        raise ValueError(f"cannot read lanes {lanes} of {all_lanes} with {workers} workers that read {prefetch} ahead")
     return _batches(_TrainingItems(reading, run, lanes), min(workers, len(lanes)), prefetch, pin_memory)
 
 
@@ -286,22 +282,14 @@ def evaluation_stream(
         DataError, ValueError: as `lane_stream`.
     """
     reading = Reading(index, index.split(split), size)
-    if (
-        batch_size < 1
-        or workers < 0
-        or prefetch < 1
-        or not 0 <= rank < world
-        or (limit is not None and limit < 0)
-    ):
+    if batch_size < 1 or workers < 0 or prefetch < 1 or not 0 <= rank < world or (limit is not None and limit < 0):
         raise ValueError(
             f"cannot read blocks of {batch_size} on rank {rank} of {world} with {workers} workers, limit {limit}"
         )
     return _blocks(_EvaluationItems(reading, batch_size, rank, world, limit), workers, prefetch)
 
 
-def _blocks(
-    items: _EvaluationItems, workers: int, prefetch: int
-) -> Generator[tuple[int, MicroBatch], None, None]:
+def _blocks(items: _EvaluationItems, workers: int, prefetch: int) -> Generator[tuple[int, MicroBatch], None, None]:
     flow = _loaded(items, workers, prefetch, False)
     try:
         for number, _ in evaluation_blocks(items.reading.split.counts, *items.blocks):

@@ -251,9 +251,7 @@ def _weights(begin: Tensor, length: Tensor, whole: int, size: int) -> Tensor:
     sum 1.
     """
     scale = (length / size)[:, None, None]
-    pixels = (
-        torch.arange(whole, device=begin.device, dtype=torch.float32)[None, None, :] - begin[:, None, None]
-    )
+    pixels = torch.arange(whole, device=begin.device, dtype=torch.float32)[None, None, :] - begin[:, None, None]
     centres = scale * (torch.arange(size, device=begin.device, dtype=torch.float32) + 0.5)[None, :, None]
     weights = (1 - (pixels + 0.5 - centres).abs_().div_(scale.clamp(min=1.0))).clamp_(min=0)
     weights.mul_((pixels >= 0) & (pixels < length[:, None, None]))

@@ -202,9 +202,7 @@ class _Table:
         stray = places[(places < 0) | (places >= len(self._seen))]
         if len(stray):
             last = self._first + len(self._seen) - 1
-            raise ValueError(
-                f"sample {stray[0] + self._first} is not among those to evaluate, {self._first} to {last}"
-            )
+            raise ValueError(f"sample {stray[0] + self._first} is not among those to evaluate, {self._first} to {last}")
         unique, counts = np.unique(places, return_counts=True)
         twice = np.concatenate([unique[counts > 1], places[self._seen[places]]])
         if len(twice):

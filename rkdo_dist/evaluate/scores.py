@@ -40,9 +40,7 @@ _BLOCK_BYTES = 2**26  # of the largest array in the search for neighbours
 Array = NDArray[Any]
 
 
-def full_protocol(
-    train: FrozenFeatures, test: FrozenFeatures, neighbours: int = NEIGHBOURS
-) -> dict[str, Any]:
+def full_protocol(train: FrozenFeatures, test: FrozenFeatures, neighbours: int = NEIGHBOURS) -> dict[str, Any]:
     """Score frozen features: fitted on the train split, scored on the test split.
 
     Unlabelled samples (label -1) are left out and counted.

@@ -70,13 +70,10 @@ class Objective:
         _require_choice("pairing", self.pairing, PAIRINGS)
         _require_choice("supervisor_grad", self.supervisor_grad, SUPERVISOR_GRADIENTS)
         if self.symmetric and self.pairing == "joint":
-            raise ValueError(
-                "symmetric=True is a form of pairing='cross'; pairing='joint' is symmetric already"
-            )
+            raise ValueError("symmetric=True is a form of pairing='cross'; pairing='joint' is symmetric already")
         if len(self.temperatures) != len(self.couplings) + 1 or not self.couplings:
             raise ValueError(
-                f"need D + 1 temperatures for D >= 1 couplings, "
-                f"got {len(self.temperatures)} and {len(self.couplings)}"
+                f"need D + 1 temperatures for D >= 1 couplings, got {len(self.temperatures)} and {len(self.couplings)}"
             )
         schedules.require_positive("temperature", self.temperature)
         for value in self.temperatures[1:]:
@@ -216,9 +213,7 @@ class Objective:
     def with_temperature(self, temperature: float) -> Objective:
         """The same objective with tau0 = `temperature` and all temperatures in proportion."""
         factor = temperature / self.temperature
-        return replace(
-            self, temperature=temperature, temperatures=tuple(t * factor for t in self.temperatures)
-        )
+        return replace(self, temperature=temperature, temperatures=tuple(t * factor for t in self.temperatures))
 
     def column_count(self, batch: int) -> int:
         """Columns of a row that take part: B for "cross", 2B - 1 for "joint"."""

@@ -25,15 +25,11 @@ def temperature(initial: float, cooling: float, step: float, total: float) -> fl
     """
     require_positive("temperature", initial)
     if not 0 <= cooling < 1:
-        raise ValueError(
-            f"cooling must lie in [0, 1), so that every temperature stays above 0; got {cooling}"
-        )
+        raise ValueError(f"cooling must lie in [0, 1), so that every temperature stays above 0; got {cooling}")
     return initial * (1 - cooling * _progress(step, total))
 
 
-def coupling(
-    schedule: str, initial: float, final: float, step: float, total: float, start: float = 0
-) -> float:
+def coupling(schedule: str, initial: float, final: float, step: float, total: float, start: float = 0) -> float:
     """Coupling strength alpha(t) of the recursion (eq. 3); the paper advises large first, annealed later
     (6.2.4).
 
@@ -54,9 +50,7 @@ def coupling(
     require_share("coupling", initial)
     require_share("final coupling", final)
     if schedule not in COUPLING_SCHEDULES:
-        raise ValueError(
-            f"unknown coupling schedule {schedule!r}; choose one of {', '.join(COUPLING_SCHEDULES)}"
-        )
+        raise ValueError(f"unknown coupling schedule {schedule!r}; choose one of {', '.join(COUPLING_SCHEDULES)}")
     _progress(step, total)
     if step < start:
         return 0.0
@@ -91,9 +85,7 @@ def learning_rate(
             f"unknown learning-rate schedule {schedule!r}; choose one of {', '.join(LEARNING_RATE_SCHEDULES)}"
         )
     if not (peak >= 0 and final >= 0 and warmup >= 0):
-        raise ValueError(
-            f"learning rates and warm-up must be >= 0, got peak {peak}, final {final}, warm-up {warmup}"
-        )
+        raise ValueError(f"learning rates and warm-up must be >= 0, got peak {peak}, final {final}, warm-up {warmup}")
     _progress(step, total)
     if step < warmup:
         return peak * (step + 1) / warmup if step + 1 < warmup else peak

@@ -26,9 +26,7 @@ class StaticKernel:
 
     walks = ("normalise",)
 
-    def __init__(
-        self, objective: Objective, taking_part: int, dtype: torch.dtype, counts: Tensor | None
-    ) -> None:
+    def __init__(self, objective: Objective, taking_part: int, dtype: torch.dtype, counts: Tensor | None) -> None:
         self.objective = objective
         self.scale = 1 / objective.temperatures[1]
         self.shifts = self.scale > exponent_limit(dtype)

@@ -114,9 +114,7 @@ class TritonKernel(RecursiveKernel):
         objective, rows, columns, dtype, device: as for `RecursiveKernel`. The parts cost nothing here.
     """
 
-    def __init__(
-        self, objective: Objective, rows: int, columns: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, objective: Objective, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(objective, rows, columns, dtype, device, parts=True)
         depth, alpha = objective.depth, objective.couplings
         self._size = triton.next_power_of_2(depth + 1)

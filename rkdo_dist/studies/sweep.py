@@ -236,8 +236,7 @@ def table(asked: Sweep, rows: list[Row]) -> Sheet:
         f"Sweep of {', '.join(a.key for a in asked.axes)} (protocol {', '.join(protocols) or '-'})",
         columns,
         "Losses of different settings are different functions: compare the attained share and the score. Paired t-test "
-        "by seed, Holm-adjusted over the rows."
-        + "".join(f" {line}." for line in _legend(asked.axes)),
+        "by seed, Holm-adjusted over the rows." + "".join(f" {line}." for line in _legend(asked.axes)),
     )
     for row, test, p in zip(rows, tests, adjusted, strict=True):
         settings = {a.key: a.texts[i] for a, i in zip(asked.axes, row.combination, strict=True)}

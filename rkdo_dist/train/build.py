@@ -137,9 +137,7 @@ def make_memory(config: Config, index: ShardIndex, device: torch.device) -> Pers
 
     width = config.encoder.embedding_dim if f.columns == "bank" else None
     place = device if f.store == "device" else torch.device("cpu")
-    return PersistentField(
-        make_rows(samples, f.stored, width, place), f.columns, f.bank_temperature, schedule, device
-    )
+    return PersistentField(make_rows(samples, f.stored, width, place), f.columns, f.bank_temperature, schedule, device)
 
 
 def make_objective(config: Config, progress: float, epochs: float | None = None) -> Objective:

@@ -98,8 +98,10 @@ class PersistentField:
             self.store.refresh(self._samples, columns)
         drifts = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in lanes]
         if objective.row_coupling > 0:
-            moved = self._with_bank(lanes, objective) if self._columns == "bank" else self._within(
-                lanes, columns, objective
+            moved = (
+                self._with_bank(lanes, objective)
+                if self._columns == "bank"
+                else self._within(lanes, columns, objective)
             )
             drifts = [drift.sum() for _, drift in moved]
             self.store.write(self._samples, Rows.cat([rows for rows, _ in moved]))
