@@ -282,6 +282,15 @@ def test_a_change_during_reading_is_noticed(copy: ShardIndex) -> None:
         list(stream)
 
 
+def test_workers_that_cannot_be_started_are_reported(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(loader: Any) -> Any:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", dead)
+    with pytest.raises(DataError, match=r"a loader worker ended unexpectedly \(\[Errno 32\] Broken pipe\)"):
+        next(lane_stream(index, "train", **PLAN, workers=1))
+
+
 def test_workers_end_with_the_stream_and_a_killed_one_is_reported(index: ShardIndex) -> None:
     def children() -> list[psutil.Process]:
         return [p for p in psutil.Process().children(recursive=True) if p.pid not in before]

@@ -164,14 +164,15 @@ def _loaded(items: _Items, workers: int, prefetch: int, pin: bool) -> Generator[
         pin_memory=pin,
         generator=torch.Generator(),  # or the loader would draw from the global generator, and shift every later draw
     )
-    iterator = iter(loader)
+    iterator: Iterator[Any] = iter(())
     try:
+        iterator = iter(loader)  # starts the workers
         for item in iterator:
             if isinstance(item, _Failure):
                 raise (Unreachable if item.unreachable else DataError)(item.message)
             yield item
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # A worker that is killed while a tensor is handed over shows as a broken connection.
+        # A worker (or the server that starts them) that is killed in a hand-over shows as a broken connection.
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise DataError(f"a loader worker ended unexpectedly ({error or type(error).__name__})") from None
