@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -331,8 +332,10 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_is_answered_by_the_main_process_alone(index: ShardIndex, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
+@contextlib.contextmanager
+def streaming(folder: Path, index: ShardIndex) -> Iterator[subprocess.Popen[str]]:
+    """A process group of its own that streams with two workers."""
+    script = folder / "run.py"
     script.write_text(SCRIPT)
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(script), str(index.root)],
@@ -342,14 +345,40 @@ def test_ctrl_c_is_answered_by_the_main_process_alone(index: ShardIndex, tmp_pat
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "going\n"
-        family = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        out, err = process.communicate(timeout=60)
+        yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_is_answered_by_the_main_process_alone(index: ShardIndex, tmp_path: Path) -> None:
+    with streaming(tmp_path, index) as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, err = process.communicate(timeout=60)
     assert out == "stopped\n"
     assert err == ""
     assert process.returncode == 0
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+def test_workers_do_not_outlive_a_killed_process(index: ShardIndex, tmp_path: Path) -> None:
+    """Nobody tells them: what starts them is another process, which stays as long as they do."""
+    with streaming(tmp_path, index) as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 3  # the server and two workers
+        process.kill()
+        deadline = time.monotonic() + 20
+        while (left := [one for one in family if _runs(one)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for one in left:
+            one.kill()
+        assert not left
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it still does anything; nobody may be there to take notice of its end."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -11,11 +11,13 @@ sockets of gloo and NCCL threads, hold a dead rank's connections open, and may h
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from types import TracebackType
 from typing import Any
 
@@ -118,15 +120,25 @@ class _EvaluationItems(_Items):
 
 
 def _settle(worker: int) -> None:
-    """Make a worker quiet.
+    """Make a worker quiet, and end it with its rank.
 
     Signals that a terminal or scheduler sends to the whole process group are for the rank, which ends its
     workers. When it does so in the middle of a hand-over, the thread that serves it would print a broken
-    connection.
+    connection. A rank that is killed tells nobody: torch's worker watches its parent, which is the server that has
+    forked it, and the server stays for as long as it has workers.
     """
+    rank = multiprocessing.parent_process()
+    if rank is not None:
+        threading.Thread(target=_end_with, args=(rank.sentinel,), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _report_unless_disconnected
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process as soon as the one that asked for it has gone."""
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 def _report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
