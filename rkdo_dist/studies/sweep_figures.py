@@ -59,13 +59,21 @@ def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
             panel.fill_between(x_values, low, high, color="#1f5fa8", alpha=0.18, linewidth=0)
         else:  # names have no order: no band from one to the next
             panel.errorbar(x_values, means, sds, fmt="none", ecolor="#1f5fa8", capsize=4)
-        panel.set(xlabel=axis.key, ylabel=_TITLES.get(name, name), title=f"mean ± sd over {seeds(len(asked.seeds))}")
+        panel.set(xlabel=axis.key, ylabel=_TITLES.get(name, name), title=f"mean ± sd over {_seeds(rows)}")
         if numeric and min(positions) > 0 and max(positions) > _LOG * min(positions):
             panel.set_xscale("log")
         slanted = {} if numeric or max(map(len, axis.texts)) < _LONG else {"rotation": 30, "ha": "right"}
         panel.set_xticks(positions, axis.texts, **slanted)
         panel.minorticks_off()
+        if not numeric:
+            panel.margins(x=0.12)
     return figure
+
+
+def _seeds(rows: list[Row]) -> str:
+    """How many seeds are complete, which may be fewer than were asked for."""
+    counts = {len(row.records) for row in rows if row.records}
+    return seeds(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)} seeds"
 
 
 def _positions(axis: Axis) -> tuple[list[float], bool]:
@@ -82,7 +90,7 @@ def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int]
     height, width = 1.9 + 0.62 * len(down.values), 2.6 + 1.05 * len(across.values)
     plt, figure, panels = _panels(names, max(3.2, height), max(4.6, width))
     averaged = f"; averaged over {', '.join(others)}" if others else ""
-    figure.suptitle(f"{title}\nmean ± sd over {seeds(len(asked.seeds))}{averaged}", fontsize=11)
+    figure.suptitle(f"{title}\nmean ± sd over {_seeds(rows)}{averaged}", fontsize=11)
     for name, panel in zip(names, panels, strict=True):
         cells = [
             [_values(rows, pair, (i, j), name) for j in range(len(across.values))] for i in range(len(down.values))
