@@ -41,6 +41,14 @@ def test_against_scipy_and_numpy() -> None:
     assert (found.sd_a, found.sd_b) == pytest.approx((a.std(ddof=1), b.std(ddof=1)))
 
 
+def test_the_margin_is_students_interval() -> None:
+    a, b = np.random.default_rng(5).normal(size=(2, 6))
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    found = paired(a, b)
+    assert (found.difference - found.margin, found.difference + found.margin) == pytest.approx((low, high), abs=1e-12)
+    assert math.isnan(paired([1.0], [2.0]).margin)
+
+
 def test_a_known_data_set() -> None:
     # Student (1908), hours of extra sleep by two drugs: t = 4.0621 with 9 degrees of freedom, p = 0.002833
     first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]

@@ -97,6 +97,15 @@ def test_variants_that_cannot_be_meant(text: str) -> None:
         sweep.variants(["a: field.depth=1", "a: field.depth=2"])
 
 
+def test_some_of_the_variants_alone_keep_their_settings_and_directories(tmp_path: Path) -> None:
+    arms = sweep.variants(["a: field.depth=1", "b: field.depth=2", "c: field.depth=3"])
+    some = sweep.only(arms, ("c", "a"))
+    assert (some.texts, some.changes(1)) == (["a", "c"], ("field.depth=3",))
+    assert asked(tmp_path, some).directory((1,), 7) == asked(tmp_path, arms).directory((2,), 7)
+    with pytest.raises(ConfigError, match="--only d: no --variant has this name; choose from a, b, c"):
+        sweep.only(arms, ("a", "d"))
+
+
 def test_a_table_and_figures_for_every_metric(tmp_path: Path) -> None:
     wanted = dataclasses.replace(asked(tmp_path, DEPTH), more_metrics=("linear_accuracy", "yardsticks.infonce"))
     rows = sweep.results(wanted, runs_of(wanted, lambda c, seed: 0.3 + 0.01 * seed))
@@ -134,6 +143,8 @@ def test_the_table_has_a_row_per_combination_and_tests_against_the_first(tmp_pat
     assert sheet.rows[0][-1] == "-"
     assert sheet.rows[1][-1].startswith("this higher by 0.1133")
     assert sheet.rows[2][-1] == "no evidence of a difference"
+    assert sheet.rows[1][-2] == f"+0.1133 ± {sheet.data[1]['difference_margin']:.4f}"
+    assert sheet.data[1]["bootstrap_low"] <= sheet.data[1]["difference"] <= sheet.data[1]["bootstrap_high"]
     assert sheet.data[1]["holm_p"] == pytest.approx(2 * sheet.data[1]["t_p"])
     assert sweep.score(rows[0].records[1], "yardsticks.infonce") == 2.5
     assert sweep.score(rows[0].records[1], "yardsticks.nothing") is None
@@ -196,6 +207,8 @@ def test_a_sweep_runs_what_is_missing_only(small: list[str], tmp_path: Path, mon
         (["--vary", "field.depth=1,2", "--processes", "0"], "--processes"),
         ([], "say what to vary"),
         (["--variant", "a: field.depht=1"], "variant=a"),
+        (["--variant", "a: field.depth=1", "--only", "b"], "--only b"),
+        (["--vary", "field.depth=1,2", "--only", "a"], "--only chooses among variants"),
         (["--vary", "field.depth=1,2", "--metric", ""], "--metric"),
     ],
 )

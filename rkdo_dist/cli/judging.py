@@ -31,6 +31,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sweep.add_argument(
         "--variant", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="settings by a name; repeat it"
     )
+    sweep.add_argument("--only", type=_names, default=(), metavar="NAME,...", help="of the variants these alone")
     sweep.add_argument("--seeds", type=_numbers, default=None, metavar="N,...", help="default: the one of CONFIG")
     sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs")
     sweep.add_argument(
@@ -63,7 +64,7 @@ def _reproduce(options: argparse.Namespace, words: list[str]) -> int:
 def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     from rkdo_dist import config as configuration
     from rkdo_dist.studies import sheets
-    from rkdo_dist.studies.sweep import Sweep, axis, sweep, variants
+    from rkdo_dist.studies.sweep import Sweep, axis, only, sweep, variants
 
     if not options.vary and not options.variant:
         raise ValueError("say what to vary: --vary KEY=V1,V2, or --variant 'NAME: KEY=VALUE ...' at least twice")
@@ -72,6 +73,11 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
 
     base = configuration.load(options.config, options.set)
     seeds = (base.run.seed,) if options.seeds is None else options.seeds
-    axes = [axis(text) for text in options.vary] + ([variants(options.variant)] if options.variant else [])
+    if options.only and not options.variant:
+        raise ValueError("--only chooses among variants: give them with --variant")
+    axes = [axis(text) for text in options.vary]
+    if options.variant:
+        named = variants(options.variant)
+        axes.append(only(named, options.only) if options.only else named)
     asked = Sweep(base, tuple(axes), seeds, options.out, options.metric[0], options.metric[1:])
     return sweep(asked, options.processes, sheets.console())

@@ -26,7 +26,7 @@ from rkdo_dist.studies import sheets
 from rkdo_dist.studies.records import Record, complete, mean_sd, read
 from rkdo_dist.studies.runner import Planned, failures, run_all
 from rkdo_dist.studies.sheets import Sheet, spread
-from rkdo_dist.studies.statistics import holm, paired, verdict
+from rkdo_dist.studies.statistics import Paired, holm, paired, verdict
 from rkdo_dist.train import build
 
 _DECIDED = {"run.dir": "--out", "run.resume": "", "run.seed": "--seeds"}
@@ -150,6 +150,19 @@ def variants(texts: Sequence[str]) -> Axis:
     return Axis(VARIANT, tuple(names), tuple(settings))
 
 
+def only(axis: Axis, names: Sequence[str]) -> Axis:
+    """Some of the named variants, in the axis' order.
+
+    Raises:
+        ConfigError: for a name that no variant has.
+    """
+    for name in names:
+        if name not in axis.texts:
+            raise ConfigError(f"--only {name}: no --variant has this name; choose from {', '.join(axis.texts)}")
+    kept = [i for i, text in enumerate(axis.texts) if text in names]
+    return Axis(axis.key, tuple(axis.values[i] for i in kept), tuple(axis.settings[i] for i in kept))
+
+
 def sweep(asked: Sweep, processes: int, console: Console) -> int:
     """Train what is missing, write `table.csv`, `table.md` and `figures/` below `asked.out`, print the table.
 
@@ -230,24 +243,38 @@ def table(asked: Sweep, rows: list[Row]) -> Sheet:
         tests.append(paired([mine[s] for s in both], [first[s] for s in both]) if both and row is not rows[0] else None)
     adjusted = holm([math.nan if test is None else test.t_p for test in tests])
     protocols = sorted({r.last["protocol"] for row in rows for r in row.records.values() if "protocol" in r.last})
-    columns = [*(a.key for a in asked.axes), "seeds", "loss", "attained", asked.metric, "against the first row"]
+    named = [a.key for a in asked.axes]
+    columns = [*named, "seeds", "loss", "attained", asked.metric, "minus the first row", "against the first row"]
     sheet = Sheet(
         "table",
         f"Sweep of {', '.join(a.key for a in asked.axes)} (protocol {', '.join(protocols) or '-'})",
         columns,
-        "Losses of different settings are different functions: compare the attained share and the score. Paired t-test "
-        "by seed, Holm-adjusted over the rows." + "".join(f" {line}." for line in _legend(asked.axes)),
+        "Losses of different settings are different functions: compare the attained share and the score. Differences "
+        "by seed: mean and Student's 95 % margin (not corrected for the number of rows). Verdict: paired t-test by "
+        "seed, Holm-adjusted over the rows." + "".join(f" {line}." for line in _legend(asked.axes)),
     )
     for row, test, p in zip(rows, tests, adjusted, strict=True):
         settings = {a.key: a.texts[i] for a, i in zip(asked.axes, row.combination, strict=True)}
         numbers = {name: mean_sd(list(row.values(name).values())) for name in ("loss", "attained", asked.metric)}
         words = "-" if test is None else verdict(test, p, ("this", "the first"))
         cells = [spread(*numbers["loss"]), spread(*numbers["attained"], 3), spread(*numbers[asked.metric])]
-        sheet.rows.append([*settings.values(), str(len(row.records)), *cells, words])
-        sheet.data.append(
-            {**settings, **_for_programs(asked, row), "t_p": math.nan if test is None else test.t_p, "holm_p": p}
-        )
+        sheet.rows.append([*settings.values(), str(len(row.records)), *cells, _difference(test), words])
+        sheet.data.append({**settings, **_for_programs(asked, row), **_tested(test), "holm_p": p})
     return sheet
+
+
+def _difference(test: Paired | None) -> str:
+    if test is None:
+        return "-"
+    return f"{test.difference:+.4f}" + ("" if math.isnan(test.margin) else f" ± {test.margin:.4f}")
+
+
+def _tested(test: Paired | None) -> dict[str, float]:
+    """For programs: what a row's test against the first one found; NaN where there was none."""
+    if test is None:
+        return dict.fromkeys(("difference", "difference_margin", "bootstrap_low", "bootstrap_high", "t_p"), math.nan)
+    found = {"difference": test.difference, "difference_margin": test.margin}
+    return {**found, "bootstrap_low": test.interval[0], "bootstrap_high": test.interval[1], "t_p": test.t_p}
 
 
 def _legend(axes: Sequence[Axis]) -> Iterator[str]:
