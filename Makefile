@@ -39,10 +39,10 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 fast: $(READY)  ## tests without whole jobs
-	$(BIN)/python -m pytest -m 'not slow' -q -n $(TESTERS) --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' -q -n $(TESTERS) --dist loadfile --durations 12
 
 slow: $(READY)  ## whole jobs: real launches, kills and restarts
-	$(BIN)/python -m pytest -m slow -q
+	$(BIN)/python -m pytest -m slow -q --durations 12
 
 bench: $(READY)  ## comparisons in one run; results go to benchmarks/results/
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[bench]'

@@ -60,7 +60,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
             env={**os.environ, "PATH": path},
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
             check=False,
         )
         assert answer.returncode == 0, f"{line}\n{answer.stdout}\n{answer.stderr}"

@@ -56,7 +56,6 @@ def test_a_continued_run_shows_every_step_once(small: list[str]) -> None:
 
 
 def test_wandb_offline(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     code, text = command([*small, "run.trackers=[wandb]", "train.max_steps=2"])
     assert code == 0, text
@@ -115,6 +114,14 @@ def test_every_warning_is_one_line_and_names_its_rank(small: list[str]) -> None:
     ]
     assert [line for line in lines if "log record" in line] == ["rkdo: warning: a log record of every rank (somebody)"]
     assert [line for line in lines if "only one" in line] == ["rkdo [rank 1]: warning: only one rank says this"]
+
+
+def test_long_paths_stay_in_one_piece(small: list[str], tmp_path: Path) -> None:
+    """Scripts read the lines that name a file, and a terminal makes a link of a path only if it is whole."""
+    run = tmp_path / ("a-long-name-" * 8) / "run"
+    code, text = command([*small[:-1], f"run.dir={run}", "train.max_steps=1", "evaluate.at_end=true"])
+    assert code == 0, text
+    assert {f"done: {run}", f"evaluation: {run / 'evaluations' / '1.json'}"} <= set(text.splitlines())
 
 
 def test_a_rank_that_leaves_says_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:

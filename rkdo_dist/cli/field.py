@@ -22,5 +22,5 @@ def _field(options: argparse.Namespace, words: list[str]) -> int:
     console = Console(stderr=True)
     with console.status("drawing"):
         paths = write_figure(Path(options.directory), Path(options.out or options.directory))
-    console.print(f"figure: {paths[0]}")
+    console.print(f"figure: {paths[0]}", soft_wrap=True)
     return 0

@@ -24,5 +24,5 @@ def _compare(options: argparse.Namespace, words: list[str]) -> int:
     console.print(comparison_table(directories))
     if options.figure:
         loss_figure(directories, Path(options.figure))
-        console.print(f"figure: {options.figure}")
+        console.print(f"figure: {options.figure}", soft_wrap=True)
     return 0

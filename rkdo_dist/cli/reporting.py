@@ -38,7 +38,7 @@ def _report(options: argparse.Namespace, words: list[str]) -> int:
     console = Console(stderr=True)
     with console.status("reading the runs") as status:
         write_report(directories, out, status.update)
-    console.print(f"report: {out}")
+    console.print(f"report: {out}", soft_wrap=True)
     return 0
 
 
@@ -74,5 +74,5 @@ def _verify_theory(options: argparse.Namespace, words: list[str]) -> int:
     console.print(theory_results.finding_table(findings))
     if options.out:
         for path in theory_results.write_results(Path(options.out), tallies, findings):
-            console.print(f"written: {path}")
+            console.print(f"written: {path}", soft_wrap=True)
     return 0 if all(tally.holds for tally in tallies) else 1

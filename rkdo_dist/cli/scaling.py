@@ -99,7 +99,7 @@ def _scale(options: argparse.Namespace, words: list[str]) -> int:
     write_page(study, draw(study, out), page)
     for shown in terminal_tables(study):
         console.print(shown)
-    console.print(f"page: {page}")
+    console.print(f"page: {page}", soft_wrap=True)
     return 0
 
 

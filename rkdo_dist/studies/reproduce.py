@@ -55,7 +55,7 @@ def reproduce(request: Request, data: tuple[str, ...], processes: int, console: 
         except DataError as error:
             absent.append(paper.missing(dataset, places[dataset], error))
     for line in absent:
-        console.print(f"[yellow]{line}[/yellow]", highlight=False)
+        console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
     outcome = run_all(runs, processes, console) if runs else Outcome()
     results = Results(request)
     if results.records:
@@ -63,7 +63,7 @@ def reproduce(request: Request, data: tuple[str, ...], processes: int, console: 
     else:
         console.print("nothing has been run: there is nothing to tabulate")
     for line in failures(outcome):
-        console.print(f"[red]failed: {line}[/red]", highlight=False)
+        console.print(f"[red]failed: {line}[/red]", highlight=False, soft_wrap=True)
     if outcome.stopped:
         console.print("stopped: the tables hold what is complete; the same command goes on")
     return outcome.stopped or (2 if outcome.failed or not results.records else 0)
@@ -104,7 +104,7 @@ def write(results: Results, notes: list[str], absent: list[str], console: Consol
     figures = all_figures(results, folder / "figures")
     said = [*paper_tables.agreement(results), *notes]
     for line in said:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     facts: dict[str, Any] = {
         "protocol": results.request.protocol,
         "changes": results.request.changes,
@@ -118,7 +118,7 @@ def write(results: Results, notes: list[str], absent: list[str], console: Consol
         **environment(),
     }
     write_atomic(folder / "reproduction.json", json.dumps(_plain(facts), indent=2) + "\n")
-    console.print(f"tables: {folder / 'tables'}   figures: {figures[0].parent}", highlight=False)
+    console.print(f"tables: {folder / 'tables'}   figures: {figures[0].parent}", highlight=False, soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:

@@ -145,11 +145,13 @@ class _Crew:
             self._say(f"{name}: done")
         elif not self.outcome.stopped:
             self.outcome.failed[name] = f"exit code {code}: {process.last_words()}"
-            self.console.print(f"[red]{name}: failed[/red] (exit code {code}, {process.log})", highlight=False)
+            self.console.print(
+                f"[red]{name}: failed[/red] (exit code {code}, {process.log})", highlight=False, soft_wrap=True
+            )
 
     def _say(self, text: str) -> None:
         if not self.console.is_terminal:  # the bar shows it there
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
 
 class _Process:

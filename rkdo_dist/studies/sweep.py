@@ -183,7 +183,7 @@ def sweep(asked: Sweep, processes: int, console: Console) -> int:
     if any(row.records for row in rows):
         write(asked, rows, console)
     for line in failures(outcome):
-        console.print(f"[red]failed: {line}[/red]", highlight=False)
+        console.print(f"[red]failed: {line}[/red]", highlight=False, soft_wrap=True)
     if outcome.stopped:
         console.print("stopped: the same command goes on")
     return outcome.stopped or (2 if outcome.failed else 0)
@@ -313,7 +313,7 @@ def write(asked: Sweep, rows: list[Row], console: Console) -> None:
         sheets.show(console, [sheet])
         paths = figures(this, rows, asked.out / folder, sheet.title)
         drawn = ", ".join(path.name for path in paths)
-        console.print(f"table: {asked.out / name}.csv   {folder}: {drawn}", highlight=False)
+        console.print(f"table: {asked.out / name}.csv   {folder}: {drawn}", highlight=False, soft_wrap=True)
 
 
 def _names(scores: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -120,7 +120,7 @@ class Journal:
     def say(self, text: str) -> None:
         """One line for people."""
         if self.console is not None:
-            self.console.print(text)
+            self.console.print(text, soft_wrap=True)  # a path in it stays in one piece
 
 
 def _cut(path: Path, steps: int) -> None:

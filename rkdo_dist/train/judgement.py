@@ -176,7 +176,7 @@ def _score(
         result["yardsticks"] = _yardsticks(config, index, step, test, pairs)
     path = run.write_evaluation(step, {"step": step, **result})
     console.print(_table(step, result))
-    console.print(f"evaluation: {path}")
+    console.print(f"evaluation: {path}", soft_wrap=True)
 
 
 def _yardsticks(
