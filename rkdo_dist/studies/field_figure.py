@@ -141,7 +141,7 @@ def _draw_curves(panels: Any, shown: Evolution) -> None:
     for key, label in CURVES.items():
         left.plot(*shown.curves[key], label=label, linewidth=1.2)
     left.set(xlabel="step", ylim=(-0.02, 1.02), title="rows of the batch, means")
-    left.legend(fontsize=6, loc="center left")
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)  # hides no curve
     right.plot(*shown.curves["row_entropy"], color="#555555", linewidth=1.2)
     right.set(xlabel="step", title="entropy of the rows (nats)")
 
