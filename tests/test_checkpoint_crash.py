@@ -16,7 +16,7 @@ import pytest
 
 from rkdo_dist import checkpoint
 from rkdo_dist.checkpoint import writing
-from tests.test_checkpoint import content, in_memory, quietly, whole, write
+from tests.checkpoints import content, in_memory, quietly, whole, write
 
 
 @pytest.fixture
