@@ -247,7 +247,7 @@ def table(asked: Sweep, rows: list[Row]) -> Sheet:
     columns = [*named, "seeds", "loss", "attained", asked.metric, "minus the first row", "against the first row"]
     sheet = Sheet(
         "table",
-        f"Sweep of {', '.join(a.key for a in asked.axes)} (protocol {', '.join(protocols) or '-'})",
+        f"Sweep of {', '.join(named)} (protocol {', '.join(protocols) or '-'})",
         columns,
         "Losses of different settings are different functions: compare the attained share and the score. Differences "
         "by seed: mean and Student's 95 % margin (not corrected for the number of rows). Verdict: paired t-test by "
