@@ -29,7 +29,7 @@ from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows
 from rkdo_dist.train.field import exact_field
-from rkdo_dist.train.supervisor import PersistentField
+from rkdo_dist.train.persistent import PersistentField
 
 LANE, D = 64, 64  # pairs in a micro-batch, width of the embeddings
 
@@ -65,7 +65,7 @@ def steps(arguments: argparse.Namespace) -> None:
     """Step times side by side."""
     from rkdo_dist.data.stream import MicroBatch  # here, so that `size` measures the field and not what these load
     from rkdo_dist.encoders import Encoder
-    from rkdo_dist.train import runtime
+    from rkdo_dist.ranks import runtime
     from rkdo_dist.train.step import Step, StepSettings
 
     batch, samples, k = arguments.batch, 50_000, arguments.stored

@@ -23,7 +23,7 @@ from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.train import runtime
+from rkdo_dist.ranks import runtime
 from rkdo_dist.train.step import Step, StepSettings
 
 LANES, MICRO = 8, 32

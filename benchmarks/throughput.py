@@ -29,12 +29,12 @@ from pathlib import Path
 
 import torch
 
-from rkdo_dist import RKDOLoss
+from rkdo_dist import RKDOLoss, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.ranks import runtime
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train import build, runtime
 from rkdo_dist.train.job import Job
 from rkdo_dist.train.journal import Journal
 
@@ -53,7 +53,7 @@ def main() -> None:
         ],
     )  # fmt: skip
     rt = runtime.start(settings.run.threads, settings.run.timeout, settings.run.reduction)
-    index = build.open_index(settings)
+    index = parts.open_index(settings)
     with tempfile.TemporaryDirectory() as folder:
         contestants: dict[str, Callable[[], Iterator[None]]] = {
             "synthetic": lambda: synthetic(settings, index, rt),
@@ -109,8 +109,8 @@ def finish(device: torch.device) -> None:
 def synthetic(settings: Config, index: ShardIndex, rt: runtime.Runtime) -> Iterator[None]:
     """A bare loop: nothing but the arithmetic of the model, the loss and the optimizer."""
     size, (height, width) = settings.train.global_batch, index.image_size or (32, 32)
-    encoder = build.make_encoder(settings).to(rt.device)
-    optimizer = build.make_optimizer(settings, encoder)
+    encoder = parts.make_encoder(settings).to(rt.device)
+    optimizer = parts.make_optimizer(settings, encoder)
     loss_of, views = RKDOLoss(), torch.randn(2 * size, 3, height, width, device=rt.device)
     views = views.contiguous(memory_format=torch.channels_last)  # as `train.step` does: a ceiling must have it too
     while True:
@@ -176,8 +176,8 @@ def lightly(settings: Config, index: ShardIndex, rt: runtime.Runtime, folder: Pa
     loader = torch.utils.data.DataLoader(
         data, batch_size=settings.train.global_batch, shuffle=True, drop_last=True, num_workers=workers
     )
-    encoder = build.make_encoder(settings).to(rt.device)
-    optimizer = build.make_optimizer(settings, encoder)
+    encoder = parts.make_encoder(settings).to(rt.device)
+    optimizer = parts.make_optimizer(settings, encoder)
     loss_of = NTXentLoss(temperature=0.5)
     while True:
         for batch in loader:

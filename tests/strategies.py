@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from rkdo_dist.checkpoint import OptimizerState, tensors_to_optimizer
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.train import runtime
-from rkdo_dist.train.loss_scale import LossScale
+from rkdo_dist.ranks import runtime
+from rkdo_dist.ranks.loss_scale import LossScale
 from rkdo_dist.train.step import NonFiniteError, Step, StepSettings
 from rkdo_dist.train.strategy import TrainState
 from tests.test_step import make_view, micro_batch, own

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from rkdo_dist.exchange.ledger import rounds, sent_bytes
+from rkdo_dist.measure.wire import StepShape, step_payloads
 from rkdo_dist.studies import cost
 from rkdo_dist.studies.cost import Point
 from rkdo_dist.studies.links import interconnect
-from rkdo_dist.train.wire import StepShape, step_payloads
 from tests.jobs import command, on_ranks
 
 WAYS = "exact,gather,ring"

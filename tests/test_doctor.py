@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.encoders import Encoder
-from rkdo_dist.train import agreement, build, memory, wire
+from rkdo_dist.measure import memory, wire
+from rkdo_dist.ranks import agreement
 from tests.jobs import command, launch, on_ranks
 from tests.ranks import run_ranks
 
@@ -166,9 +168,9 @@ def test_kept_bytes_counts_a_storage_once_and_no_parameter() -> None:
 
 def test_memory_of_a_step_by_strategy(small: list[str]) -> None:
     config = configuration.load(small[1], small[2:])
-    encoder = build.make_encoder(config)
+    encoder = parts.make_encoder(config)
     launched = {"strategy": "ddp", "precision": "no", "reduction": "fast"}
-    shape = wire.shape_of(config, encoder, build.make_objective(config, 0.0), 2, launched)
+    shape = wire.shape_of(config, encoder, parts.make_objective(config, 0.0), 2, launched)
     whole = 4 * sum(p.numel() for p in encoder.parameters())
     needs: dict[str, dict[str, Any]] = {}
     for strategy in ("ddp", "zero-1", "zero-2", "zero-3"):

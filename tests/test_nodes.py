@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rkdo_dist.ranks import peers
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train import peers
 from tests.jobs import command, fingerprint, metrics, rank_command
 from tests.launching import LAUNCH, Script, environment, free_port, steps, two_nodes, wait_until
 from tests.ranks import run_ranks

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rkdo_dist.batch_norm import BatchStatistics
 from rkdo_dist.exchange.group import exact_all_reduce, tree_sum
-from rkdo_dist.normalisation import BatchStatistics
 from tests.ranks import run_ranks
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

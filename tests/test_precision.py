@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rkdo_dist.train.loss_scale import SMALLEST, LossScale
+from rkdo_dist.ranks.loss_scale import SMALLEST, LossScale
 from tests.ranks import run_ranks
 from tests.strategies import ALL, Task, session, train
 from tests.test_strategies import agree, single

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.field import schedules
-from rkdo_dist.train import build
 from rkdo_dist.train.early_stop import EarlyStop, slope
 from tests.jobs import command, fingerprint, metrics, on_ranks
 
@@ -27,7 +27,7 @@ def config(**field: object) -> configuration.Config:
 def test_the_coupling_of_every_level_follows_its_schedule(name: str) -> None:
     settings = config(coupling=0.8, coupling_end=0.2, coupling_schedule=name)
     for progress in (0, 0.3, 0.5, 1):
-        objective = build.make_objective(settings, progress)
+        objective = parts.make_objective(settings, progress)
         assert set(objective.couplings) == {schedules.coupling(name, 0.8, 0.2, progress * 10, 10)}
 
 
@@ -38,22 +38,22 @@ def test_coupling_starts_with_the_first_step_of_its_epoch_also_in_a_short_run() 
             total = epochs * steps_per_epoch
             step = 3 * steps_per_epoch
             steps = (0, step - 1, step, total)
-            found = [build.coupling_at(settings, s / total, total / steps_per_epoch) for s in steps]
+            found = [parts.coupling_at(settings, s / total, total / steps_per_epoch) for s in steps]
             assert found == [0, 0, 0.5, 0.5]
 
 
 def test_a_run_cut_before_the_start_has_no_coupling() -> None:
     settings = config(coupling_start_epoch=3.0)
-    assert build.coupling_at(settings, 19 / 20, 2) == 0
+    assert parts.coupling_at(settings, 19 / 20, 2) == 0
 
 
 def test_the_hybrid_is_rkdo_first_and_icon_later() -> None:
     settings = config(switch_to="icon", switch_at=0.3, debias=0.1)
-    kinds = [build.make_objective(settings, step / 110).kind for step in range(110)]
+    kinds = [parts.make_objective(settings, step / 110).kind for step in range(110)]
     assert kinds == ["rkdo"] * 33 + ["icon"] * 77
-    assert build.make_objective(settings, 0.3).couplings == (0.1,)
-    assert build.make_objective(config(objective="icon", switch_to="rkdo"), 0.5).kind == "rkdo"
-    assert build.make_objective(config(), 1.0).kind == "rkdo"
+    assert parts.make_objective(settings, 0.3).couplings == (0.1,)
+    assert parts.make_objective(config(objective="icon", switch_to="rkdo"), 0.5).kind == "rkdo"
+    assert parts.make_objective(config(), 1.0).kind == "rkdo"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rkdo_dist.train import signals
-from rkdo_dist.train.signals import StopRequest
+from rkdo_dist.ranks import signals
+from rkdo_dist.ranks.signals import StopRequest
 from tests.jobs import command, fingerprint, metrics, rank_command
 from tests.ranks import Ranks
 

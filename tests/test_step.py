@@ -14,8 +14,8 @@ from torch.nn import functional
 from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective, dense
+from rkdo_dist.ranks import runtime
 from rkdo_dist.sync_norm import synchronised
-from rkdo_dist.train import runtime
 from rkdo_dist.train.step import NonFiniteError, Step, StepSettings
 from tests.ranks import RankFailed, run_ranks
 

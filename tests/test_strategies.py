@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from rkdo_dist.exchange import group
-from rkdo_dist.train import runtime
-from rkdo_dist.train.runtime import LaunchError
+from rkdo_dist.ranks import runtime
+from rkdo_dist.ranks.runtime import LaunchError
 from tests.jobs import command, environment, metrics
 from tests.ranks import run_ranks
 from tests.strategies import ALL, ZERO, Task, gradients, launched, session, train

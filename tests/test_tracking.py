@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rkdo_dist.train import messages, tracking
+from rkdo_dist.ranks import messages
+from rkdo_dist.train import tracking
 from tests.jobs import command, metrics, on_ranks, rank_command
 from tests.ranks import run_ranks
 

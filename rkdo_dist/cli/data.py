@@ -72,7 +72,7 @@ def _index(options: argparse.Namespace, words: list[str]) -> int:
 @contextlib.contextmanager
 def _progress(console: Console, title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar, and the function that moves it: (done, total, what)."""
-    from rkdo_dist.train.journal import progress_bar
+    from rkdo_dist.console import progress_bar
 
     with progress_bar(console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")

@@ -45,10 +45,10 @@ def _doctor(options: argparse.Namespace, words: list[str]) -> int:
     from rkdo_dist import config as configuration
 
     config = configuration.load(options.config, options.overrides)
-    from rkdo_dist.train.relaunch import with_all_ranks
+    from rkdo_dist.ranks.relaunch import with_all_ranks
 
     with_all_ranks(words)
-    from rkdo_dist.train.doctor import doctor
+    from rkdo_dist.measure.doctor import doctor
 
     return doctor(config)
 
@@ -57,10 +57,10 @@ def _measure(options: argparse.Namespace, words: list[str]) -> int:
     from rkdo_dist import config as configuration
 
     config = configuration.load(options.config, options.overrides)
-    from rkdo_dist.train.relaunch import with_all_ranks
+    from rkdo_dist.ranks.relaunch import with_all_ranks
 
     with_all_ranks(words)
-    from rkdo_dist.train.measure import measure, way_of
+    from rkdo_dist.measure.steps import measure, way_of
 
     ways = options.ways.split(",") if options.ways else [way_of(config)]
     measure(config, ways, options.steps, Path(options.out))

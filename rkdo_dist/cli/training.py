@@ -23,7 +23,7 @@ def _train(options: argparse.Namespace, words: list[str]) -> int:
     from rkdo_dist import config as configuration
 
     config = configuration.load(options.config, options.overrides)
-    from rkdo_dist.train.relaunch import with_all_ranks
+    from rkdo_dist.ranks.relaunch import with_all_ranks
 
     with_all_ranks(words)
     from rkdo_dist.train.main import train
@@ -32,7 +32,7 @@ def _train(options: argparse.Namespace, words: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, words: list[str]) -> int:
-    from rkdo_dist.train.relaunch import with_all_ranks
+    from rkdo_dist.ranks.relaunch import with_all_ranks
 
     with_all_ranks(words)
     from rkdo_dist.train.main import evaluate_run

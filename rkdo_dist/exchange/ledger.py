@@ -13,8 +13,8 @@ Every collective of the package runs inside `carrying`, which notes its operatio
 | `send` | the tensor | payload |
 | `objects` | not known: torch pickles them; only calls are counted | - |
 
-(Chan et al. 2007, "Collective communication: theory, practice, and experience".) `train.wire` predicts the payloads of
-a step; tests require prediction and ledger to be equal. What DDP and DeepSpeed send does not pass through here by
+(Chan et al. 2007, "Collective communication: theory, practice, and experience".) `measure.wire` predicts the payloads
+of a step; tests require prediction and ledger to be equal. What DDP and DeepSpeed send does not pass through here by
 itself: DDP's is noted by a communication hook while it is measured.
 """
 

@@ -1,6 +1,6 @@
 """What a step costs: a model with few constants, fitted to measured steps, judged on points left out, and projected.
 
-Symbols as in `train.wire`; s = max(1, ranks on a machine x threads / cores) is how much slower a rank computes where
+Symbols as in `measure.wire`; s = max(1, ranks on a machine x threads / cores) is how much slower a rank computes where
 several share a core. Seconds of a step on a rank, by phase:
 
     data              = s * t_data * b                         reading and drawing views of b pairs
@@ -12,7 +12,7 @@ several share a core. Seconds of a step on a rank, by phase:
 
 `steps` and `bytes` are summed over the collectives of a step (`exchange.ledger.rounds`, `sent_bytes`): a ring
 all-reduce takes 2 (W - 1) steps and 2 (W - 1) / W of its payload, and so does the exact tree sum (all-to-all and
-all-gather); an all-gather takes W - 1 of each. The bytes are not fitted: they are those of `train.wire`, which the
+all-gather); an all-gather takes W - 1 of each. The bytes are not fitted: they are those of `measure.wire`, which the
 ledger confirms. The nine constants are fitted by least squares without negative values, each equation divided by the
 seconds of its step. Small batches cannot tell what an entry of the field costs, so every measurement also times the
 field alone on 512 x 4,096 entries: one more equation, t_entry * entries + t_visit = seconds.
@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from rkdo_dist.exchange.ledger import GRADIENTS, Ledger, rounds, sent_bytes
+from rkdo_dist.measure.wire import StepShape, step_payloads
 from rkdo_dist.studies.links import Interconnect
 from rkdo_dist.train.stopwatch import COMPUTE, DATA, EXCHANGE, FIELD, OPTIMIZER
-from rkdo_dist.train.wire import StepShape, step_payloads
 
 OTHER = "other"
 PHASES = (DATA, COMPUTE, FIELD, EXCHANGE, OPTIMIZER, OTHER)
@@ -99,7 +99,7 @@ def sent(wire: Wire, world: int) -> float:
 
 
 def bytes_agree(point: Point) -> bool | None:
-    """Whether the formulas of `train.wire` give exactly what the ledger has counted, purpose by purpose.
+    """Whether the formulas of `measure.wire` give exactly what the ledger has counted, purpose by purpose.
 
     None where they cannot: DeepSpeed's own traffic is not counted, and what rows of a persistent field travel depends
     on the samples that meet.

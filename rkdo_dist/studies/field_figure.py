@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import Window
 from rkdo_dist.data.samples import Cursor, Reading
+from rkdo_dist.parts import open_index
 from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.studies.figures import pyplot, save
-from rkdo_dist.train.build import open_index
 
 SHOWN_ROWS, SHOWN_STEPS, SHOWN_NEIGHBOURS = 3, 5, 6
 CURVES = {

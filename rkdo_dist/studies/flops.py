@@ -24,12 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.config.sections import EncoderConfig
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.losses import FieldLoss
-from rkdo_dist.train import build
 
 _COUNTED_BATCH = 64  # at most: of the loss
 PAPER = {1: 9.5537e9, 3: 9.5545e9}  # section 4.3: forward, ResNet-18, batch 64, CIFAR-10, by depth
@@ -69,7 +69,7 @@ def step_flops(config: Config, image_size: int) -> StepFlops:
     """
     images = 2 * config.train.global_batch
     forward, both = _encoder_flops(config.encoder, image_size)
-    objective = build.make_objective(config, 0.0)
+    objective = parts.make_objective(config, 0.0)
     loss_forward, loss_step = loss_flops(objective, config.train.global_batch, config.encoder.embedding_dim)
     again = forward if config.train.recompute else 0.0
     return StepFlops(images * forward, loss_forward, images * (both + again), loss_step)
@@ -151,7 +151,7 @@ def step_times(config: Config, image_size: int, objective: Objective, repeats: i
     """
     torch.set_num_threads(config.run.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = build.make_encoder(dataclasses.replace(config, encoder=_alone(config))).to(device)
+    encoder = parts.make_encoder(dataclasses.replace(config, encoder=_alone(config))).to(device)
     lanes = [
         torch.randn(2 * config.train.micro_batch, 3, image_size, image_size, device=device)
         for _ in range(config.train.lanes)

@@ -6,9 +6,9 @@ import dataclasses
 
 from rich.table import Table
 
+from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.studies.flops import PAPER, StepTimes, step_flops, step_times
-from rkdo_dist.train import build
 
 
 def cost_table(config: Config, image_size: int, repeats: int) -> Table:
@@ -38,7 +38,7 @@ def cost_table(config: Config, image_size: int, repeats: int) -> Table:
     table.add_row("forward and backward, GFLOPs", *(f"{cost.step / 1e9:.4f}" for cost in costs))
     table.add_row("  of it the loss", *(f"{cost.loss_step / 1e9:.4f}" for cost in costs))
     if repeats:
-        times = [step_times(c, image_size, build.make_objective(c, 0.0), repeats) for c in columns]
+        times = [step_times(c, image_size, parts.make_objective(c, 0.0), repeats) for c in columns]
         _add_times(table, times)
     return table
 

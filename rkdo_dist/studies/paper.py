@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.index import ShardIndex
@@ -22,7 +23,6 @@ from rkdo_dist.studies import published
 from rkdo_dist.studies.records import Record, mean_sd, read
 from rkdo_dist.studies.runner import Planned
 from rkdo_dist.studies.statistics import Paired, paired
-from rkdo_dist.train import build
 
 OBJECTIVES = ("rkdo", "icon")
 NAMES = {"rkdo": "RKDO", "icon": "I-Con"}
@@ -97,8 +97,8 @@ def plan(request: Request, dataset: str, shards: str) -> list[Planned]:
     for seed in request.seeds:
         for objective in OBJECTIVES:
             config = paper_config(request, dataset, objective, seed, shards)
-            index = build.open_index(config)
-            _, steps = build.run_length(config, index)
+            index = parts.open_index(config)
+            _, steps = parts.run_length(config, index)
             planned.append(Planned(config, steps))
     index.split(config.evaluate.test_split)
     return planned

@@ -22,11 +22,11 @@ from rich.progress import Progress, TaskID
 
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.console import progress_bar
 from rkdo_dist.files import write_atomic
+from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies.records import complete
-from rkdo_dist.train.journal import progress_bar
-from rkdo_dist.train.signals import StopRequest
 
 _POLL = 0.3  # seconds between looks at the processes
 # What a launcher has set for this process would make the runs believe that they are its ranks.

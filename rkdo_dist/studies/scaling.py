@@ -60,7 +60,7 @@ def check(plan: Plan) -> Config:
     Raises:
         ValueError: naming what to change.
     """
-    from rkdo_dist.train.measure import WAYS, in_way, way_of
+    from rkdo_dist.measure.steps import WAYS, in_way, way_of
 
     base = configuration.load(plan.config, plan.overrides)
     if not plan.worlds or any(w < 1 for w in plan.worlds) or len(set(plan.worlds)) < len(plan.worlds):

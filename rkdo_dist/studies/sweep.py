@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.rundir import SCORE_TITLES
 from rkdo_dist.studies import sheets
@@ -27,7 +28,6 @@ from rkdo_dist.studies.records import Record, complete, mean_sd, read
 from rkdo_dist.studies.runner import Planned, failures, run_all
 from rkdo_dist.studies.sheets import Sheet, spread
 from rkdo_dist.studies.statistics import Paired, holm, paired, verdict
-from rkdo_dist.train import build
 
 _DECIDED = {"run.dir": "--out", "run.resume": "", "run.seed": "--seeds"}
 _NAME = 120  # characters of a directory's name
@@ -194,7 +194,7 @@ def plan(asked: Sweep) -> Iterator[Planned]:
     for combination in asked.combinations():
         for seed in asked.seeds:
             config = asked.config(combination, seed)
-            _, steps = build.run_length(config, build.open_index(config))
+            _, steps = parts.run_length(config, parts.open_index(config))
             yield Planned(config, steps)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rkdo_dist.exchange import group, ledger
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.field import FieldResult, Views, averaged_field
-from rkdo_dist.train.runtime import Runtime
 from rkdo_dist.train.strategy import NonFiniteError, Place, Strategy, sum_of_all
 
 

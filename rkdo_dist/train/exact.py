@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rkdo_dist.exchange import group, ledger
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.field import FieldResult, Views, exact_field
-from rkdo_dist.train.runtime import Runtime
 from rkdo_dist.train.strategy import Place, Strategy, require_finite, sum_of_all
 
 

@@ -18,7 +18,7 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Supervisor
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.losses import FieldLoss
-from rkdo_dist.train.supervisor import PersistentField, Views
+from rkdo_dist.train.persistent import PersistentField, Views
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 
-from rkdo_dist import __version__, checkpoint
+from rkdo_dist import __version__, checkpoint, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import rank_lanes
 from rkdo_dist.data.shards import check_shards
 from rkdo_dist.data.stream import Batch, lane_stream
+from rkdo_dist.evaluate.judge import evaluate_encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import learning_rate
+from rkdo_dist.ranks import messages
+from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory, RunError
-from rkdo_dist.train import build, messages
 from rkdo_dist.train.early_stop import EarlyStop
 from rkdo_dist.train.journal import Journal
-from rkdo_dist.train.judgement import evaluate_encoder
-from rkdo_dist.train.runtime import Runtime
+from rkdo_dist.train.persistent import make_memory
 from rkdo_dist.train.step import NonFiniteError, Step, StepResult, StepSettings
 from rkdo_dist.train.strategy import TrainState
 
@@ -46,20 +47,20 @@ class Job:
 
     def __init__(self, config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory) -> None:
         self.config, self.runtime, self.index, self.run = config, runtime, index, run
-        self.steps_per_epoch, self.total_steps = build.run_length(config, index)
+        self.steps_per_epoch, self.total_steps = parts.run_length(config, index)
         self.objective(0)
         if config.data.on_corrupt == "abort":
             check_shards(index, config.data.split)
-        self.views = build.make_views(config, index)
-        self.encoder = build.make_encoder(config).to(runtime.device)
-        self.optimizer = build.make_optimizer(config, self.encoder)
+        self.views = parts.make_views(config, index)
+        self.encoder = parts.make_encoder(config).to(runtime.device)
+        self.optimizer = parts.make_optimizer(config, self.encoder)
         self.position = 0
         self._saved = 0
         self._skipped_in_a_row = 0
         self._loss_scale: dict[str, float] = {}
         self.launch_before = runtime.launch
         self._early_stop = EarlyStop(config.train.early_stop_slope, config.train.early_stop_window)
-        self.memory = build.make_memory(config, index, runtime.device)
+        self.memory = make_memory(config, index, runtime.device)
 
     def make_step(self) -> Step:
         """The step, whose strategy owns weights and optimizer state from now on (collective)."""
@@ -111,7 +112,7 @@ class Job:
 
     def objective(self, step: int) -> Objective:
         """The objective of a step (its temperature may follow the training clock)."""
-        return build.make_objective(self.config, step / self.total_steps, self.total_steps / self.steps_per_epoch)
+        return parts.make_objective(self.config, step / self.total_steps, self.total_steps / self.steps_per_epoch)
 
     def set_learning_rate(self, step: int) -> None:
         """Set the learning rate of a step, a function of the step alone."""

@@ -9,33 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from rkdo_dist.console import progress_bar
 from rkdo_dist.files import write_atomic
 from rkdo_dist.train.tracking import Trackers
-
-
-def progress_bar(console: Console, **options: Any) -> Progress:
-    """The project's one kind of progress display."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        **options,
-    )
 
 
 class Journal:

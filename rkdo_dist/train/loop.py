@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
+from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.train.job import Job
 from rkdo_dist.train.journal import Journal
-from rkdo_dist.train.signals import StopRequest
 from rkdo_dist.train.step import Step
 
 
@@ -14,7 +14,7 @@ def run(job: Job, step: Step, journal: Journal, stop: StopRequest) -> int:
     """Train from the job's position to its end.
 
     Returns:
-        0 when the run is complete, otherwise the exit code of the request to stop (`train.signals`); in both cases
+        0 when the run is complete, otherwise the exit code of the request to stop (`ranks.signals`); in both cases
         the last step is in a checkpoint.
     """
     began = time.perf_counter()

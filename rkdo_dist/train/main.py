@@ -9,17 +9,19 @@ from pathlib import Path
 from rich.console import Console
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.evaluate.judge import evaluate_encoder
 from rkdo_dist.exchange import group
+from rkdo_dist.ranks import runtime, surroundings
+from rkdo_dist.ranks.agreement import agree, code_digest, same_request
+from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.ranks.signals import StopRequest
+from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory, RunError
-from rkdo_dist.train import build, loop, runtime, surroundings, tracking
-from rkdo_dist.train.agreement import agree, code_digest, same_request
+from rkdo_dist.train import loop, tracking
 from rkdo_dist.train.job import Job, newest_checkpoint, other_run
 from rkdo_dist.train.journal import Journal
-from rkdo_dist.train.judgement import evaluate_encoder
-from rkdo_dist.train.runtime import Runtime
-from rkdo_dist.train.signals import StopRequest
-from rkdo_dist.train.surroundings import Surroundings
 
 
 def train(config: Config) -> int:
@@ -75,12 +77,12 @@ def _set_up(config: Config, rt: Runtime) -> Job:
     in_effect = dataclasses.replace(config, run=dataclasses.replace(config.run, reduction=rt.reduction))
     configuration.check_world(in_effect, rt.world)
     group.together(lambda: tracking.check(config.run.trackers) if rt.is_main else None, "looking at run.trackers")
-    index = group.together(lambda: build.open_index(config), "reading the index")
+    index = group.together(lambda: parts.open_index(config), "reading the index")
     run = RunDirectory(config.run.dir)
     job = group.together(lambda: Job(config, rt, index, run), "building the run")
     agree({**job.facts(), **rt.launch})
     source = group.together(lambda: other_run(config), "looking at run.resume")
-    group.together(lambda: run.claim(build.without_secrets(config), source) if rt.is_main else None, "claiming run.dir")
+    group.together(lambda: run.claim(parts.without_secrets(config), source) if rt.is_main else None, "claiming run.dir")
     group.together(run.check_shared, "looking at run.dir")
     if config.run.resume != "never":
         group.together(job.restore, "loading the checkpoint")
@@ -101,7 +103,7 @@ def _set_up(config: Config, rt: Runtime) -> Job:
 def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
     if not config.run.trackers:
         return None
-    settings = configuration.flatten(build.without_secrets(config))
+    settings = configuration.flatten(parts.without_secrets(config))
     return tracking.Trackers(config.run.trackers, job.run.path, job.position, settings)
 
 
@@ -149,8 +151,8 @@ def _evaluate(run: RunDirectory, config: Config, around: Surroundings) -> None:
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
         around.peers.meet()
-        index = group.together(lambda: build.open_index(config), "reading the index")
-        encoder = build.make_encoder(config).to(rt.device)
+        index = group.together(lambda: parts.open_index(config), "reading the index")
+        encoder = parts.make_encoder(config).to(rt.device)
         found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
         if found is None:
             raise RunError(f"{run.path} has no checkpoint yet: train it first")

@@ -17,16 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from rkdo_dist.batch_norm import BatchStatistics
 from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.normalisation import BatchStatistics
+from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.averaged import Averaged
 from rkdo_dist.train.exact import Exact
 from rkdo_dist.train.field import Views
-from rkdo_dist.train.runtime import Runtime
+from rkdo_dist.train.persistent import PersistentField
 from rkdo_dist.train.stopwatch import COMPUTE, DATA, EXCHANGE, FIELD, OPTIMIZER, phase
 from rkdo_dist.train.strategy import NonFiniteError, Place, Strategy, require_finite
-from rkdo_dist.train.supervisor import PersistentField
 
 __all__ = ["NonFiniteError", "Step", "StepResult", "StepSettings"]
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from rkdo_dist.checkpoint import OptimizerState, optimizer_to_tensors
 from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.field import FieldResult, Views
-from rkdo_dist.train.runtime import Runtime
-from rkdo_dist.train.supervisor import PersistentField
+from rkdo_dist.train.persistent import PersistentField
 
 
 class NonFiniteError(ArithmeticError):

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rkdo_dist.checkpoint import OptimizerState, optimizer_to_tensors
+from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.averaged import Averaged
 from rkdo_dist.train.field import FieldResult, Views
-from rkdo_dist.train.runtime import Runtime
 from rkdo_dist.train.strategy import NonFiniteError, Place, TrainState, Update
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from rkdo_dist import parts
 from rkdo_dist.studies import field_figure
 from rkdo_dist.studies.report import charts, pictures
 from rkdo_dist.studies.report.html import Element, figure, image, joined, section, tag
 from rkdo_dist.studies.report.runs import Group, Run
-from rkdo_dist.train import build
 
 _PICTURED = 4  # groups with pictures, at most
 
@@ -37,7 +37,7 @@ def sections(groups: Sequence[Group], progress: Callable[[str], None]) -> list[E
             _sheet(pictures.neighbour_sheet(seen)),
         ]
         if run.config.field.recursion == "in_batch":
-            objective = build.make_objective(run.config, 1.0)
+            objective = parts.make_objective(run.config, 1.0)
             text = (
                 f"The field of {len(seen.u)} test pairs ordered by class, rows against columns, logarithmic colours: "
                 "supervisory rows p, then learned rows q, by level."

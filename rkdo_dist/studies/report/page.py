@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.files import write_atomic
 from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES
@@ -17,7 +18,6 @@ from rkdo_dist.studies.report import charts, gallery, words
 from rkdo_dist.studies.report.html import Element, figure, section, table, tag
 from rkdo_dist.studies.report.runs import Group, grouped, read
 from rkdo_dist.studies.report.style import STYLE
-from rkdo_dist.train import build
 
 _VERSIONS = ("torch", "torchvision", "numpy")
 _TARGET = "linear_accuracy"  # of the resource curves
@@ -278,7 +278,7 @@ def _step_cost(group: Group) -> float | None:
     size = group.config.data.image_size
     if size is None:
         try:
-            index: ShardIndex = build.open_index(group.config)
+            index: ShardIndex = parts.open_index(group.config)
         except (ValueError, OSError):
             return None
         size = None if index.image_size is None else index.image_size[0]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rkdo_dist import checkpoint
+from rkdo_dist import checkpoint, parts
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.evaluate import maps, scores, yardsticks
@@ -22,7 +22,6 @@ from rkdo_dist.field.objectives import Objective, initial_supervisor
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies.report.charts import pyplot, saved
 from rkdo_dist.studies.report.runs import Run
-from rkdo_dist.train import build
 
 SAMPLES = 600  # of the test split
 FIELD_ROWS = 32
@@ -63,11 +62,11 @@ def look(run: Run) -> Seen:
     if found is None:
         raise ValueError(f"{run.path} has no checkpoint yet")
     config = run.config
-    index = build.open_index(config)
-    encoder = build.make_encoder(config)
+    index = parts.open_index(config)
+    encoder = parts.make_encoder(config)
     encoder.load_state_dict(found.model)
     encoder.eval()
-    views = build.make_views(config, index)
+    views = parts.make_views(config, index)
     images, labels, embeddings, pairs = [], [], [], []
     with torch.no_grad():
         for number, block in _blocks(run, index):

@@ -25,18 +25,19 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional
 
-from rkdo_dist import __version__
+from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.exchange import group, ledger
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.files import write_atomic
+from rkdo_dist.measure import memory, wire
+from rkdo_dist.ranks import runtime
+from rkdo_dist.ranks.agreement import agree, same_request
+from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train import build, memory, runtime, wire
-from rkdo_dist.train.agreement import agree, same_request
 from rkdo_dist.train.job import Job
-from rkdo_dist.train.runtime import Runtime
 from rkdo_dist.train.stopwatch import DATA, FIELD, Stopwatch, phase, running
 
 # How gradients are summed and columns travel: run.reduction and field.exchange together.
@@ -80,10 +81,10 @@ def measure(config: Config, ways: Sequence[str], steps: int, out: Path) -> None:
             raise ConfigError(f"{rt.strategy} sums gradients itself: measure --ways gather or ring")
         for way in ways:
             configuration.check_world(in_way(config, way), rt.world)
-        index = group.together(lambda: build.open_index(config), "reading the index")
+        index = group.together(lambda: parts.open_index(config), "reading the index")
         agree({"the shards' index (digest)": index.digest()})
         points = [_measured(in_way(config, way), way, rt, index, steps) for way in ways]
-        settings = configuration.flatten(build.without_secrets(config))
+        settings = configuration.flatten(parts.without_secrets(config))
         facts = {"version": __version__, "settings": settings, "points": points}
         group.together(lambda: write_atomic(out, json.dumps(facts, indent=1)) if rt.is_main else None, f"writing {out}")
     finally:

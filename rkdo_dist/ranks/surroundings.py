@@ -6,11 +6,11 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
+from rkdo_dist.ranks import messages
+from rkdo_dist.ranks.messages import Messages
+from rkdo_dist.ranks.peers import Peers
+from rkdo_dist.ranks.signals import INTERRUPTED, PREEMPTED
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train import messages
-from rkdo_dist.train.messages import Messages
-from rkdo_dist.train.peers import Peers
-from rkdo_dist.train.signals import INTERRUPTED, PREEMPTED
 
 _WORDS = {0: "complete", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 

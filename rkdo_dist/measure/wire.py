@@ -114,7 +114,7 @@ def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: in
     """The shape of a run's steps.
 
     Args:
-        encoder: as `train.build` makes it (also on the meta device), not wrapped.
+        encoder: as `parts` makes it (also on the meta device), not wrapped.
         objective: of any step.
         world: ranks.
         launch: `Runtime.launch`: strategy, precision and reduction in effect.

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkdo_dist import checkpoint
+from rkdo_dist import checkpoint, parts
 from rkdo_dist.checkpoint import Checkpoint
+from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.order import EpochPlan
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.store import Fetch, RowStore, Shards
 from rkdo_dist.field.objectives import Objective
@@ -210,6 +213,38 @@ class PersistentField:
 def _part(tile: int) -> str:
     """The name of a tile's part of a checkpoint."""
     return f"rows.{tile:06d}"
+
+
+def make_memory(config: Config, index: ShardIndex, device: torch.device) -> PersistentField | None:
+    """The rows of a persistent field at their beginning, if the recursion is of that kind.
+
+    Raises:
+        ConfigError: if the data set or the memory does not have room for them.
+    """
+    f = config.field
+    if f.recursion != "persistent":
+        return None
+    samples = index.split(config.data.split).samples
+    if f.stored > samples:
+        raise ConfigError(
+            f"field.stored={f.stored}, but split {config.data.split!r} of {index.place} has {samples} samples: "
+            f"a row has no more entries than that"
+        )
+    steps, total = parts.run_length(config, index)
+    plans: dict[int, EpochPlan] = {}
+
+    def schedule(step: int) -> torch.Tensor | None:
+        epoch, place = divmod(step, steps)
+        if step >= total:
+            return None
+        if epoch not in plans:
+            plans.clear()
+            plans[epoch] = parts.epoch_plan(config, index, epoch)
+        return torch.from_numpy(plans[epoch].global_batch_ids(place))
+
+    width = config.encoder.embedding_dim if f.columns == "bank" else None
+    place = device if f.store == "device" else torch.device("cpu")
+    return PersistentField(make_rows(samples, f.stored, width, place), f.columns, f.bank_temperature, schedule, device)
 
 
 def make_rows(samples: int, stored: int, width: int | None, device: torch.device) -> RowStore:

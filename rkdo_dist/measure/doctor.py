@@ -17,19 +17,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rkdo_dist import __version__
+from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.ledger import sent_bytes
-from rkdo_dist.train import build, memory, runtime, wire
-from rkdo_dist.train.agreement import agree, code_digest, same_request
-from rkdo_dist.train.journal import progress_bar
-from rkdo_dist.train.runtime import Runtime
-from rkdo_dist.train.supervisor import rows_bytes
+from rkdo_dist.measure import memory, wire
+from rkdo_dist.ranks import runtime
+from rkdo_dist.ranks.agreement import agree, code_digest, same_request
+from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.train.persistent import rows_bytes
 
 _PACKAGES = ("torchvision", "accelerate", "deepspeed", "webdataset", "numpy")
 
@@ -54,14 +55,14 @@ def doctor(config: Config) -> int:
         agree(rt.launch)
         in_effect = dataclasses.replace(config, run=dataclasses.replace(config.run, reduction=rt.reduction))
         configuration.check_world(in_effect, rt.world)
-        index = group.together(lambda: build.open_index(config), "reading the index")
+        index = group.together(lambda: parts.open_index(config), "reading the index")
         agree({"the shards' index (digest)": index.digest()})
         group.together(lambda: _check_parts(config, index), "checking the configuration")
         ranks: list[Any] = group.gather_objects(_this_rank(rt))
         _print(console, _launch_table(config, rt, ranks))
         _check_shards(config, index, console)
-        encoder = build.make_encoder(config).to(rt.device)
-        shape = wire.shape_of(config, encoder, build.make_objective(config, 0.0), rt.world, rt.launch)
+        encoder = parts.make_encoder(config).to(rt.device)
+        shape = wire.shape_of(config, encoder, parts.make_objective(config, 0.0), rt.world, rt.launch)
         need = group.together(lambda: _memory(config, rt, index, encoder, shape), "measuring a forward pass")
         per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)
         _print(console, _run_table(config, index, shape), _wire_table(shape), _memory_table(need, rt, per_host))
@@ -78,9 +79,9 @@ def _print(console: Console | None, *things: Any) -> None:
 
 def _check_parts(config: Config, index: ShardIndex) -> None:
     """What training builds before its first step, of which each part refuses what it cannot use."""
-    build.run_length(config, index)
-    build.make_objective(config, 0.0)
-    build.make_views(config, index)
+    parts.run_length(config, index)
+    parts.make_objective(config, 0.0)
+    parts.make_views(config, index)
     for split in _splits(config):
         index.split(split)
 
@@ -157,7 +158,7 @@ def _versions() -> dict[str, str]:
 
 
 def _run_table(config: Config, index: ShardIndex, shape: wire.StepShape) -> Table:
-    steps, total = build.run_length(config, index)
+    steps, total = parts.run_length(config, index)
     f, train = config.field, config.train
     table = _table("This run", "", "")
     table.add_row(
@@ -194,7 +195,7 @@ def _wire_table(shape: wire.StepShape) -> Table:
 
 
 def _memory(config: Config, rt: Runtime, index: ShardIndex, encoder: Encoder, shape: wire.StepShape) -> dict[str, int]:
-    size = build.make_views(config, index).size
+    size = parts.make_views(config, index).size
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         with rt.autocast():

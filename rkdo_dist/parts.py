@@ -15,7 +15,6 @@ from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import coupling
 from rkdo_dist.sync_norm import synchronised
-from rkdo_dist.train.supervisor import PersistentField, make_rows
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -106,38 +105,6 @@ def make_views(config: Config, index: ShardIndex) -> Views:
         mean=v.mean,
         std=v.std,
     )
-
-
-def make_memory(config: Config, index: ShardIndex, device: torch.device) -> PersistentField | None:
-    """The rows of a persistent field at their beginning, if the recursion is of that kind.
-
-    Raises:
-        ConfigError: if the data set or the memory does not have room for them.
-    """
-    f = config.field
-    if f.recursion != "persistent":
-        return None
-    samples = index.split(config.data.split).samples
-    if f.stored > samples:
-        raise ConfigError(
-            f"field.stored={f.stored}, but split {config.data.split!r} of {index.place} has {samples} samples: "
-            f"a row has no more entries than that"
-        )
-    steps, total = run_length(config, index)
-    plans: dict[int, EpochPlan] = {}
-
-    def schedule(step: int) -> torch.Tensor | None:
-        epoch, place = divmod(step, steps)
-        if step >= total:
-            return None
-        if epoch not in plans:
-            plans.clear()
-            plans[epoch] = epoch_plan(config, index, epoch)
-        return torch.from_numpy(plans[epoch].global_batch_ids(place))
-
-    width = config.encoder.embedding_dim if f.columns == "bank" else None
-    place = device if f.store == "device" else torch.device("cpu")
-    return PersistentField(make_rows(samples, f.stored, width, place), f.columns, f.bank_temperature, schedule, device)
 
 
 def make_objective(config: Config, progress: float, epochs: float | None = None) -> Objective:

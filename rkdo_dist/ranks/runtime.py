@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from rkdo_dist.exchange import group
-from rkdo_dist.train.loss_scale import LossScale
+from rkdo_dist.ranks.loss_scale import LossScale
 
 Reduction = Literal["exact", "fast"]
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

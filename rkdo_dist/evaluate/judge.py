@@ -10,7 +10,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rkdo_dist import parts
 from rkdo_dist.config import Config
+from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.encoders import Encoder
@@ -18,10 +20,8 @@ from rkdo_dist.evaluate import scores
 from rkdo_dist.evaluate import yardsticks as common
 from rkdo_dist.evaluate.features import Block, Embed, FrozenFeatures, gather_features
 from rkdo_dist.exchange import group
+from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES, RunDirectory
-from rkdo_dist.train import build
-from rkdo_dist.train.journal import progress_bar
-from rkdo_dist.train.runtime import Runtime
 
 PAPER_BATCHES = 11  # of the test split, in the released code's evaluation
 
@@ -69,7 +69,7 @@ def _features(
     config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str, console: Console | None
 ) -> FrozenFeatures | None:
     """Backbone features and embeddings of a split's images as they are."""
-    views = build.make_views(config, index)
+    views = parts.make_views(config, index)
 
     def embed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with runtime.autocast():
@@ -91,7 +91,7 @@ def _pairs(
     config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, console: Console | None
 ) -> FrozenFeatures | None:
     """Embeddings of the two held-out views of the test split: the first in `backbone`, the second in `embeddings`."""
-    views = build.make_views(config, index)
+    views = parts.make_views(config, index)
 
     def drawn(blocks: Iterable[tuple[int, MicroBatch]]) -> Iterator[tuple[int, Block]]:
         for number, block in blocks:
@@ -184,8 +184,8 @@ def _yardsticks(
 ) -> dict[str, Any]:
     assert pairs is not None
     u, v = pairs.backbone, pairs.embeddings
-    _, total = build.run_length(config, index)
-    objective = build.make_objective(config, min(1.0, max(0, step - 1) / total))  # of the last step
+    _, total = parts.run_length(config, index)
+    objective = parts.make_objective(config, min(1.0, max(0, step - 1) / total))  # of the last step
     own = common.own_objective(objective, u, v, config.train.global_batch)
     return common.yardsticks(u, v, test.embeddings, test.backbone) | own
 
