@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rkdo_dist.studies import theory, theory_conditions
+from examples.theory import conditions, statements
 from tests.jobs import command
 
 SMALL = ((4, 2), (8, 8))
@@ -25,7 +25,10 @@ def slow_loss(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def test_the_loss_is_the_mean_divergence_zeros_included() -> None:
-    found = [(start, theory.loss(start.p, start.q)) for start in theory.starts(np.random.default_rng(0), shapes=SMALL)]
+    found = [
+        (start, statements.loss(start.p, start.q))
+        for start in statements.starts(np.random.default_rng(0), shapes=SMALL)
+    ]
     assert {math.isinf(value) for _, value in found} == {True, False}
     for start, value in found:
         assert value == pytest.approx(slow_loss(start.p, start.q), rel=1e-10, abs=1e-14), start.name
@@ -37,19 +40,21 @@ def test_the_loss_is_the_mean_divergence_zeros_included() -> None:
 def test_the_inner_minimisation_is_exact() -> None:
     """No other member of a family is better, near or far; what is fitted lies in the family."""
     draw = np.random.default_rng(1)
-    for family in theory.families(draw, (6, 8)):
+    for family in statements.families(draw, (6, 8)):
         for concentration in (0.1, 1.0, 10.0):
             p = draw.dirichlet(np.full(8, concentration), 6)
             q = family.fit(p)
-            assert theory.loss(q, family.fit(q)) == pytest.approx(0, abs=1e-12), family.name
+            assert statements.loss(q, family.fit(q)) == pytest.approx(0, abs=1e-12), family.name
             others = [family.member(draw, (6, 8)) for _ in range(200)]
-            near = [family.fit(theory.supervisor(p, other, 1e-3)) for other in others[:20]]
-            assert min(theory.loss(p, other) for other in others + near) >= theory.loss(p, q) - 1e-12, family.name
-    assert theory.every_field().rich
+            near = [family.fit(statements.supervisor(p, other, 1e-3)) for other in others[:20]]
+            assert min(statements.loss(p, other) for other in others + near) >= statements.loss(p, q) - 1e-12, (
+                family.name
+            )
+    assert statements.every_field().rich
 
 
 def test_what_the_paper_states_holds_on_every_case() -> None:
-    tallies = {tally.statement: tally for tally in theory.measure(seed=1, shapes=SMALL)}
+    tallies = {tally.statement: tally for tally in statements.measure(seed=1, shapes=SMALL)}
     assert len(tallies) == 6
     for tally in tallies.values():
         assert tally.holds, tally
@@ -62,19 +67,19 @@ def test_what_the_paper_states_holds_on_every_case() -> None:
 
 def test_a_wrong_bound_is_noticed() -> None:
     """The control: (1 - alpha)^2 in the place of (1 - alpha) fails, though only just."""
-    tally = theory.Tally("wrong", "")
-    for start in theory.starts(np.random.default_rng(0), shapes=SMALL):
+    tally = statements.Tally("wrong", "")
+    for start in statements.starts(np.random.default_rng(0), shapes=SMALL):
         for alpha in (0.3, 0.5):
-            right = (1 - alpha) ** 2 * theory.loss(start.p, start.q)
-            tally.add(theory.loss(theory.supervisor(start.p, start.q, alpha), start.q), right)
+            right = (1 - alpha) ** 2 * statements.loss(start.p, start.q)
+            tally.add(statements.loss(statements.supervisor(start.p, start.q, alpha), start.q), right)
     assert not tally.holds
     assert tally.held > 0
-    skipping = theory.recurse(np.eye(4), np.full((4, 4), 0.25), lambda p: np.roll(p, 1, 1), 0.1, 1)
+    skipping = statements.recurse(np.eye(4), np.full((4, 4), 0.25), lambda p: np.roll(p, 1, 1), 0.1, 1)
     assert skipping.losses[1] > skipping.intermediate[0], "Lemma 2 without a minimiser fails"
 
 
 def test_errors_are_met_exactly() -> None:
-    losses = theory.with_errors(lambda t: 0.05, 0.5, 40)
+    losses = statements.with_errors(lambda t: 0.05, 0.5, 40)
     assert all(after <= 0.5 * before + 0.05 + 1e-12 for before, after in itertools.pairwise(losses))
     assert losses[-1] > 0.05, "the loss before the fit is not negative, and the error comes on top"
 
@@ -83,26 +88,26 @@ def test_errors_are_met_exactly() -> None:
 
 
 def test_an_infinite_start_stays_infinite() -> None:
-    numbers = theory_conditions.infinite_start().numbers
+    numbers = conditions.infinite_start().numbers
     assert numbers == {"L(0)": math.inf, "L(20)": math.inf}
 
 
 def test_under_both_assumptions_every_alpha_arrives_at_once_also_none() -> None:
-    numbers = theory_conditions.nothing_left_to_fit().numbers
+    numbers = conditions.nothing_left_to_fit().numbers
     assert numbers.pop("L(0)") > 0.5
     assert set(numbers) >= {"L(1), alpha = 0", "L(1), alpha = 0.01"}
     assert max(numbers.values()) < 1e-15
 
 
 def test_the_loss_decays_when_nothing_is_learned() -> None:
-    numbers = theory_conditions.decay_without_learning().numbers
+    numbers = conditions.decay_without_learning().numbers
     assert numbers["L(20)"] < 0.5**20 * numbers["L(0)"]
     assert numbers["L(20) / L(19)"] == pytest.approx(0.25, abs=1e-3)
     assert numbers["loss against p(0) at t = 20"] == numbers["L(0)"]
 
 
 def test_the_released_recursion_is_lower_before_training() -> None:
-    numbers = theory_conditions.released_recursion_untrained().numbers
+    numbers = conditions.released_recursion_untrained().numbers
     assert numbers["KL of level 1"] > numbers["KL of level 2"] > numbers["KL of level 3"]
     assert numbers["RKDO at uniform"] == pytest.approx(2.1396, abs=5e-5)  # ../shared/design, and by hand:
     p = np.full(64, 0.5 / 64)
@@ -112,13 +117,13 @@ def test_the_released_recursion_is_lower_before_training() -> None:
 
 
 def test_a_softmax_has_no_minimiser_for_a_one_hot_row() -> None:
-    numbers = theory_conditions.no_minimiser().numbers
+    numbers = conditions.no_minimiser().numbers
     assert numbers["x = 1"] > numbers["x = 10"] > numbers["x = 30"] > 0
     assert numbers["unit norm, least"] == pytest.approx(math.log(1 + 63 * math.exp(-(1 + 1 / 63) / 0.5)), rel=1e-12)
 
 
 def test_cooling_breaks_lemma_2() -> None:
-    numbers = theory_conditions.shrinking_family().numbers
+    numbers = conditions.shrinking_family().numbers
     assert numbers["loss before the fit"] == 0
     by_hand = []  # the diagonal at e^(1/tau): two columns, logits +1/tau and -1/tau
     for tau in (0.5, 0.45):
@@ -129,7 +134,7 @@ def test_cooling_breaks_lemma_2() -> None:
 
 
 def test_no_floor_is_reached_and_the_loss_against_p0_has_one() -> None:
-    numbers = theory_conditions.capacity_leaves_no_floor().numbers
+    numbers = conditions.capacity_leaves_no_floor().numbers
     floor = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
     assert numbers["L(0) = inf over the family"] == pytest.approx(floor, rel=1e-12)
     assert numbers["L(20)"] < 1e-12
@@ -137,34 +142,34 @@ def test_no_floor_is_reached_and_the_loss_against_p0_has_one() -> None:
 
 
 def test_full_coupling_drops_the_supervision() -> None:
-    numbers = theory_conditions.full_coupling_forgets().numbers
+    numbers = conditions.full_coupling_forgets().numbers
     assert numbers["L(1)"] == 0
     assert numbers["against p(0), t = 5"] == numbers["against p(0), t = 0"] > 1
     assert numbers["in-batch loss at uniform"] == numbers["in-batch loss at the ideal"] == 0
 
 
 def test_annealing_too_fast_stops_the_decay() -> None:
-    numbers = theory_conditions.annealed_coupling().numbers
+    numbers = conditions.annealed_coupling().numbers
     assert numbers["product of (1 - alpha_t)"] == pytest.approx(0.288788, abs=1e-6)  # prod (1 - 2^-t)
     assert numbers["L(60)"] > 0.02
 
 
 def test_errors_need_only_vanish() -> None:
-    numbers = theory_conditions.errors_need_not_be_summable(60).numbers
+    numbers = conditions.errors_need_not_be_summable(60).numbers
     assert numbers["0.1 / t"] < 0.005
     assert 0.05 < numbers["0.05"] < numbers["0.05 / alpha"]
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = theory.measure
-    monkeypatch.setattr(theory, "measure", lambda **options: measured(shapes=SMALL[:1], **options))
+    measured = statements.measure
+    monkeypatch.setattr(statements, "measure", lambda **options: measured(shapes=SMALL[:1], **options))
     code, text = command(["verify-theory", "--out", str(tmp_path / "out")])
     assert code == 0, text
     for words in ("Lemma 1", "Theorem 3", "Eq. 15", "false as written", "counterexample"):
         assert words in text, words
     facts = json.loads((tmp_path / "out" / "theory.json").read_text())
     assert all(row["holds"] for row in facts["statements"])
-    assert {finding["kind"] for finding in facts["findings"]} == set(theory_conditions.KINDS)
+    assert {finding["kind"] for finding in facts["findings"]} == set(conditions.KINDS)
     assert facts["findings"][0]["numbers"]["L(0)"] == "inf"
     assert (tmp_path / "out" / "theory.png").read_bytes().startswith(b"\x89PNG")
     assert command(["verify-theory", "--repeats", "0"])[0] == 2

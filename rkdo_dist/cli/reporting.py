@@ -61,18 +61,8 @@ def _flops(options: argparse.Namespace, words: list[str]) -> int:
 
 
 def _verify_theory(options: argparse.Namespace, words: list[str]) -> int:
-    from rich.console import Console
+    if not (Path(__file__).resolve().parents[2] / "examples" / "theory").is_dir():
+        raise ValueError("verify-theory is an example of the repository: run `python -m examples.theory` in a checkout")
+    from examples.theory.__main__ import verify
 
-    from rkdo_dist.studies import theory, theory_conditions, theory_results
-
-    if options.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
-    console = Console()
-    with console.status("measuring"):
-        tallies, findings = theory.measure(repeats=options.repeats), theory_conditions.findings()
-    console.print(theory_results.statement_table(tallies))
-    console.print(theory_results.finding_table(findings))
-    if options.out:
-        for path in theory_results.write_results(Path(options.out), tallies, findings):
-            console.print(f"written: {path}", soft_wrap=True)
-    return 0 if all(tally.holds for tally in tallies) else 1
+    return verify(Path(options.out) if options.out else None, options.repeats)

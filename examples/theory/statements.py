@@ -3,7 +3,7 @@
 A field is a pair of matrices p and q, (n, N) float64, whose rows are distributions; its loss is mean_i KL(p_i || q_i)
 (eq. 7). The inner minimisation (assumption A2) is exact: each `Family` of learned fields below has a minimiser in
 closed form, or one number found to rounding. What the paper states is measured here; what its statements need
-beyond what they say is in `theory_conditions`.
+beyond what they say is in `conditions`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -313,8 +312,3 @@ def with_errors(error: Callable[[int], float], alpha: float, steps: int = 400) -
 
 def _two(second: float) -> Field:
     return np.array([[1 - second, second]])
-
-
-def as_rows(tallies: list[Tally]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [{**vars(tally), "holds": tally.holds} for tally in tallies]

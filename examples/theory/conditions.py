@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from examples.theory import statements
+from examples.theory.statements import Field
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.studies import theory
-from rkdo_dist.studies.theory import Field
 
 FALSE, EMPTY, UNMET, NEEDS, MORE = KINDS = (
     "false as written",
@@ -62,7 +62,7 @@ def findings() -> list[Finding]:
 def infinite_start() -> Finding:
     """Lemma 1 and Theorem 3 need L(0) < infinity."""
     p, q = np.array([[0.5, 0.5]]), np.array([[1.0, 0.0]])
-    frozen = theory.recurse(p, q, None, 0.5, 20)
+    frozen = statements.recurse(p, q, None, 0.5, 20)
     return Finding(
         "Lemma 1, eq. 13",
         "They need L(0) < infinity: q(0) must not be 0 where p(0) is not. Otherwise the bound is infinite (and 0 times "
@@ -79,7 +79,7 @@ def nothing_left_to_fit() -> Finding:
     draw = np.random.default_rng(0)
     p, q = draw.dirichlet(np.ones(16), 8), draw.dirichlet(np.ones(16), 8)
     alphas = (0.0, 0.01, 0.5, 1.0)
-    traces = {alpha: theory.recurse(p, q, lambda p: p, alpha, 10) for alpha in alphas}
+    traces = {alpha: statements.recurse(p, q, lambda p: p, alpha, 10) for alpha in alphas}
     return Finding(
         "Theorem 3; 6.2.4, point 1",
         "A1 and A2 together give L(1) = 0: the minimiser over a family that holds p(1) is p(1). The rate (1 - alpha)^t "
@@ -99,7 +99,7 @@ def decay_without_learning() -> Finding:
     """L(t) decays at the stated rate, and faster, when q never changes."""
     draw = np.random.default_rng(1)
     p, q = np.eye(16)[:8], draw.dirichlet(np.ones(16), 8)
-    trace = theory.recurse(p, q, None, 0.5, 20)
+    trace = statements.recurse(p, q, None, 0.5, 20)
     return Finding(
         "Theorem 3; eq. 13; 6.2.4, point 3",
         "The decay needs neither A1, nor A2, nor learning: it comes from moving the supervisor towards q. With q "
@@ -162,15 +162,15 @@ def shrinking_family(before: float = 0.5, after: float = 0.45) -> Finding:
     """Lemma 2 needs q(t-1) in the family of step t, which a cooled temperature changes."""
     old, new = sign_fields(before), sign_fields(after)
     q = old[-1]  # the positive on the diagonal
-    p = theory.supervisor(q, q, 0.5)  # = p(0) = q(0)
-    fitted = min(theory.loss(p, member) for member in new)
+    p = statements.supervisor(q, q, 0.5)  # = p(0) = q(0)
+    fitted = min(statements.loss(p, member) for member in new)
     return Finding(
         "Lemma 2 and Theorem 3 with eq. 4's tau(t)",
         "Lemma 2 compares with q(t-1), which must lie in the family of step t. Cooling changes the family: at a lower "
         "temperature unit-norm embeddings may be unable to repeat the softer q(t-1), and the loss rises.",
         f"Two samples, embeddings +1 and -1 (d = 1), tau cooled from {before:g} to {after:g}, p(0) = q(0) = the "
         f"field of u = v = (1, -1): L(0) = 0, every field at the lower temperature is farther.",
-        {"L(0)": theory.loss(q, q), "loss before the fit": theory.loss(p, q), "L(1)": fitted},
+        {"L(0)": statements.loss(q, q), "loss before the fit": statements.loss(p, q), "L(1)": fitted},
         kind=FALSE,
     )
 
@@ -188,7 +188,7 @@ def sign_fields(temperature: float) -> list[Field]:
 def capacity_leaves_no_floor() -> Finding:
     """With exact minimisation L(t) goes to 0 for every family; the floor L* of eq. 14 moves down with it."""
     p, q = np.array([[0.9, 0.1]]), np.array([[0.5, 0.5]])
-    trace = theory.recurse(p, q, lambda p: np.full_like(p, 0.5), 0.5, 20)
+    trace = statements.recurse(p, q, lambda p: np.full_like(p, 0.5), 0.5, 20)
     return Finding(
         "Eq. 14 and its conclusion; 6.2.4, point 3",
         "L(t) does not go to a floor L* > 0. L* depends on t and equals L(t) under A2, so eq. 14 only says "
@@ -207,7 +207,7 @@ def capacity_leaves_no_floor() -> Finding:
 def full_coupling_forgets() -> Finding:
     """alpha = 1 is allowed and gives the fastest rate by forgetting the supervision."""
     p, q = np.array([[0.9, 0.1]]), np.array([[0.2, 0.8]])
-    trace = theory.recurse(p, q, lambda p: p, 1.0, 5)
+    trace = statements.recurse(p, q, lambda p: p, 1.0, 5)
     untrained = Objective.rkdo(depth=1, coupling=1.0, cooling=0.0)
     return Finding(
         "alpha in (0, 1], with alpha = 1",
@@ -229,7 +229,7 @@ def annealed_coupling(steps: int = 60) -> Finding:
     """With alpha_t the rate is the product of (1 - alpha_t), which need not go to 0."""
     p, q = np.array([[0.9, 0.1]]), np.array([[0.5, 0.5]])
     for t in range(1, steps + 1):
-        p = theory.supervisor(p, q, 2.0**-t)
+        p = statements.supervisor(p, q, 2.0**-t)
     return Finding(
         "6.2.4, point 2 (annealed alpha)",
         "Theorem 3 is for a constant alpha. With alpha_t the bound is the product of (1 - alpha_t), which goes to 0 "
@@ -237,7 +237,7 @@ def annealed_coupling(steps: int = 60) -> Finding:
         "The one-field family of eq. 14's example with alpha_t = 2^-t, which sum to 1.",
         {
             "product of (1 - alpha_t)": math.prod(1 - 2.0**-t for t in range(1, steps + 1)),
-            f"L({steps})": theory.loss(p, q),
+            f"L({steps})": statements.loss(p, q),
         },
         kind=NEEDS,
     )
@@ -245,8 +245,8 @@ def annealed_coupling(steps: int = 60) -> Finding:
 
 def errors_need_not_be_summable(steps: int = 120) -> Finding:
     """In eq. 15 it is enough that eps_t -> 0; a constant error leaves at most eps / alpha."""
-    falling = theory.with_errors(lambda t: 0.1 / t, 0.5, steps)
-    constant = theory.with_errors(lambda t: 0.05, 0.5, steps)
+    falling = statements.with_errors(lambda t: 0.1 / t, 0.5, steps)
+    constant = statements.with_errors(lambda t: 0.05, 0.5, steps)
     return Finding(
         "Eq. 15 (sum of eps_t finite)",
         "The condition is sufficient and not necessary: L(t) -> 0 as soon as eps_t -> 0, since errors are forgotten "

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from examples.theory import statements
+from examples.theory.conditions import FALSE, Finding
+from examples.theory.statements import Tally
 from rkdo_dist.files import write_atomic
-from rkdo_dist.studies import theory
-from rkdo_dist.studies.theory import Tally
-from rkdo_dist.studies.theory_conditions import FALSE, Finding
 
 
 def statement_table(tallies: list[Tally]) -> Table:
@@ -106,8 +106,8 @@ def _lemma_panel(panel: Any) -> None:
     alphas = np.linspace(0, 1, 41)
     for colour, (a, b) in enumerate(((0.03, 1.0), (0.3, 1.0), (1.0, 1.0), (10.0, 10.0))):
         p, q = draw.dirichlet(np.full(16, a), 32), draw.dirichlet(np.full(16, b), 32)
-        first = theory.loss(p, q)
-        shares = [theory.loss(theory.supervisor(p, q, alpha), q) / first for alpha in alphas]
+        first = statements.loss(p, q)
+        shares = [statements.loss(statements.supervisor(p, q, alpha), q) / first for alpha in alphas]
         panel.plot(alphas, shares, color=f"C{colour}", label=f"p from Dirichlet({a:g}), q from Dirichlet({b:g})")
     panel.plot(alphas, 1 - alphas, "k--", linewidth=1, label="bound: 1 - alpha")
     panel.plot(alphas, (1 - alphas) ** 2, "k:", linewidth=1, label="(1 - alpha)$^2$: p close to q")
@@ -118,12 +118,12 @@ def _theorem_panel(panel: Any) -> None:
     draw, alpha = np.random.default_rng(3), 0.5
     p = np.eye(16)[np.arange(16)]
     steps = np.arange(13)
-    for colour, family in enumerate(theory.families(draw, p.shape)):
-        trace = theory.recurse(p, family.member(draw, p.shape), family.fit, alpha, steps[-1])
+    for colour, family in enumerate(statements.families(draw, p.shape)):
+        trace = statements.recurse(p, family.member(draw, p.shape), family.fit, alpha, steps[-1])
         losses = np.array(trace.losses) / trace.losses[0]
         losses[losses < 1e-16] = np.nan  # 0 has no place on this axis
         panel.plot(steps, losses, "o-", markersize=3.5, color=f"C{colour}", label=family.name + _ended(losses))
-    frozen = theory.recurse(p, draw.dirichlet(np.ones(16), 16), None, alpha, steps[-1])
+    frozen = statements.recurse(p, draw.dirichlet(np.ones(16), 16), None, alpha, steps[-1])
     panel.plot(
         steps, np.array(frozen.losses) / frozen.losses[0], "s-", markersize=3.5, color="C5", label="q never fitted"
     )
@@ -138,11 +138,11 @@ def _ended(losses: Any) -> str:
 def _capacity_panel(panel: Any) -> None:
     draw = np.random.default_rng(4)
     p = draw.dirichlet(np.full(16, 0.1), 16)
-    family = theory.blocks(4)
-    trace = theory.recurse(p, family.member(draw, p.shape), family.fit, 0.3, 15)
+    family = statements.blocks(4)
+    trace = statements.recurse(p, family.member(draw, p.shape), family.fit, 0.3, 15)
     steps = range(len(trace.losses))
     panel.plot(steps, trace.losses, "o-", markersize=3.5, label="L(t)")
-    floor = theory.loss(p, family.fit(p))
+    floor = statements.loss(p, family.fit(p))
     panel.plot(steps, [0.7**t * trace.losses[0] for t in steps], "k--", linewidth=1, label="(1 - alpha)$^t$ L(0)")
     panel.plot(steps, trace.static, "^-", markersize=3.5, color="C3", label="loss against p(0)")
     panel.axhline(floor, color="C2", linestyle=":", label="L* of p(0): L(t) goes through it")
@@ -156,7 +156,7 @@ def _error_panel(panel: Any) -> None:
         ("eps = 0.05", lambda t: 0.05),
     )
     for colour, (name, error) in enumerate(schedules):
-        losses = theory.with_errors(error, 0.5, 150)
+        losses = statements.with_errors(error, 0.5, 150)
         bounds = [losses[0]]
         for t, before in enumerate(losses[:-1], start=1):
             bounds.append(0.5 * before + error(t))
