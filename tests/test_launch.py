@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rkdo_dist import cli
 from rkdo_dist import config as configuration
 from rkdo_dist.rundir import RunDirectory
 from tests.jobs import command, fingerprint, metrics
@@ -152,7 +152,6 @@ def test_local_runs_on_two_ranks_and_prints_nothing_but_the_run(small: list[str]
 )
 def test_the_recursion_study_asks_for_settings_that_exist(name: str, rows: str, tmp_path: Path) -> None:
     """The script with a stand-in for rkdo that writes down its words; what they ask for is then checked for real."""
-    from rkdo_dist.cli.judging import add
     from rkdo_dist.studies.sweep import Sweep, only, variants
 
     (tmp_path / "rkdo").write_text(f'#!/bin/sh\nfor word in "$@"; do echo "$word"; done > {tmp_path}/words\n')
@@ -160,9 +159,7 @@ def test_the_recursion_study_asks_for_settings_that_exist(name: str, rows: str, 
     config = ROOT / "configs" / "study" / f"{name}.yaml"
     words = [LAUNCH / "recursion-study.sh", config, tmp_path / "out", "--seeds", "1,2", "--only", rows]
     subprocess.run(words, check=True, env=environment(tmp_path, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}"))
-    parser = argparse.ArgumentParser()
-    add(parser.add_subparsers())
-    options = parser.parse_args((tmp_path / "words").read_text().splitlines())
+    options = cli.parsed((tmp_path / "words").read_text().splitlines())
     axis = variants(options.variant)
     axis = only(axis, options.only) if options.only else axis
     study = Sweep(configuration.load(config), (axis,), options.seeds, options.out, options.metric[0])

@@ -124,7 +124,7 @@ def test_files_of_a_cluster_are_put_together(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--world-sizes", "1,3"], "3 ranks cannot share a step of 4 lanes"),
-        (["--world-sizes", "1,x"], "--world-sizes needs whole numbers"),
+        (["--world-sizes", "1,x"], "--world-sizes: needs whole numbers"),
         (["--world-sizes", "2,2"], "different positive numbers"),
         (["--ways", "exact,star"], "unknown way 'star'"),
         (["--steps", "0"], "--steps must be at least 1"),

@@ -1,0 +1,487 @@
+"""The command line: every command's arguments and help, and the one call it makes.
+
+Imports of a command's code are inside its function, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rkdo_dist.config import Config
+    from rkdo_dist.data.index import ShardIndex
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 1 lost a peer, 2 a mistake in the request, 75 pre-empted, 130 interrupted."""
+    options = parsed(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        code = options.run(options)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = INTERRUPTED
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        if os.environ.get("RKDO_TRACEBACK"):
+            raise
+        if not _is_users(error):
+            raise
+        _say(f"error: {error}")
+        code = getattr(error, "exit_code", USER_ERROR)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The options; settings may stand before, between and after them (argparse takes a list in one piece only)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(settings) < len(rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *settings]
+    options.words = words
+    return options
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether an error speaks to the user (a message of ours) rather than of a fault in the program."""
+    from rkdo_dist.exchange.group import RankError
+
+    return isinstance(error, ValueError | OSError | RankError | ArithmeticError)
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = "rkdo: " if rank == "0" else f"rkdo [rank {rank}]: "
+    print(prefix + text, file=sys.stderr, flush=True)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+Run = Callable[[argparse.Namespace], int]
+Add = Callable[..., argparse.Action]  # a parser's add_argument
+Command = Callable[[str, Run, str, str], Add]  # name, what it runs, what it does, an example
+_SOURCES = ("digits", "cifar10", "cifar100", "stl10", "imagefolder")
+_CONFIG = "a YAML file, such as configs/digits-rkdo.yaml"
+_WAYS = "some of exact, gather, ring (fast sums with gathered or ring columns); default: as the configuration says"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rkdo",
+        description="Recursive KL Divergence Optimization: prepare data, train, evaluate, compare.",
+        epilog="Set RKDO_TRACEBACK=1 to see the traceback of an error.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Run, about: str, example: str) -> Add:
+        added = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"example:\n  rkdo {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    for add in (_data_commands, _run_commands, _reading_commands, _study_commands, _cost_commands):
+        add(command)
+    return parser
+
+
+def _data_commands(command: Command) -> None:
+    add = command(
+        "prepare", _prepare, "turn a data set into WebDataset shards with an index", "digits --out data/digits"
+    )
+    add("source", metavar="SOURCE", help=f"{', '.join(_SOURCES)}, or the path of an image folder or tar")
+    add("--out", required=True, metavar="DIR", help="where the shards go")
+    add("--root", metavar="PATH", help="files already there: torchvision's root, an image folder or a tar of one")
+    add("--shard-size", type=int, metavar="N", help="samples per shard")
+    add("--force", action="store_true", help="rebuild what is complete")
+
+    add = command("index", _index, "describe existing WebDataset shards, without rewriting them", "data/mine")
+    add("shards", nargs="+", metavar="DIR_OR_URL", help="a directory of tar files, or tar files or URLs")
+    add("--out", metavar="DIR", help="where index.json goes (default: beside the shards)")
+
+
+def _run_commands(command: Command) -> None:
+    add = command("train", _train, "train an encoder", "configs/digits-rkdo.yaml train.epochs=5 run.dir=runs/five")
+    _add_config(add)
+
+    add = command(
+        "evaluate", _evaluate, "evaluate the newest checkpoint of a run", "runs/digits-rkdo evaluate.protocol=paper"
+    )
+    add("directory", type=Path, metavar="RUN", help="a run directory")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. evaluate.protocol=paper")
+
+    add = command("status", _status, "how a run stands (its first word is for scripts)", "runs/digits-rkdo")
+    add("directory", type=Path, metavar="RUN", help="a run directory")
+
+    add = command(
+        "doctor", _doctor, "check a configuration, shards and launch, without training", "configs/digits-rkdo.yaml"
+    )
+    _add_config(add)
+
+
+def _reading_commands(command: Command) -> None:
+    add = command("compare", _compare, "a table and a figure of several runs", "runs/a runs/b --figure runs/loss.png")
+    add("directories", type=Path, nargs="+", metavar="RUN", help="run directories")
+    add("--figure", type=Path, metavar="FILE", help="save the loss curves here (.png or .svg)")
+
+    add = command("report", _report, "one self-contained HTML page of any runs", "runs/a runs/b")
+    add("directories", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not")
+    add("--out", type=Path, metavar="FILE", help="default: RUN/report.html, or report.html for several runs")
+
+    add = command("field", _field, "a picture of how rows of a persistent field evolve", "runs/persistent")
+    add("directory", type=Path, metavar="RUN", help="a run with field.recursion=persistent")
+    add("--out", type=Path, metavar="DIR", help="write field.png and field.svg here (default: RUN)")
+
+
+def _study_commands(command: Command) -> None:
+    add = command(
+        "sweep",
+        _sweep,
+        "train over a grid of settings: one table, a figure per pair of keys",
+        "configs/digits-rkdo.yaml --vary field.depth=1,3 --seeds 1,2,3",
+    )
+    add("config", metavar="CONFIG", help=_CONFIG)
+    add("--vary", action="append", default=[], metavar="KEY=V1,V2", help="values of a setting; once per key")
+    add("--variant", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="settings by a name; repeat it")
+    add("--only", type=_names, default=(), metavar="NAME,...", help="run only these variants")
+    add("--seeds", type=_numbers, default=None, metavar="N,...", help="default: the one of CONFIG")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs")
+    add("--metric", type=_names, default=("linear_accuracy",), metavar="A,B", help="scores of the evaluations")
+    add("--out", type=Path, default=Path("runs/sweep"), metavar="DIR")
+    add("--processes", type=int, default=1, metavar="N", help="runs at a time")
+
+    add = command(
+        "reproduce",
+        _reproduce,
+        "the paper's tables and figures, beside the published numbers",
+        "--datasets cifar10 --data data --out runs/reproduce",
+    )
+    add("--datasets", type=_names, default=("cifar10", "cifar100", "stl10"), metavar="A,B,...")
+    add("--protocol", choices=("paper", "full"), default="paper", help="as evaluate.protocol")
+    add("--seeds", type=_numbers, default=(42, 123, 456, 789, 101), metavar="N,...")
+    add("--epochs", type=_numbers, default=(1, 2, 5, 10), metavar="N,...")
+    add("--data", action="append", default=[], metavar="DIR", help="DIR/<data set> hold the shards, or DATASET=DIR")
+    add("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR")
+    add("--processes", type=int, default=1, metavar="N", help="runs at a time")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs; tables say so")
+
+    add = command(
+        "verify-theory",
+        _verify_theory,
+        "measure the paper's lemmas and theorem on explicit distributions",
+        "--out runs/theory",
+    )
+    add("--out", type=Path, metavar="DIR", help="write theory.json and a figure here (.png and .svg)")
+    add("--repeats", type=int, default=1, metavar="N", help="random draws of every kind (default 1)")
+
+
+def _cost_commands(command: Command) -> None:
+    add = command(
+        "measure",
+        _measure,
+        "time, memory and traffic of a few steps on the ranks launched",
+        "configs/digits-rkdo.yaml --out runs/cost/1.json",
+    )
+    _add_config(add)
+    add("--out", type=Path, required=True, metavar="FILE", help="the facts, as JSON")
+    add("--steps", type=int, default=5, metavar="N", help="steps that are measured (default 5)")
+    add("--ways", type=_names, default=(), metavar="A,B", help=_WAYS)
+
+    add = command(
+        "scale",
+        _scale,
+        "the same run on several numbers of processes: a scaling study",
+        "configs/digits-rkdo.yaml --world-sizes 1,2 --out runs/scale",
+    )
+    add("config", type=Path, nargs="?", metavar="CONFIG", help="a YAML file (not with --from)")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="as for train")
+    add("--world-sizes", type=_numbers, default=(1, 2), metavar="N,N", help="numbers of processes (default 1,2)")
+    add("--mode", choices=("strong", "weak"), default="strong", help="one global batch, or one per process")
+    add("--steps", type=int, default=5, metavar="N", help="steps that are measured (default 5)")
+    add("--ways", type=_names, default=(), metavar="A,B", help=_WAYS)
+    add("--accelerate-config", type=Path, metavar="FILE", help="start through `accelerate launch` with this file")
+    add("--out", type=Path, metavar="DIR", help="where results, figures and page go (default: --from's folder)")
+    add("--from", dest="source", type=Path, metavar="DIR", help="an earlier study, or files of `rkdo measure`")
+    add("--project", type=_numbers, default=(), metavar="N,N", help="numbers of devices to project to, e.g. 8,64,512")
+    add("--interconnect", default="nvlink+ib400", metavar="A+B", help="links inside and between nodes")
+    add("--device-speed", type=float, default=1.0, metavar="X", help="of the projection, here = 1")
+
+    add = command(
+        "flops",
+        _flops,
+        "what a step costs: FLOPs by depth, time, memory, share of the loss",
+        "configs/paper/cifar10-rkdo.yaml train.global_batch=256",
+    )
+    _add_config(add)
+    add("--image-size", type=int, metavar="N", help="default: data.image_size, or 32")
+    add("--repeats", type=int, default=3, metavar="N", help="steps to time; 0: count only (default 3)")
+
+
+def _add_config(add: Add) -> None:
+    add("config", metavar="CONFIG", help=_CONFIG)
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.epochs=5 run.dir=runs/five")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs whole numbers with commas, e.g. 1,2,4; got {text!r}") from None
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.console import counting
+    from rkdo_dist.data.prepare import prepare
+
+    console = Console(stderr=True)
+    with counting(console, f"preparing {options.source}") as progress:
+        size, force = options.shard_size, options.force
+        made = prepare(options.source, options.out, options.root, shard_size=size, force=force, progress=progress)
+    console.print(_split_table(made))
+    console.print("written" if made.built else "complete already: nothing to do (--force rebuilds it)")
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.console import counting
+    from rkdo_dist.data.foreign import index_shards
+
+    console = Console(stderr=True)
+    source = options.shards[0] if len(options.shards) == 1 else options.shards
+    with counting(console, "indexing") as progress:
+        made = index_shards(source, out=options.out, progress=progress)
+    console.print(_split_table(made))
+    return 0
+
+
+def _split_table(index: ShardIndex) -> Table:
+    from rich.table import Table
+
+    table = Table(title=str(index.root))
+    for column in ("split", "samples", "shards", "classes", "image size"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    size = "varies" if index.image_size is None else "x".join(map(str, index.image_size))
+    for split in index.splits.values():
+        table.add_row(split.name, f"{split.samples:,}", str(len(split.shards)), str(len(index.classes)), size)
+    return table
+
+
+# -- runs, on the ranks that a launcher has started --------------------------------------------------------------------
+
+
+def _load(options: argparse.Namespace) -> Config:
+    from rkdo_dist import config
+
+    return config.load(options.config, options.overrides)
+
+
+def _with_all_ranks(options: argparse.Namespace) -> None:
+    from rkdo_dist.ranks.relaunch import with_all_ranks
+
+    with_all_ranks(options.words)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _load(options)  # a mistake in it is said before anything heavy is imported
+    _with_all_ranks(options)
+    from rkdo_dist.train.main import train
+
+    return train(config)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    _with_all_ranks(options)
+    from rkdo_dist.train.main import evaluate_run
+
+    evaluate_run(options.directory, options.overrides)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from rkdo_dist.rundir import RunDirectory
+
+    status = RunDirectory(options.directory).status()
+    print(f"{status['status']} at step {status['step']}")
+    if "message" in status:
+        print(status["message"])
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    config = _load(options)
+    _with_all_ranks(options)
+    from rkdo_dist.measure.doctor import doctor
+
+    return doctor(config)
+
+
+# -- reading finished runs ---------------------------------------------------------------------------------------------
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.studies.compare import comparison_table, loss_figure
+
+    console = Console()
+    console.print(comparison_table(options.directories))
+    if options.figure:
+        loss_figure(options.directories, options.figure)
+        console.print(f"figure: {options.figure}", soft_wrap=True)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.studies.report.page import write_report
+
+    runs = options.directories
+    out = options.out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    console = Console(stderr=True)
+    with console.status("reading the runs") as status:
+        write_report(runs, out, status.update)
+    console.print(f"report: {out}", soft_wrap=True)
+    return 0
+
+
+def _field(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.studies.field_figure import write_figure
+
+    console = Console(stderr=True)
+    with console.status("drawing"):
+        paths = write_figure(options.directory, options.out or options.directory)
+    console.print(f"figure: {paths[0]}", soft_wrap=True)
+    return 0
+
+
+# -- studies of many runs ----------------------------------------------------------------------------------------------
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from rkdo_dist import config as configuration
+    from rkdo_dist.studies import sheets
+    from rkdo_dist.studies.sweep import Sweep, axis, only, sweep, variants
+
+    if not options.vary and not options.variant:
+        raise ValueError("say what to vary: --vary KEY=V1,V2, or --variant 'NAME: KEY=VALUE ...' at least twice")
+    if not options.metric:
+        raise ValueError("--metric needs the name of a score, such as linear_accuracy")
+
+    base = configuration.load(options.config, options.set)
+    seeds = (base.run.seed,) if options.seeds is None else options.seeds
+    if options.only and not options.variant:
+        raise ValueError("--only chooses among variants: give them with --variant")
+    axes = [axis(text) for text in options.vary]
+    if options.variant:
+        named = variants(options.variant)
+        axes.append(only(named, options.only) if options.only else named)
+    asked = Sweep(base, tuple(axes), seeds, options.out, options.metric[0], options.metric[1:])
+    return sweep(asked, options.processes, sheets.console())
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from rkdo_dist.studies import sheets
+    from rkdo_dist.studies.paper import Request
+    from rkdo_dist.studies.reproduce import reproduce
+
+    o = options
+    request = Request(o.datasets, o.protocol, o.seeds, o.epochs, o.out, tuple(o.set))
+    return reproduce(request, tuple(o.data), o.processes, sheets.console())
+
+
+def _verify_theory(options: argparse.Namespace) -> int:
+    if not (Path(__file__).resolve().parents[1] / "examples" / "theory").is_dir():
+        raise ValueError("verify-theory is an example of the repository: run `python -m examples.theory` in a checkout")
+    from examples.theory.__main__ import verify
+
+    return verify(options.out, options.repeats)
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def _measure(options: argparse.Namespace) -> int:
+    config = _load(options)
+    _with_all_ranks(options)
+    from rkdo_dist.measure.steps import measure, way_of
+
+    measure(config, list(options.ways) or [way_of(config)], options.steps, options.out)
+    return 0
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rkdo_dist.studies import scaling
+    from rkdo_dist.studies.links import interconnect
+    from rkdo_dist.studies.scaling_figures import draw
+    from rkdo_dist.studies.scaling_page import terminal_tables, write_page
+
+    console = Console()
+    interconnect(options.interconnect)  # before anything is run
+    if bool(options.source) == bool(options.config):
+        raise scaling.ScalingError("give either a CONFIG to run, or --from DIR with measurements")
+    if not (options.out or options.source):
+        raise scaling.ScalingError("--out is missing: name a directory for the results, e.g. --out runs/scale")
+    out = options.out or options.source
+    if options.source:
+        results = scaling.read(options.source)
+    else:
+        settings, weak, launch = tuple(options.overrides), options.mode == "weak", options.accelerate_config
+        plan = scaling.Plan(options.config, settings, options.world_sizes, weak, options.steps, options.ways, launch)
+        with console.status("starting") as status:
+            results = scaling.run(plan, out, status.update)
+    study = scaling.study(results, options.project, options.interconnect, options.device_speed)
+    page = out / "scaling.html"
+    write_page(study, draw(study, out), page)
+    for shown in terminal_tables(study):
+        console.print(shown)
+    console.print(f"page: {page}", soft_wrap=True)
+    return 0
+
+
+def _flops(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    config = _load(options)
+    size = options.image_size or config.data.image_size or 32
+    if size < 1 or options.repeats < 0:
+        raise ValueError(f"--image-size must be at least 1 and --repeats 0, got {size} and {options.repeats}")
+    from rkdo_dist.studies.flops_table import cost_table
+
+    console = Console()
+    with console.status("counting and timing"):
+        table = cost_table(config, size, options.repeats)
+    console.print(table)
+    return 0
