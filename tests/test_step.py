@@ -26,7 +26,10 @@ OBJECTIVES = {
     "symmetric": Objective.infonce(symmetric=True),
     "icon": Objective.icon(),
     "stop": Objective.rkdo(supervisor_grad="stop"),
+    "supervised": Objective.supervised(),
 }
+
+SUPERVISED, RING = {"objective": "supervised"}, {"exchange": "ring"}
 
 
 class SmallEncoder(nn.Module):
@@ -52,7 +55,7 @@ def micro_batch(step: int, lane: int, size: int = 8) -> MicroBatch:
     generator = torch.Generator().manual_seed(1000 * step + lane)
     images = torch.randint(0, 256, (MICRO, 3, size, size), generator=generator, dtype=torch.uint8)
     ids = torch.arange(MICRO) + MICRO * lane
-    return MicroBatch([str(int(i)) for i in ids], ids, images, torch.zeros(MICRO, dtype=torch.int64))
+    return MicroBatch([str(int(i)) for i in ids], ids, images, ids * 7 % 5)
 
 
 def make_view(images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
@@ -127,7 +130,8 @@ def plain_gradient(objective: Objective, together: bool = True) -> tuple[float, 
         u, v = encoder(torch.cat([first, second])).chunk(2) if together else (encoder(first), encoder(second))
         us.append(u)
         vs.append(v)
-    loss, _ = dense(objective, torch.cat(us), torch.cat(vs))
+    labels = torch.cat([micro_batch(0, lane).labels for lane in range(LANES)])
+    loss, _ = dense(objective, torch.cat(us), torch.cat(vs), labels)
     loss.backward()
     return float(loss.detach()), torch.cat([p.grad.flatten() for p in encoder.parameters()]).numpy()
 
@@ -164,7 +168,9 @@ def test_views_apart_are_two_forwards(without_dropout: None) -> None:
     assert loss != pytest.approx(plain_gradient(OBJECTIVES["rkdo"])[0], rel=1e-6)  # batch norm sees something else
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"together": False}, {"objective": "joint"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"recompute": True}, {"together": False}, {"objective": "joint"}, SUPERVISED], ids=str
+)
 def test_exact_gives_the_same_bits_on_any_number_of_ranks(options: dict[str, Any]) -> None:
     one = train(0, 1, options)
     for world in (2, 4):
@@ -186,11 +192,11 @@ def test_resnet_with_batch_norm_and_adam_in_float32() -> None:
     assert [r["losses"] for r in two] == [one["losses"]] * 2
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"exchange": "ring"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, RING, SUPERVISED, {**SUPERVISED, **RING}], ids=str)
 @pytest.mark.parametrize("world", [2, 4])
 def test_fast_agrees_in_float64(world: int, options: dict[str, Any]) -> None:
     options = {**options, "double": True, "reduction": "fast", "steps": 20}
-    one = train(0, 1, {"double": True, "steps": 20})
+    one = train(0, 1, {"double": True, "steps": 20, "objective": options.get("objective", "rkdo")})
     for got in run_ranks(train, world, options):
         assert np.linalg.norm(got["gradient"] - one["gradient"]) <= 1e-10 * np.linalg.norm(one["gradient"])
         assert got["losses"] == pytest.approx(one["losses"], rel=1e-8)

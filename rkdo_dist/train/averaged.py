@@ -40,9 +40,11 @@ class Averaged(Strategy):
         """What embeds training lanes and averages their gradients."""
         return self._runtime.wrap(encoder)
 
-    def field(self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int) -> FieldResult:
+    def field(
+        self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int, labels: Tensor | None = None
+    ) -> FieldResult:
         """Formed on all local rows at once."""
-        return averaged_field(lanes, objective, self._exchange, stop, self.memory)
+        return averaged_field(lanes, objective, self._exchange, stop, self.memory, labels)
 
     def backward(self, outputs: Iterator[Views], field: FieldResult, at: Place) -> None:
         """One averaging over ranks: in the only backward pass, or in the last lane's when embedding again."""

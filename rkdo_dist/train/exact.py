@@ -28,9 +28,11 @@ class Exact(Strategy):
         self._summed: list[Tensor] = []
         self._finite: list[tuple[Tensor]] = []
 
-    def field(self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int) -> FieldResult:
+    def field(
+        self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int, labels: Tensor | None = None
+    ) -> FieldResult:
         """Formed per lane."""
-        return exact_field(lanes, objective, at.first_lane, stop, self.memory)
+        return exact_field(lanes, objective, at.first_lane, stop, self.memory, labels)
 
     def backward(self, outputs: Iterator[Views], field: FieldResult, at: Place) -> None:
         """One backward pass per lane, added up in lane order."""

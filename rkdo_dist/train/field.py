@@ -41,7 +41,12 @@ class FieldResult:
 
 
 def exact_field(
-    lanes: Sequence[Views], objective: Objective, first_lane: int, stop: int, memory: PersistentField | None = None
+    lanes: Sequence[Views],
+    objective: Objective,
+    first_lane: int,
+    stop: int,
+    memory: PersistentField | None = None,
+    labels: Tensor | None = None,
 ) -> FieldResult:
     """Loss and embedding gradients, formed per lane against all columns and summed in tree order (collective).
 
@@ -51,17 +56,19 @@ def exact_field(
         first_lane: global number of this rank's first lane.
         stop: this rank's stop code.
         memory: the rows of a persistent field, which supervise and then recur; only for that kind of objective.
+        labels: (b,) of this rank's samples, in lane order, for objectives that need them.
     """
     count, m = len(lanes), lanes[0][0].shape[0]
     with ledger.purpose(ledger.COLUMNS):
         columns_u, columns_v = (group.all_gather_rows(torch.cat([pair[k] for pair in lanes])) for k in (0, 1))
+        everyones = None if labels is None else group.all_gather_rows(labels)
     supervisors = _supervisors(lanes, objective, memory)
     results = []
     sums: dict[str, group.TreeSum[Tensor]] = {"u": group.TreeSum(count), "v": group.TreeSum(count)}
     used = {"u": False, "v": False}
     for i, (u, v) in enumerate(lanes):
         first_row, p = (first_lane + i) * m, supervisors[i]
-        result = value_and_gradient(objective, u, v, columns_u, columns_v, first_row, supervisor=p)
+        result = value_and_gradient(objective, u, v, columns_u, columns_v, first_row, everyones, supervisor=p)
         for name, part in (("u", result.columns_u), ("v", result.columns_v)):
             if part is not None:
                 sums[name].add(part)
@@ -81,18 +88,23 @@ def exact_field(
 
 
 def averaged_field(
-    lanes: Sequence[Views], objective: Objective, exchange: str, stop: int, memory: PersistentField | None = None
+    lanes: Sequence[Views],
+    objective: Objective,
+    exchange: str,
+    stop: int,
+    memory: PersistentField | None = None,
+    labels: Tensor | None = None,
 ) -> FieldResult:
     """Loss and embedding gradients of all local rows at once (collective).
 
     Args:
-        lanes, objective, stop, memory: as for `exact_field`.
+        lanes, objective, stop, memory, labels: as for `exact_field`.
         exchange: how columns travel, "gather" or "ring"; the columns of a persistent field are gathered.
     """
     if memory is not None and objective.kind == "persistent":
         return _averaged_persistent(lanes, objective, memory, stop)
     u, v = (torch.cat([pair[k] for pair in lanes]).requires_grad_() for k in (0, 1))
-    local, parts = FieldLoss(objective, exchange=exchange)(u, v, parts=True)
+    local, parts = FieldLoss(objective, exchange=exchange)(u, v, labels, parts=True)
     du, dv = torch.autograd.grad(local, (u, v), materialize_grads=True)
     loss, means, code = _rank_means(local.detach(), parts, stop)
     sizes = [len(pair[0]) for pair in lanes]

@@ -114,7 +114,8 @@ class Step:
             embedded = self._first_pass(lanes, at)
             require_finite([e.views() for e in embedded], "an embedding", at)
         with phase(FIELD):
-            field = self.strategy.field([e.detached().views() for e in embedded], objective, at, stop)
+            labels = torch.cat([x.labels for x in lanes]).to(self._runtime.device) if objective.needs_labels else None
+            field = self.strategy.field([e.detached().views() for e in embedded], objective, at, stop, labels)
         if not math.isfinite(field.loss):
             raise NonFiniteError(f"the loss of step {at.step + 1} is {field.loss}")
         with phase(COMPUTE):

@@ -92,12 +92,15 @@ class Strategy(abc.ABC):
         self._scale = runtime.loss_scale
 
     @abc.abstractmethod
-    def field(self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int) -> FieldResult:
+    def field(
+        self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int, labels: Tensor | None = None
+    ) -> FieldResult:
         """The loss over the global batch and its gradient with respect to this rank's embeddings.
 
         Args:
             lanes: embeddings (m, d) of both views of each of this rank's lanes, without graph.
             stop: this rank's stop code.
+            labels: (b,) of this rank's samples, in lane order, for objectives that need them.
         """
 
     @abc.abstractmethod
