@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint fast slow bench lock clean
+.PHONY: help setup demo test lint fast slow docs bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -44,6 +44,11 @@ fast: $(READY)  ## tests without whole jobs
 slow: $(READY)  ## whole jobs: real launches, kills and restarts
 	$(BIN)/python -m pytest -m slow -q --durations 12
 
+docs: $(READY)  ## the documentation site, built strictly into site/; no page needs the network
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[docs]'
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 bench: $(READY)  ## comparisons in one run; results go to benchmarks/results/
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[bench]'
 	$(BIN)/python benchmarks/loss.py
@@ -54,8 +59,8 @@ lock: $(READY)  ## pin new versions (keep torch and torchvision a matched pair)
 	printf 'torch==2.14.1\ntorchvision==0.29.1\n' > $(VENV)/pair.txt
 	{ echo '# Exact versions for every platform, used as constraints: only what is asked for is installed.'; \
 	  echo '# Made by `make lock`; torch and torchvision must stay a matched pair.'; \
-	  $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra deepspeed --extra object-stores --extra tracking --extra test --extra lint \
+	  $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra deepspeed --extra object-stores --extra tracking --extra test --extra lint --extra docs \
 	  -c $(VENV)/pair.txt --upgrade --no-annotate --no-header --quiet; } > $(VENV)/new.lock && mv $(VENV)/new.lock requirements.lock
 
 clean:  ## remove the environment, the demo's data and runs
-	rm -rf $(VENV) build dist data/digits runs/demo
+	rm -rf $(VENV) build dist site data/digits runs/demo
