@@ -35,7 +35,16 @@ def decode(payload: bytes, where: str, size: int | None = None) -> np.ndarray:
         DataError: not an allowed image, damaged, or more than `MAX_BYTES` or `MAX_PIXELS`.
     """
     with _open(payload, where) as image:
-        flat = _loaded(image, where, convert=True)
+        return pixels_of(image, where, size)
+
+
+def pixels_of(image: Image.Image, where: str, size: int | None = None) -> np.ndarray:
+    """The pixels of a Pillow image, as `decode`.
+
+    Raises:
+        DataError: if it cannot be decoded.
+    """
+    flat = _loaded(image, where, convert=True)
     if size is not None and flat.size != (size, size):
         flat = _fit(flat, size)
     return np.ascontiguousarray(np.asarray(flat).transpose(2, 0, 1))
@@ -51,6 +60,16 @@ def check(payload: bytes, where: str) -> tuple[str, int, int]:
         kind = str(image.format)
         _loaded(image, where, convert=False)
         return kind, image.height, image.width
+
+
+def header(payload: bytes, where: str) -> tuple[int, int]:
+    """Height and width of an allowed image, from its header alone.
+
+    Raises:
+        DataError: as `decode`, except for damage that only decoding finds.
+    """
+    with _open(payload, where) as image:
+        return image.height, image.width
 
 
 def _open(payload: bytes, where: str) -> Image.Image:

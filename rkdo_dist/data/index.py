@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.remote import Address, default_cache, fetch, is_url, read_all
@@ -26,9 +28,40 @@ _MAX_INDEX_BYTES = 256 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class OpenSamples(Protocol):
+    """Samples that can be read by their position; `keys` has one for each."""
+
+    name: str
+
+    @property
+    def keys(self) -> Sequence[str]: ...
+
+    def pixels(self, position: int, size: int | None) -> np.ndarray:
+        """uint8 (3, H, W), see `images.decode`; verified."""
+
+    def label(self, position: int) -> bytes | None:
+        """The class number as text, None without one."""
+
+    def where(self, position: int) -> str:
+        """How errors call a sample."""
+
+    def check_unchanged(self) -> None:
+        """Raises DataError if somebody has written to the samples since they were opened."""
+
+    def close(self) -> None:
+        """Give back what is open."""
+
+
+class Content(Protocol):
+    """Samples that do not come from a tar file."""
+
+    def open(self, name: str) -> OpenSamples:
+        """Ready for reading."""
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One tar file of WebDataset samples.
+    """One tar file of WebDataset samples, or as many samples of another source.
 
     Attributes:
         name: file name relative to the index.
@@ -37,6 +70,7 @@ class Shard:
         bytes: length of the file.
         checks: checksums of its samples, by which damage is located (`archive.checksums`); "" if there are
             none.
+        content: where the samples are if they are in no tar file (`folder`, `datasets`); `sha256` then describes them.
     """
 
     name: str
@@ -44,6 +78,11 @@ class Shard:
     sha256: str
     bytes: int
     checks: str = ""
+    content: Content | None = field(default=None, repr=False, compare=False)
+
+    def tree(self) -> dict[str, Any]:
+        """As it is stored."""
+        return {name: value for name, value in vars(self).items() if name != "content"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +114,8 @@ class ShardIndex:
         image_size: (height, width) of every image, or None when it varies.
         source, identity, seed, shard_size: what the shards were made from and how.
         address: of the index, if the shards lie elsewhere (see `remote`); None: they are files below `root`.
+        notes: what a user should know of the source before training on it.
+        title: what messages call the source, if it is no directory.
     """
 
     root: Path
@@ -86,10 +127,14 @@ class ShardIndex:
     seed: int | None = None
     shard_size: int | None = None
     address: Address | None = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    title: str = field(default="", repr=False, compare=False)
 
     @property
     def place(self) -> str:
         """Where the shards are, for messages."""
+        if self.title:
+            return self.title
         return str(self.root) if self.address is None else self.address.shown
 
     def file_of(self, shard: Shard) -> Path:
@@ -104,6 +149,8 @@ class ShardIndex:
 
     def name_of(self, shard: Shard) -> str:
         """What messages call a shard."""
+        if shard.content is not None:
+            return f"{self.place} ({shard.name})"
         return str(self.root / shard.name) if self.address is None else self.address.beside(shard.name).shown
 
     def split(self, name: str) -> Split:
@@ -132,7 +179,7 @@ def to_tree(index: ShardIndex) -> dict[str, Any]:
         "shard_size": index.shard_size,
         "image_size": list(index.image_size) if index.image_size else None,
         "classes": list(index.classes),
-        "splits": {name: [vars(s) for s in split.shards] for name, split in index.splits.items()},
+        "splits": {name: [s.tree() for s in split.shards] for name, split in index.splits.items()},
     }
     return tree if index.address is None else {**tree, "base": index.address.base}
 

@@ -214,6 +214,11 @@ def worker_lanes(lanes: range, worker: int, workers: int) -> range:
     return lanes[len(lanes) * worker // workers : len(lanes) * (worker + 1) // workers]
 
 
+def run_length(samples: int) -> int:
+    """Samples in a shard whose size nobody chose: an eighth of the split, but 50 to 2000."""
+    return max(50, min(2000, -(-samples // 8)))
+
+
 def substitutes(count: int, broken: int, seed: int, epoch: int) -> Iterator[int]:
     """Other shards to take samples from when shard `broken` of `count` is unusable, in an order drawn from
     its number.

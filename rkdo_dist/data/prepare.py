@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist.data.index import INDEX_NAME, DataError, Shard, ShardIndex, Split, load_index, save_index
-from rkdo_dist.data.order import hash64, permutation
+from rkdo_dist.data.order import hash64, permutation, run_length
 from rkdo_dist.data.shards import ShardWriter
 from rkdo_dist.data.sources import Samples, Source, open_source
 from rkdo_dist.files import TEMPORARY, sha256_of, write_atomic
@@ -27,7 +27,6 @@ from rkdo_dist.files import TEMPORARY, sha256_of, write_atomic
 Progress = Callable[[int, int, str], None]
 JOURNAL_NAME = ".prepare.json"
 SHARD_BYTES = 64 << 20  # a shard is closed when it has grown to this, or to `shard_size` samples
-_DEFAULT_SHARDS, _MOST_SAMPLES, _FEWEST_SAMPLES = 8, 2000, 50  # of shards whose size nobody chose
 _REPORT_EVERY = 64
 _OURS = re.compile(
     rf"[a-z0-9_]+-[0-9]{{5}}\.tar|\..*{re.escape(TEMPORARY)}|{re.escape(JOURNAL_NAME)}|{re.escape(INDEX_NAME)}"
@@ -171,7 +170,7 @@ def _build(
     for name, samples in splits.items():
         report = partial(_report, progress, sum(split.samples for split in built.values()), total)
         order = permutation(samples.count, hash64(wanted["seed"], *name.encode()))
-        limit = wanted["shard_size"] or _default_size(samples.count)
+        limit = wanted["shard_size"] or run_length(samples.count)
         shards: list[Shard] = []
         start = 0
         while start < samples.count:
@@ -190,10 +189,6 @@ def _build(
     (out / JOURNAL_NAME).unlink()
     progress(total, total, INDEX_NAME)
     return index
-
-
-def _default_size(count: int) -> int:
-    return max(_FEWEST_SAMPLES, min(_MOST_SAMPLES, -(-count // _DEFAULT_SHARDS)))
 
 
 def _report(progress: Progress, before: int, total: int, label: str, done: int) -> None:

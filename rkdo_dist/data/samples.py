@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.data.errors import Unreachable
-from rkdo_dist.data.images import decode, parse_label
-from rkdo_dist.data.index import DataError, ShardIndex, Split
+from rkdo_dist.data.images import parse_label
+from rkdo_dist.data.index import DataError, OpenSamples, ShardIndex, Split
 from rkdo_dist.data.order import Window, substitutes
-from rkdo_dist.data.shards import OpenShard, open_shard
+from rkdo_dist.data.shards import open_shard
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Cursor:
         self._reading = reading
         self._draw = (seed, epoch)
         self._shard: int | None = None
-        self._open: OpenShard | None = None
-        self._substitute: tuple[int, OpenShard] | None = None
+        self._open: OpenSamples | None = None
+        self._substitute: tuple[int, OpenSamples] | None = None
         self._bases = np.concatenate([[0], np.cumsum(reading.split.counts)])
 
     def samples(self, windows: Iterator[Window] | Sequence[Window]) -> Iterator[Sample]:
@@ -99,7 +99,7 @@ class Cursor:
                 opened.close()
         self._open, self._substitute, self._shard = None, None, None
 
-    def _shard_of(self, window: Window) -> OpenShard | None:
+    def _shard_of(self, window: Window) -> OpenSamples | None:
         """The window's shard, opened if it is not open; None if it is unusable and samples may be
         replaced."""
         if window.shard != self._shard:
@@ -112,7 +112,7 @@ class Cursor:
             self._shard = window.shard
         return self._open
 
-    def _one(self, opened: OpenShard | None, shard: int, position: int) -> Sample:
+    def _one(self, opened: OpenSamples | None, shard: int, position: int) -> Sample:
         if opened is not None:
             try:
                 return self._read(opened, shard, position)
@@ -124,14 +124,14 @@ class Cursor:
     def _may_skip(self, error: DataError) -> bool:
         return self._reading.on_corrupt == "skip" and not isinstance(error, Unreachable)
 
-    def _read(self, opened: OpenShard, shard: int, position: int) -> Sample:
+    def _read(self, opened: OpenSamples, shard: int, position: int) -> Sample:
         where = opened.where(position)
-        image = decode(opened.image(position), where, self._reading.size)
+        image = opened.pixels(position, self._reading.size)
         text = opened.label(position)
         label = -1 if text is None else parse_label(text, len(self._reading.index.classes), where)
-        return Sample(opened.table.keys[position], int(self._bases[shard]) + position, image, label)
+        return Sample(opened.keys[position], int(self._bases[shard]) + position, image, label)
 
-    def _replacement(self, opened: OpenShard | None, shard: int, position: int) -> Sample:
+    def _replacement(self, opened: OpenSamples | None, shard: int, position: int) -> Sample:
         """Another sample for one that cannot be read: the next readable one of its shard, or, if the shard
         is unusable, of the first usable shard in an order drawn from its number. Every rank and worker
         chooses alike."""
@@ -151,7 +151,7 @@ class Cursor:
             return Sample(sample.key, sample.id, sample.image, sample.label, replaced=True)
         raise DataError(f"{opened.name} holds no readable sample to go on with")
 
-    def _find_substitute(self, broken: int) -> tuple[int, OpenShard]:
+    def _find_substitute(self, broken: int) -> tuple[int, OpenSamples]:
         shards = self._reading.split.shards
         for other in substitutes(len(shards), broken, *self._draw):
             if shards[other].samples:

@@ -15,11 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from webdataset.writer import TarWriter
 
 from rkdo_dist.data.archive import PIECE, Table, checksums, locate, scan
 from rkdo_dist.data.errors import Unreachable
-from rkdo_dist.data.index import DataError, Shard, ShardIndex
+from rkdo_dist.data.images import decode
+from rkdo_dist.data.index import DataError, OpenSamples, Shard, ShardIndex
 from rkdo_dist.files import TEMPORARY, sync_directory
 
 _MAX_CACHED_SAMPLES = 1 << 18  # about 40 MB of tables a process
@@ -97,6 +99,15 @@ class OpenShard:
         self._descriptor = descriptor
         self._identity = _identity(os.fstat(descriptor))
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Sample keys in the order of the shard."""
+        return self.table.keys
+
+    def pixels(self, position: int, size: int | None) -> np.ndarray:
+        """The decoded image of a sample, see `images.decode`."""
+        return decode(self.image(position), self.where(position), size)
+
     def image(self, position: int) -> bytes:
         """The encoded image of a sample."""
         offset, size = self.table.images[position]
@@ -139,7 +150,7 @@ class OpenShard:
 _verified: OrderedDict[tuple, Table] = OrderedDict()
 
 
-def open_shard(index: ShardIndex, shard: Shard) -> OpenShard:
+def open_shard(index: ShardIndex, shard: Shard) -> OpenSamples:
     """Open a shard after checking its length, SHA-256 and sample count against the index.
 
     A file that this process has verified before, and that nobody has written to since (same inode, length,
@@ -149,6 +160,8 @@ def open_shard(index: ShardIndex, shard: Shard) -> OpenShard:
     Raises:
         DataError: missing, changed, truncated or damaged; the message names the shard.
     """
+    if shard.content is not None:
+        return shard.content.open(index.name_of(shard))
     path, name = index.file_of(shard), index.name_of(shard)
     try:
         return _open_verified(path, name, shard)
@@ -257,7 +270,7 @@ def check_shards(index: ShardIndex, split: str, most_bytes: int = 2 << 30) -> No
     if index.address is not None:
         return
     thorough = sum(shard.bytes for shard in shards) <= most_bytes
-    for shard in shards:
+    for shard in (shard for shard in shards if shard.content is None):  # others are verified sample by sample
         path = index.file_of(shard)
         if thorough or not path.is_file() or path.stat().st_size != shard.bytes:
             open_shard(index, shard).close()
