@@ -74,8 +74,19 @@ def test_wilcoxon_with_ties_is_the_enumeration_of_signs(differences: list[int]) 
 
 def test_wilcoxon_of_many_pairs_is_continuous_with_the_approximation() -> None:
     d = np.random.default_rng(3).normal(0.1, size=400)
-    assert wilcoxon(d) == pytest.approx(stats.wilcoxon(d).pvalue, rel=1e-6)
-    assert wilcoxon(d[:200]) == pytest.approx(stats.wilcoxon(d[:200]).pvalue, rel=0.02)
+    assert wilcoxon(d) == pytest.approx(stats.wilcoxon(d, method="approx").pvalue, rel=1e-12)
+    exact, approximate = wilcoxon(d[:50]), stats.wilcoxon(d[:50], method="approx").pvalue
+    assert exact != approximate
+    assert exact == pytest.approx(approximate, rel=0.02)
+
+
+def test_thirteen_pairs_with_ties_are_still_exact() -> None:
+    d = np.array([1, 1, -1, 2, 2, 3, -3, 4, 5, 5, -2, 6, 7], dtype=float)
+    ranks = stats.rankdata(np.abs(d))
+    signs = (np.arange(2**13)[:, None] >> np.arange(13)) & 1
+    centre = ranks.sum() / 2
+    p = np.mean(abs(signs @ ranks - centre) >= abs(ranks[d > 0].sum() - centre))
+    assert wilcoxon([*d, 0.0, 0.0]) == pytest.approx(p, rel=1e-12)
 
 
 def test_the_bootstrap_interval_is_repeatable_and_near_students_for_many_pairs() -> None:
