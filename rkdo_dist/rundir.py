@@ -3,9 +3,10 @@
 config.yaml         the resolved configuration
 environment.json    versions, devices, world size, commit
 metrics.jsonl       one object per step
-status.json         running, complete, preempted, interrupted or failed
+status.json         running, complete, preempted, interrupted or failed; the steps done and the last checkpoint's
 checkpoints/        <step>/, and `latest`
-evaluations/        <step>.json
+evaluations/        <step>.json, with the digest of the weights judged
+.lock               held by the process that writes here
 rows/               <step>.json: a few rows of a persistent field as they were at that checkpoint
 """
 
@@ -16,13 +17,16 @@ import platform
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.files import write_atomic
+from rkdo_dist.lock import DirectoryLock
 
 
 class RunError(ValueError):
@@ -59,6 +63,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: DirectoryLock | None = None
+        self._saved: int | None = None  # step of the last checkpoint, for status.json
 
     @property
     def metrics(self) -> Path:
@@ -91,16 +97,45 @@ class RunDirectory:
                 if line.endswith("\n"):
                     yield json.loads(line)
 
-    def claim(self, config: configuration.Config, source: RunDirectory | None = None) -> None:
-        """Make the directory ready for `config`, or refuse (rank zero only).
+    def lock(self) -> None:
+        """Make this process the only one that writes here until `close`, or until it ends in whatever way.
+
+        Raises:
+            LockedError: if another process writes here, naming its host and process.
+        """
+        if self._lock is None:
+            self._lock = DirectoryLock(self.path)
+
+    def close(self) -> None:
+        """Release the lock, if this process has it."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def claim(self, config: configuration.Config, source: RunDirectory | None = None, data: str = "") -> None:
+        """Lock the directory and make it ready for `config`, or refuse and leave it as it is (rank zero only).
 
         Args:
             config: what is to be run here.
             source: another run to continue here: its journal and newest checkpoint are copied.
+            data: digest of the shards' index.
 
         Raises:
-            RunError: if something else is here and `config.run.resume` does not continue it.
+            RunError: if something else is here and `config.run.resume` does not continue it, if the checkpoint to
+                continue from is another run's, or if it is lost.
+            LockedError: if another process writes here.
         """
+        self._refuse_other_content(config, source)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        self._refuse_other_content(config, source)  # again: now nobody else changes it
+        if source is not None or (self.path / "config.yaml").is_file():
+            self._check_checkpoint(config, source or self, data)
+        if source is not None:
+            self._copy_from(source)
+        write_atomic(self.path / "config.yaml", configuration.to_yaml(config))
+
+    def _refuse_other_content(self, config: configuration.Config, source: RunDirectory | None) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"run.dir={self.path} is a file: choose another run.dir")
         present = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.is_dir() else []
@@ -115,10 +150,40 @@ class RunDirectory:
             raise RunError(
                 f"run.dir={self.path} is not empty and holds no run ({present[0]}, ...): choose another run.dir"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        if source is not None:
-            self._copy_from(source)
-        write_atomic(self.path / "config.yaml", configuration.to_yaml(config))
+
+    def _check_checkpoint(self, config: configuration.Config, origin: RunDirectory, data: str) -> None:
+        """Refuse to continue from a checkpoint of another run, or from none where there was one."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", checkpoint.CheckpointWarning)  # said when it is loaded
+            found = checkpoint.load_latest(origin.checkpoints)
+        if found is not None:
+            origin.refuse_foreign(found, config, data)
+            self._saved = found.step
+            return
+        steps = sum(1 for _ in origin.steps())
+        lost = origin._lost_checkpoint() if steps else None
+        if lost is not None:
+            raise RunError(
+                f"{origin.checkpoints} holds no checkpoint, but {origin.metrics} has {steps} steps and the run had "
+                f"{lost}: put the checkpoint back to continue; to begin anew, choose another run.dir"
+            )
+        if origin is not self:
+            raise RunError(f"run.resume={origin.path} has no checkpoint to continue from")
+        if steps:
+            warnings.warn(
+                f"{self.path} ended before its first checkpoint: its {steps} steps are trained again", stacklevel=3
+            )
+
+    def _lost_checkpoint(self) -> str | None:
+        """Evidence that the run has once had a checkpoint, for a message; None if there is none."""
+        if (self.path / "status.json").is_file():
+            status = self.status()
+            if "checkpoint" in status:
+                return f"one of step {status['checkpoint']}"
+            if status.get("status") in ("complete", "preempted") and status.get("step"):
+                return f"one of step {status['step']}"
+        judged = sorted(self.evaluations.glob("*.json")) if self.evaluations.is_dir() else []
+        return f"an evaluation of one ({judged[-1].name})" if judged else None
 
     def check_shared(self, patience: float = 10.0) -> None:
         """Whether this process sees the run that rank zero has claimed; network file systems get `patience` seconds.
@@ -137,8 +202,6 @@ class RunDirectory:
 
     def _copy_from(self, source: RunDirectory) -> None:
         """Checkpoints and journal of another run; `config.yaml` comes last and makes the copy a run."""
-        if not source.checkpoints.is_dir():
-            raise RunError(f"run.resume={source.path} has no checkpoint to continue from")
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         shutil.copytree(source.checkpoints, self.checkpoints)
         write_atomic(self.metrics, source.metrics.read_bytes())
@@ -149,15 +212,39 @@ class RunDirectory:
         Raises:
             RunError: naming the settings that differ, or if there is no run here.
         """
-        before, now = configuration.decisive(self.config()), configuration.decisive(config)
-        changed = [key for key in now if before[key] != now[key]]
-        if not changed or (set(changed) <= _LENGTH and not configuration.follows_length(config)):
-            return
-        listed = ", ".join(f"{key}: {before[key]} -> {now[key]}" for key in changed)
-        raise RunError(
-            f"{self.path} holds a run with other settings ({listed}): "
-            "restore them to continue it, or choose another run.dir"
-        )
+        listed = _differences(self.config(), config)
+        if listed:
+            raise RunError(
+                f"{self.path} holds a run with other settings ({listed}): "
+                "restore them to continue it, or choose another run.dir"
+            )
+
+    def refuse_foreign(self, found: checkpoint.Checkpoint, config: configuration.Config, data: str = "") -> None:
+        """Refuse a checkpoint that was not written under `config` and from these data.
+
+        Args:
+            found: a checkpoint of this directory.
+            data: digest of the shards' index; empty: not compared.
+
+        Raises:
+            RunError: naming the settings that differ.
+        """
+        if "configuration" in found.extra:
+            try:
+                before = configuration.from_tree(found.extra["configuration"])
+            except ValueError as error:
+                raise RunError(f"{found.path} was written under settings that cannot be read: {error}") from error
+            listed = _differences(before, config)
+        else:  # of the first edition: a digest tells whether they differ, not in what
+            fitting = {configuration.digest(config), configuration.digest(self.config())}
+            listed = "" if found.extra.get("settings") in fitting else "it holds a digest alone, not which"
+        if listed:
+            raise RunError(
+                f"{found.path} was written by a run with other settings ({listed}): restore the settings, or put this "
+                "run's own checkpoint back"
+            )
+        if data and found.extra.get("data") != data:
+            raise RunError(f"{found.path} was trained on other data than data.shards now holds")
 
     def write_environment(self, facts: dict[str, Any]) -> None:
         """Record versions, platform and `facts` (world size, devices, digests)."""
@@ -165,8 +252,17 @@ class RunDirectory:
 
     def write_status(self, word: str, step: int, message: str = "") -> None:
         """Record how the run stands: "running", "complete", "preempted", "interrupted" or "failed"."""
-        status = {"status": word, "step": step, **({"message": message} if message else {})}
+        status: dict[str, Any] = {"status": word, "step": step}
+        if self._saved is not None:
+            status["checkpoint"] = self._saved
+        if message:
+            status["message"] = message
         write_atomic(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+
+    def saved(self, step: int) -> None:
+        """Record in status.json that the checkpoint of a step is on the disk, so that its loss is noticed later."""
+        self._saved = step
+        self.write_status("running", step)
 
     def status(self) -> dict[str, Any]:
         """What `write_status` wrote last. "running" with no process behind it: rank zero died without a word.
@@ -180,11 +276,21 @@ class RunDirectory:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def write_evaluation(self, step: int, scores: dict[str, Any]) -> Path:
-        """Write `evaluations/<step>.json`."""
+        """Write `evaluations/<step>.json`, with the digest of the weights that it speaks of."""
         self.evaluations.mkdir(exist_ok=True)
         path = self.evaluations / f"{step}.json"
-        write_atomic(path, json.dumps(scores, indent=2) + "\n")
+        digest = checkpoint.model_digest(self.checkpoints, step)
+        write_atomic(path, json.dumps({**scores, "weights": digest}, indent=2) + "\n")
         return path
+
+    def evaluated(self, step: int) -> bool:
+        """Whether `evaluations/<step>.json` speaks of the weights that the checkpoint of this step has now."""
+        try:
+            found = json.loads((self.evaluations / f"{step}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        digest = checkpoint.model_digest(self.checkpoints, step)
+        return isinstance(found, dict) and digest is not None and found.get("weights") == digest
 
     def write_rows(self, snapshot: dict[str, Any]) -> Path:
         """Write `rows/<step>.json`, a snapshot of a persistent field."""
@@ -203,6 +309,15 @@ class RunDirectory:
         """The evaluation of the largest step, if there is one."""
         found = sorted(self.evaluations.glob("*.json"), key=lambda p: int(p.stem)) if self.evaluations.is_dir() else []
         return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+
+
+def _differences(before: configuration.Config, now: configuration.Config) -> str:
+    """What would compute something else: "key: value -> value, ..."; empty if nothing, or if only the length grows."""
+    old, new = configuration.decisive(before), configuration.decisive(now)
+    changed = [key for key in new if old[key] != new[key]]
+    if set(changed) <= _LENGTH and not configuration.follows_length(now):
+        return ""
+    return ", ".join(f"{key}: {old[key]} -> {new[key]}" for key in changed)
 
 
 def environment() -> dict[str, Any]:

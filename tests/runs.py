@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,10 +41,32 @@ def made_up(
     (run / "checkpoints" / str(len(lines))).mkdir(parents=True)
 
 
+@contextlib.contextmanager
+def locked_elsewhere(directory: Path) -> Iterator[int]:
+    """While open, another process writes to the directory; its number."""
+    directory.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-c", _LOCKING, str(directory)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        yield process.pid
+        process.stdin.close()
+
+
+_LOCKING = """
+import pathlib, sys
+from rkdo_dist.lock import DirectoryLock
+lock = DirectoryLock(pathlib.Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
 class Forked:
     """Stands in for `studies.runner.start`: the same run in a process forked from a server that has torch loaded."""
 
-    def __init__(self, words: list[str], variables: Mapping[str, str], log: IO[str], lock: IO[str]) -> None:
+    def __init__(self, words: list[str], variables: Mapping[str, str], log: IO[str]) -> None:
         self._process = _context.Process(target=_run, args=(words, log.name))
         self._process.start()
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rkdo_dist"
 FLOORS = {
     "config": 0,
     "files": 0,
+    "lock": 0,
     "field": 1,
     "exchange": 2,
     "losses": 3,
@@ -21,7 +22,7 @@ FLOORS = {
     "console": 0,
     "batch_norm": 3,
     "sync_norm": 3,
-    "checkpoint": 4,
+    "checkpoint": 3,
     "rundir": 4,
     "parts": 5,
     "ranks": 5,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rkdo_dist import lock
 from rkdo_dist.data.prepare import prepare
 from rkdo_dist.studies import reproduce, runner
 from rkdo_dist.studies.paper import Results
 from rkdo_dist.studies.records import read
 from tests.jobs import command, environment, metrics
-from tests.runs import Forked
+from tests.runs import Forked, locked_elsewhere
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("encoder.backbone=shufflenet_v2_x0_5", "train.batches_per_epoch=2", "data.workers=0")
@@ -137,12 +138,11 @@ def test_a_failing_run_leaves_the_others_and_is_reported(
     runs = tmp_path / "paper" / "runs"
     (runs / "cifar100-rkdo-7").mkdir(parents=True)
     (runs / "cifar100-rkdo-7" / "thesis.tex").write_text("")
-    with (runs / "cifar100-icon-7.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked_elsewhere(runs / "cifar100-icon-7") as pid:
         code, text = command(arguments(shards, tmp_path, "cifar100"))
     assert code == 2
     assert "thesis.tex" in text
-    assert "cifar100-icon-7: another process is working on it" in text
+    assert f"cifar100-icon-7: process {pid} on {platform.node()} is working on it" in text
 
 
 @pytest.mark.slow
@@ -151,22 +151,13 @@ def test_the_command_with_real_processes(shards: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "rkdo_dist", *words], stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
     )
-    lock = tmp_path / "paper" / "runs" / "cifar100-rkdo-7.lock"
+    run = tmp_path / "paper" / "runs" / "cifar100-rkdo-7"
     held = False
     while process.poll() is None and not held:
-        held = lock.exists() and _is_held(lock)
+        held = lock.holder(run) is not None
         time.sleep(0.05)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
     assert held
-    assert not _is_held(lock)
+    assert lock.holder(run) is None
     assert "Table 4" in text
-
-
-def _is_held(path: Path) -> bool:
-    with path.open("r") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

@@ -19,7 +19,7 @@ Inside: `manifest` knows when a directory is whole, `optimizer` turns an optimiz
 
 from rkdo_dist.checkpoint.manifest import CheckpointError
 from rkdo_dist.checkpoint.optimizer import OptimizerState, optimizer_to_tensors, tensors_to_optimizer
-from rkdo_dist.checkpoint.reading import Checkpoint, CheckpointWarning, load, load_latest
+from rkdo_dist.checkpoint.reading import Checkpoint, CheckpointWarning, load, load_latest, model_digest
 from rkdo_dist.checkpoint.writing import begin, commit, save, write_part
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "commit",
     "load",
     "load_latest",
+    "model_digest",
     "optimizer_to_tensors",
     "save",
     "tensors_to_optimizer",

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rkdo_dist.checkpoint.manifest import MODEL, OPTIMIZER, PARTS, STATE, CheckpointError, verify
+from rkdo_dist.checkpoint.manifest import MODEL, OPTIMIZER, PARTS, STATE, CheckpointError, read_manifest, verify
 from rkdo_dist.checkpoint.optimizer import OptimizerState
 
 LATEST = "latest"
@@ -122,6 +122,16 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(root, manifest["step"], model, optimizer, state["extra"], parts)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {root} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def model_digest(directory: str | os.PathLike[str], step: int) -> str | None:
+    """SHA-256 (hex) of the weights of a step's checkpoint, as its manifest has it; None if there is no checkpoint."""
+    for name in (str(step), f"{step}{SET_ASIDE}"):
+        try:
+            return read_manifest(Path(directory) / name)["files"][MODEL]["sha256"]
+        except CheckpointError:
+            continue
+    return None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

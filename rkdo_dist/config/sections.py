@@ -164,6 +164,15 @@ def decisive(config: Config) -> dict[str, Any]:
     }
 
 
+def decisive_tree(config: Config) -> dict[str, dict[str, Any]]:
+    """`decisive` as nested mappings, which `from_tree` reads."""
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in decisive(config).items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
 def digest(config: Config) -> str:
     """SHA-256 (hex) over everything that affects results."""
     return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,6 @@ Every run is an ordinary `rkdo train` with `run.resume=auto`: finished runs are 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.console import progress_bar
 from rkdo_dist.files import write_atomic
+from rkdo_dist.lock import LockedError, holder
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies.records import complete
@@ -135,8 +135,8 @@ class _Crew:
                 try:
                     self.active[place] = _Process(planned, place, self.bar)
                     self._say(f"{planned.name}: started")
-                except BlockingIOError:
-                    self.outcome.failed[planned.name] = "another process is working on it: wait for it, or end it"
+                except LockedError as error:
+                    self.outcome.failed[planned.name] = str(error)
 
     def _finish(self, process: _Process, overall: TaskID) -> None:
         self.bar.update(overall, advance=1)
@@ -155,7 +155,11 @@ class _Crew:
 
 
 class _Process:
-    """One run in a process of its own, with a lock that lives as long as that process, even without this one."""
+    """One run in a process of its own, which locks its directory itself; so it stays locked without this one.
+
+    Raises:
+        LockedError: if another process works on the run already.
+    """
 
     def __init__(self, planned: Planned, place: int, bar: Progress) -> None:
         self.planned, self.bar, self.code = planned, bar, 0
@@ -163,12 +167,12 @@ class _Process:
         base.parent.mkdir(parents=True, exist_ok=True)
         self.log = base.with_name(base.name + ".log")
         file = base.with_name(base.name + ".yaml")
-        with contextlib.ExitStack() as opened:
-            lock = opened.enter_context(base.with_name(base.name + ".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_atomic(file, configuration.to_yaml(planned.config))
-            log = opened.enter_context(self.log.open("w", encoding="utf-8"))
-            self.process = start(["train", str(file)], environment(os.environ, place, accelerators()), log, lock)
+        other = holder(base)  # before its log is overwritten
+        if other is not None:
+            raise LockedError(f"{other} is working on it: wait for it, or end it")
+        write_atomic(file, configuration.to_yaml(planned.config))
+        with self.log.open("w", encoding="utf-8") as log:
+            self.process = start(["train", str(file)], environment(os.environ, place, accelerators()), log)
         self.task = bar.add_task(planned.name, total=planned.steps, note="")
         self._seen = 0
 
@@ -198,7 +202,7 @@ class _Process:
         return " ".join(lines[errors[-1] :] if errors else lines[-1:])
 
 
-def start(words: list[str], variables: Mapping[str, str], log: IO[str], lock: IO[str]) -> subprocess.Popen[Any]:
+def start(words: list[str], variables: Mapping[str, str], log: IO[str]) -> subprocess.Popen[Any]:
     """`rkdo` in a process group of its own, so that Ctrl-C reaches it through us, once."""
     return subprocess.Popen(
         [sys.executable, "-m", "rkdo_dist", *words],
@@ -206,7 +210,6 @@ def start(words: list[str], variables: Mapping[str, str], log: IO[str], lock: IO
         stdout=log,
         stderr=subprocess.STDOUT,
         env=dict(variables),
-        pass_fds=(lock.fileno(),),
         start_new_session=True,
     )
 

@@ -25,7 +25,7 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import learning_rate
 from rkdo_dist.ranks import messages
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.rundir import RunDirectory, RunError
+from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.train.early_stop import EarlyStop
 from rkdo_dist.train.journal import Journal
 from rkdo_dist.train.persistent import make_memory
@@ -217,6 +217,7 @@ class Job:
             state.optimizer,
             {
                 **self.facts(),
+                "configuration": configuration.decisive_tree(self.config),
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "early_stop": self._early_stop.state(),
                 "loss_scale": state.loss_scale,
@@ -224,18 +225,17 @@ class Job:
             },
             keep=self.config.train.keep_checkpoints,
         )
+        self.run.saved(self.position)
 
     def restore(self) -> None:
         """Continue from the newest whole checkpoint of the run, if it has one.
 
         Raises:
-            ValueError: if no checkpoint is whole, or the newest belongs to other data.
+            ValueError: if no checkpoint is whole (that it is this run's own, `RunDirectory.claim` has seen to).
         """
         found = newest_checkpoint(self.run, self.runtime)
         if found is None:
             return
-        if found.extra["data"] != self.index.digest():
-            raise RunError(f"{found.path} was trained on other data than data.shards now holds ({self.index.root})")
         assert found.optimizer is not None  # `save` writes it
         self.encoder.load_state_dict(found.model)
         checkpoint.tensors_to_optimizer(found.optimizer, self.optimizer, self.encoder.named_parameters())
@@ -249,7 +249,7 @@ class Job:
 
     def evaluate(self, journal: Journal) -> None:
         """Judge the encoder as it is now, unless that has been done (collective)."""
-        if not group.from_rank_zero((self.run.evaluations / f"{self.position}.json").exists()):
+        if not group.from_rank_zero(self.run.evaluated(self.position)):
             with self._strategy.whole() as encoder:
                 evaluate_encoder(
                     self.config, self.runtime, self.index, self.run, encoder, self.position, journal.console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,15 +40,16 @@ def train(config: Config) -> int:
         raise ConfigError(
             "data.shards is not set: name a directory made by `rkdo prepare`, e.g. data.shards=data/digits"
         )
-    with surroundings.entered(config.run.timeout) as around:
-        return _train(config, around)
+    run = RunDirectory(config.run.dir)
+    with contextlib.closing(run), surroundings.entered(config.run.timeout) as around:
+        return _train(config, run, around)
 
 
-def _train(config: Config, around: Surroundings) -> int:
+def _train(config: Config, run: RunDirectory, around: Surroundings) -> int:
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
         around.peers.meet()
-        job = _set_up(config, rt)
+        job = _set_up(config, rt, run)
         around.claimed(job.run if rt.is_main else None, lambda: job.position)
         step = job.make_step()
         console = Console(stderr=True) if rt.is_main else None
@@ -71,18 +73,18 @@ def _train(config: Config, around: Surroundings) -> int:
         runtime.finish()
 
 
-def _set_up(config: Config, rt: Runtime) -> Job:
+def _set_up(config: Config, rt: Runtime, run: RunDirectory) -> Job:
     """Everything that can fail because of the request fails here, on every rank alike."""
     same_request(config)
     in_effect = dataclasses.replace(config, run=dataclasses.replace(config.run, reduction=rt.reduction))
     configuration.check_world(in_effect, rt.world)
     group.together(lambda: tracking.check(config.run.trackers) if rt.is_main else None, "looking at run.trackers")
     index = group.together(lambda: parts.open_index(config), "reading the index")
-    run = RunDirectory(config.run.dir)
     job = group.together(lambda: Job(config, rt, index, run), "building the run")
     agree({**job.facts(), **rt.launch})
     source = group.together(lambda: other_run(config), "looking at run.resume")
-    group.together(lambda: run.claim(parts.without_secrets(config), source) if rt.is_main else None, "claiming run.dir")
+    shown, data = parts.without_secrets(config), index.digest()
+    group.together(lambda: run.claim(shown, source, data) if rt.is_main else None, "claiming run.dir")
     group.together(run.check_shared, "looking at run.dir")
     if config.run.resume != "never":
         group.together(job.restore, "loading the checkpoint")
@@ -143,7 +145,7 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
         raise ConfigError(
             "only settings that do not change the run can be overridden here (evaluate.*, data.shards, ...)"
         )
-    with surroundings.entered(config.run.timeout) as around:
+    with contextlib.closing(run), surroundings.entered(config.run.timeout) as around:
         _evaluate(run, config, around)
 
 
@@ -151,11 +153,14 @@ def _evaluate(run: RunDirectory, config: Config, around: Surroundings) -> None:
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
         around.peers.meet()
+        group.together(lambda: run.lock() if rt.is_main else None, f"locking {run.path}")
         index = group.together(lambda: parts.open_index(config), "reading the index")
         encoder = parts.make_encoder(config).to(rt.device)
         found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
         if found is None:
             raise RunError(f"{run.path} has no checkpoint yet: train it first")
+        checked = found
+        group.together(lambda: run.refuse_foreign(checked, config), "comparing the checkpoint with config.yaml")
         agree({"step of the checkpoint": found.step})
         encoder.load_state_dict(found.model)
         evaluate_encoder(config, rt, index, run, encoder, found.step, Console(stderr=True) if rt.is_main else None)

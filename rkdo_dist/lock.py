@@ -1,0 +1,102 @@
+"""One writer for a directory: a lock that the operating system keeps, and releases when its process dies.
+
+A POSIX record lock (`fcntl`) and not `flock`: it belongs to one process, so a loader worker that outlives its rank does
+not keep it; and it holds between the nodes of a network file system. The file `.lock` stays; only the lock counts, so a
+process that was killed blocks nobody. What the file says is for the message.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+
+NAME = ".lock"
+_GLANCE = 0.2  # seconds
+_TAKEN = (errno.EAGAIN, errno.EACCES)
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+class LockedError(ValueError):
+    """Another process writes to the directory; the message names its host and process."""
+
+
+class DirectoryLock:
+    """Held from construction until `release`, or until this process ends in whatever way.
+
+    A process must not lock a directory twice: closing either file releases both.
+
+    Args:
+        directory: must exist.
+
+    Raises:
+        LockedError: if another process holds the lock; at once, nothing waits.
+        OSError: if the lock file cannot be made.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / NAME
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            if _taken(self._descriptor):  # perhaps by a `holder` that looks just now
+                time.sleep(_GLANCE)
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _CANNOT_LOCK:
+                self.release()
+                if error.errno in _TAKEN:
+                    raise LockedError(f"{directory} is in use by {_named(path)}: wait for it, or end it") from None
+                raise
+            warnings.warn(
+                f"the file system of {directory} cannot lock files ({os.strerror(error.errno)}): "
+                "make sure that no second process writes to this directory",
+                stacklevel=2,
+            )
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        os.fsync(self._descriptor)  # a process on another node reads it
+
+    def release(self) -> None:
+        """Let others write; nothing if that has been done."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def holder(directory: Path) -> str | None:
+    """Who holds the lock of a directory, such as "process 71 on node3"; None if nobody does.
+
+    Not for a process that holds it itself: looking would release it.
+    """
+    try:
+        descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        return _named(directory / NAME) if _taken(descriptor) else None
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    """Take the lock, or say that another process has it."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        return True
+    return False
+
+
+def _named(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
+    except OSError:
+        return "another process"
