@@ -298,9 +298,14 @@ def _split_table(index: ShardIndex) -> Table:
 
 
 def _load(options: argparse.Namespace) -> Config:
+    """The configuration asked for, checked as far as it can be without data and other ranks."""
     from rkdo_dist import config
 
-    return config.load(options.config, options.overrides)
+    loaded = config.load(options.config, options.overrides)
+    from rkdo_dist import parts  # torch: after a misspelt key has been named
+
+    parts.check(loaded)
+    return loaded
 
 
 def _with_all_ranks(options: argparse.Namespace) -> None:
@@ -310,7 +315,7 @@ def _with_all_ranks(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = _load(options)  # a mistake in it is said before anything heavy is imported
+    config = _load(options)
     _with_all_ranks(options)
     from rkdo_dist.train.main import train
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import re
+from collections.abc import Iterator
 
 import torch
 
-from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.config import Config, ConfigError, EncoderConfig, FieldConfig, ViewsConfig
 from rkdo_dist.data.index import ShardIndex, load_index
 from rkdo_dist.data.order import EpochPlan
 from rkdo_dist.data.remote import Address, is_url
@@ -17,6 +21,48 @@ from rkdo_dist.field.schedules import coupling
 from rkdo_dist.sync_norm import synchronised
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def check(config: Config) -> None:
+    """Build everything that needs no data: a value out of its range is an error before anything starts.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is allowed.
+    """
+    _views(config, 1 if config.data.image_size is None else config.data.image_size)
+    for objective in ("rkdo", "icon", "infonce"):
+        alone = dataclasses.replace(config.field, objective=objective, switch_to="none")
+        for progress in (0.0, 1.0):
+            make_objective(dataclasses.replace(config, field=alone), progress)
+    _check_encoder(config.encoder)
+
+
+@functools.lru_cache
+def _check_encoder(section: EncoderConfig) -> None:
+    with torch.random.fork_rng([]), torch.device("meta"):
+        _encoder(section)
+
+
+@contextlib.contextmanager
+def _named(name: str, section: type, **elsewhere: str) -> Iterator[None]:
+    """Turns a ValueError about an argument into one about the setting of that name.
+
+    Args:
+        name, section: of the section whose fields are the arguments.
+        elsewhere: arguments that are settings of another section or name.
+    """
+    names = elsewhere | {item.name: f"{name}.{item.name}" for item in dataclasses.fields(section)}
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        for argument, key in names.items():
+            if re.match(rf"{argument}\b", text):
+                raise ConfigError(key + text.removeprefix(argument)) from error
+        key = next((key for argument, key in names.items() if re.search(rf"\b{argument}\b", text)), name)
+        raise ConfigError(f"{key}: {text}") from error
 
 
 def open_index(config: Config) -> ShardIndex:
@@ -67,7 +113,11 @@ def run_length(config: Config, index: ShardIndex) -> tuple[int, int]:
 def make_encoder(config: Config) -> Encoder:
     """The encoder, with weights drawn from `run.seed`: the same on every rank."""
     torch.manual_seed(config.run.seed)
-    section = config.encoder
+    return _encoder(config.encoder)
+
+
+@_named("encoder", EncoderConfig)
+def _encoder(section: EncoderConfig) -> Encoder:
     encoder = Encoder(section.backbone, section.head, section.embedding_dim, section.stem)
     if section.batch_norm == "sync":
         synchronised(encoder)
@@ -94,19 +144,15 @@ def make_views(config: Config, index: ShardIndex) -> Views:
         if index.image_size is None or index.image_size[0] != index.image_size[1]:
             raise ConfigError(f"the images of {index.root} are not squares of one size: set data.image_size, e.g. 224")
         size = index.image_size[0]
-    v = config.views
-    return Views(
-        size=size,
-        crop_scale=v.crop_scale,
-        flip=v.flip,
-        jitter=v.jitter,
-        jitter_probability=v.jitter_probability,
-        grayscale=v.grayscale,
-        mean=v.mean,
-        std=v.std,
-    )
+    return _views(config, size)
 
 
+@_named("views", ViewsConfig, size="data.image_size")
+def _views(config: Config, size: int) -> Views:
+    return Views(size, **vars(config.views))
+
+
+@_named("field", FieldConfig, final="field.coupling_end")
 def make_objective(config: Config, progress: float, epochs: float | None = None) -> Objective:
     """The objective at a share `progress` of the training done: clock, coupling schedule and switch depend on it.
 

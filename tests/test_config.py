@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rkdo_dist import config as c
+from rkdo_dist import parts
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name in ("configs", "paper"))
@@ -68,7 +69,7 @@ def test_the_resolved_file_says_the_same(file: Path, tmp_path: Path) -> None:
         ("train.epochs=2.5", ["train.epochs", "2.5"]),
         ("train.recompute=1", ["train.recompute", "true or false"]),
         ("field.objective=rkd", ["field.objective", "rkdo"]),
-        ("field.temperature=0", ["field.temperature", "greater than 0"]),
+        ("field.temperature=0", ["field.temperature", "> 0", "got 0"]),
         ("field.temperature=-1", ["field.temperature"]),
         ("field.temperature=.nan", ["field.temperature"]),
         ("field.coupling=1.5", ["field.coupling", "[0, 1]"]),
@@ -80,13 +81,27 @@ def test_the_resolved_file_says_the_same(file: Path, tmp_path: Path) -> None:
         ("views.crop_scale=[0.9,0.2]", ["views.crop_scale"]),
         ("views.crop_scale=0.2", ["views.crop_scale", "list"]),
         ("views.jitter=[0.4,0.4,0.4,0.9]", ["views.jitter", "hue"]),
+        ("views.jitter=[-1,0,0,0]", ["views.jitter", "-1"]),
+        ("views.flip=1.1", ["views.flip", "1.1"]),
+        ("views.std=0", ["views.std", "above 0"]),
+        ("data.image_size=0", ["data.image_size", "at least 1"]),
+        ("encoder.embedding_dim=0", ["encoder.embedding_dim", "at least 1"]),
+        ("encoder.backbone=resnet81", ["encoder.backbone", "resnet81", "resnet18"]),
+        ("encoder.backbone=[vgg11]", ["encoder.backbone", "text"]),
+        ("field.coupling_end=-1", ["field.coupling_end", "[0, 1]", "-1"]),
+        ("field.debias=2", ["field.debias", "[0, 1]"]),
+        ("train.learning_rate=0", ["train.learning_rate", "above 0"]),
+        ("train.learning_rate=.inf", ["train.learning_rate", "inf"]),
+        ("train.evaluate_at=[1,0]", ["train.evaluate_at", "at least 1", "got 0"]),
+        ("run.threads=0", ["run.threads", "at least 1"]),
+        ("field.switch_at=2", ["field.switch_at", "at least 0 and at most 1"]),
         ("run.dir=5", ["run.dir", "text"]),
         ("train.epochs=[", ["train.epochs"]),
     ],
 )
 def test_mistakes_are_named(file: Path, override: str, words: list[str]) -> None:
     with pytest.raises(c.ConfigError) as caught:
-        c.load(file, [override])
+        parts.check(c.load(file, [override]))
     for word in words:
         assert word in str(caught.value)
 

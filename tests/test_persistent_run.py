@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.config import ConfigError
 from rkdo_dist.data.index import load_index
 from rkdo_dist.data.prepare import prepare
@@ -172,13 +173,13 @@ def test_the_figure_shows_the_images_that_the_rows_name(small: list[str], digits
         ({"symmetric": True}, "needs field.symmetric=false, got True"),
         ({"exchange": "ring"}, "needs field.exchange=gather, got ring"),
         ({"coupling": 1.5}, r"field.coupling must lie in \[0, 1\], got 1.5"),
-        ({"stored": 0}, "field.stored must be greater than 0"),
-        ({"bank_temperature": -1.0}, "field.bank_temperature must be greater than 0"),
+        ({"stored": 0}, "field.stored must be at least 1"),
+        ({"bank_temperature": -1.0}, "field.bank_temperature must be above 0"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        configuration.from_tree({"field": {"recursion": "persistent", **settings}})
+        parts.check(configuration.from_tree({"field": {"recursion": "persistent", **settings}}))
     configuration.from_tree({"field": {"recursion": "persistent", "objective": "icon", "switch_to": "rkdo"}})
 
 

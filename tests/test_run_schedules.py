@@ -72,7 +72,7 @@ def test_the_hybrid_is_rkdo_first_and_icon_later() -> None:
 )
 def test_mistakes_name_the_key(tree: dict, key: str) -> None:
     with pytest.raises(configuration.ConfigError, match=key):
-        configuration.from_tree(tree)
+        parts.check(configuration.from_tree(tree))
 
 
 # --- the slope of L(t) --------------------------------------------------------------------------------------------

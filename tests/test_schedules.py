@@ -55,7 +55,7 @@ def test_learning_rate_warms_up_and_ends_low() -> None:
         (lambda: schedules.temperature(0.5, 0.1, 2, 1), "step"),
         (lambda: schedules.temperature(0.5, 0.1, 0, 0), "total"),
         (lambda: schedules.coupling("linear", 1.1, 0.0, 0, 1), "coupling"),
-        (lambda: schedules.coupling("linear", 0.5, -0.1, 0, 1), "final coupling"),
+        (lambda: schedules.coupling("linear", 0.5, -0.1, 0, 1), "final"),
         (lambda: schedules.coupling("quadratic", 0.5, 0.5, 0, 1), "quadratic"),
         (lambda: schedules.learning_rate("quadratic", 0.5, 0, 1), "quadratic"),
         (lambda: schedules.learning_rate("cosine", -1, 0, 1), "peak"),

@@ -1,11 +1,12 @@
 """Configuration: small frozen sections, read from YAML and changed by dotted overrides.
 
 An unknown or ill-typed key is an error that names the key, the allowed ones and the nearest match. A setting marked
-`free` does not change what is computed, so it may differ when a run is resumed.
+`free` does not change what is computed, so it may differ when a run is resumed. What needs no data is checked by
+building it (`parts.check`); only what settings ask of each other is checked here.
 """
 
-from rkdo_dist.config.ranges import check, check_world
 from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml
+from rkdo_dist.config.rules import check, check_world
 from rkdo_dist.config.sections import (
     Config,
     ConfigError,

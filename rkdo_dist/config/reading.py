@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rkdo_dist.config.ranges import check
+from rkdo_dist.config.rules import check
 from rkdo_dist.config.sections import Config, ConfigError, flatten
 
 
@@ -138,6 +138,7 @@ def _section(section: str, kind: type, values: Any) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"section {section!r} must be a mapping of keys to values, got {values!r}")
     hints = typing.get_type_hints(kind)
+    declared = {item.name: item for item in dataclasses.fields(kind)}
     arguments = {}
     for name, value in values.items():
         if name not in hints:
@@ -146,7 +147,21 @@ def _section(section: str, kind: type, values: Any) -> Any:
                 _unknown(f"key '{section}.{name}'", str(name), names, ()).replace("mean '", f"mean '{section}.")
             )
         arguments[name] = _coerce(f"{section}.{name}", hints[name], value)
+        _check_range(f"{section}.{name}", declared[name].metadata, arguments[name])
     return kind(**arguments)
+
+
+def _check_range(key: str, bounds: Mapping[str, Any], value: Any) -> None:
+    least, above, most = (bounds[name] for name in ("least", "above", "most"))
+    if least is None and above is None:
+        return
+    for number in value if isinstance(value, tuple) else (value,):
+        if number is not None and not (
+            (least is None or number >= least)
+            and (above is None or number > above)
+            and (number <= most if most is not None else number < float("inf"))
+        ):
+            raise ConfigError(f"{key} must be {bounds['within']}, got {number}")
 
 
 _EXAMPLES = {int: "[1, 2]", float: "[0.5, 1.0]"}

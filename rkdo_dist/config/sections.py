@@ -1,4 +1,8 @@
-"""The settings: small frozen sections, and which of them affect results."""
+"""The settings: small frozen sections, and which of them affect results.
+
+A field of a section is a setting: it has a type, a default, a sentence for people and a range in words, from which
+`rkdo settings` and docs/settings.md are made.
+"""
 
 from __future__ import annotations
 
@@ -12,98 +16,146 @@ class ConfigError(ValueError):
     """A mistake in a configuration; the message names the key, its value and what to do."""
 
 
-def free(default: Any) -> Any:
-    """A field that does not affect results (workers, paths, how often something is written)."""
-    return dataclasses.field(default=default, metadata={"free": True})
+def setting(
+    default: Any,
+    about: str,
+    within: str = "",
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A field of a section.
+
+    Args:
+        about: what it does, for `rkdo settings` and docs/settings.md.
+        within: its range in words, if the object that the section builds checks it.
+        least, above, most: its range, if no other object does: checked when it is read.
+        free: whether it leaves results as they are (workers, paths, how often something is written).
+    """
+    bounds = {"least": least, "above": above, "most": most}
+    words = within or " and ".join(
+        f"{word} {bound:g}"
+        for word, bound in zip(("at least", "above", "at most"), bounds.values(), strict=True)
+        if bound is not None
+    )
+    return dataclasses.field(default=default, metadata={"about": about, "within": words, "free": free, **bounds})
 
 
 @dataclasses.dataclass(frozen=True)
 class FieldConfig:
     """The objective over the global batch (`rkdo_dist.field`)."""
 
-    objective: Literal["rkdo", "icon", "infonce"] = "rkdo"
-    recursion: Literal["in_batch", "persistent"] = "in_batch"
-    columns: Literal["batch", "bank"] = "batch"
-    stored: int = 256
-    bank_temperature: float = 0.1
-    store: Literal["device", "host"] = free("device")
-    depth: int = 3
-    coupling: float = 0.5
-    coupling_schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
-    coupling_end: float = 0.0
-    coupling_start_epoch: float = 0.0
-    temperature: float = 0.5
-    cooling: float = 0.1
-    clock: Literal["depth", "training"] = "depth"
-    pairing: Literal["cross", "joint"] = "cross"
-    symmetric: bool = False
-    supervisor_grad: Literal["flow", "stop"] = "flow"
-    debias: float = 0.2
-    switch_to: Literal["none", "rkdo", "icon", "infonce"] = "none"
-    switch_at: float = 0.5
-    exchange: Literal["gather", "ring"] = "gather"
+    objective: Literal["rkdo", "icon", "infonce"] = setting("rkdo", "the objective that is minimised")
+    recursion: Literal["in_batch", "persistent"] = setting(
+        "in_batch", "where RKDO's rows recur: inside a step, or across iterations (a row of every sample is kept)"
+    )
+    columns: Literal["batch", "bank"] = setting(
+        "batch", "persistent rows recur over the samples of the batch, or over a bank of all samples"
+    )
+    stored: int = setting(256, "entries of a persistent row that are stored", least=1)
+    bank_temperature: float = setting(0.1, "temperature of the learned rows over the bank", above=0)
+    store: Literal["device", "host"] = setting("device", "where persistent rows are kept", free=True)
+    depth: int = setting(3, "levels D of the recursion inside a step", "at least 1")
+    coupling: float = setting(0.5, "coupling alpha: how much of the learned row a row takes on", "in [0, 1]")
+    coupling_schedule: Literal["constant", "linear", "cosine", "step"] = setting(
+        "constant", "how the coupling goes from field.coupling to field.coupling_end over the run"
+    )
+    coupling_end: float = setting(0.0, "coupling at the end of the run, unless the schedule is constant", "in [0, 1]")
+    coupling_start_epoch: float = setting(0.0, "epoch before which the coupling is 0, at most train.epochs", least=0)
+    temperature: float = setting(0.5, "temperature tau of the softmax", "above 0")
+    cooling: float = setting(0.1, "share beta of the temperature that cooling takes away", "in [0, 1)")
+    clock: Literal["depth", "training"] = setting(
+        "depth", "what cools the temperature: recursion levels (released code) or training steps (the paper's text)"
+    )
+    pairing: Literal["cross", "joint"] = setting(
+        "cross", "view 1 against view 2 (released code), or both views against both (NT-Xent, the paper's eq. 4)"
+    )
+    symmetric: bool = setting(False, "for pairing cross: the mean of both directions (CLIP)")
+    supervisor_grad: Literal["flow", "stop"] = setting(
+        "flow", "whether the gradient flows through the supervisor (released code)"
+    )
+    debias: float = setting(0.2, "I-Con's uniform share of the supervisor (label smoothing)", "in [0, 1]")
+    switch_to: Literal["none", "rkdo", "icon", "infonce"] = setting(
+        "none", "another objective from field.switch_at on; icon is the paper's hybrid"
+    )
+    switch_at: float = setting(0.5, "share of the run after which field.switch_to takes over", least=0, most=1)
+    exchange: Literal["gather", "ring"] = setting("gather", "how columns travel between processes")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the samples are and how they are read (`rkdo_dist.data`)."""
 
-    shards: str = free("")
-    allow_remote: bool = free(False)
-    split: str = "train"
-    image_size: int | None = None
-    shuffle_buffer: int = 2048
-    workers: int = free(1)
-    on_corrupt: Literal["abort", "skip"] = "abort"
+    shards: str = setting("", "directory or address of shards with index.json", free=True)
+    allow_remote: bool = setting(False, "follow an index on this machine to shards elsewhere", free=True)
+    split: str = setting("train", "split to train on")
+    image_size: int | None = setting(None, "side of the square images; null: that of the shards", "at least 1")
+    shuffle_buffer: int = setting(2048, "most samples that are mixed with each other", least=1)
+    workers: int = setting(1, "loader workers of each process", least=0, free=True)
+    on_corrupt: Literal["abort", "skip"] = setting(
+        "abort", "stop at damaged samples, or replace them, alike on any number of processes, and count them"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewsConfig:
-    """The two random views of an image (`rkdo_dist.data.views`)."""
+    """The two random views of an image: the arguments of `rkdo_dist.data.views.Views`."""
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    jitter_probability: float = 0.8
-    grayscale: float = 0.2
-    mean: float = 0.5
-    std: float = 0.5
+    crop_scale: tuple[float, float] = setting(
+        (0.2, 1.0), "smallest and largest share of the image in a crop", "0 < low <= high <= 1"
+    )
+    flip: float = setting(0.5, "probability of a horizontal flip", "in [0, 1]")
+    jitter: tuple[float, float, float, float] = setting(
+        (0.4, 0.4, 0.4, 0.1), "strength of brightness, contrast, saturation and hue", "at least 0, hue at most 0.5"
+    )
+    jitter_probability: float = setting(0.8, "probability of colour jitter", "in [0, 1]")
+    grayscale: float = setting(0.2, "probability of a grey image", "in [0, 1]")
+    mean: float = setting(0.5, "what is subtracted from pixels in [0, 1]")
+    std: float = setting(0.5, "what pixels are divided by", "above 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Backbone and projection head (`rkdo_dist.encoders`)."""
+    """Backbone and projection head (`rkdo_dist.encoders.Encoder`)."""
 
-    backbone: str = "resnet18"
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-    head: Literal["released", "paper"] = "released"
-    embedding_dim: int = 64
-    views: Literal["together", "apart"] = "together"
-    batch_norm: Literal["lane", "sync"] = "lane"
+    backbone: str = setting("resnet18", "a torchvision classifier, or a small ResNet such as cifar_resnet8")
+    stem: Literal["imagenet", "cifar"] = setting("imagenet", "a ResNet's first layers, for large or for small images")
+    head: Literal["released", "paper"] = setting("released", "projection head, without or with batch norm")
+    embedding_dim: int = setting(64, "width d of the embeddings", "at least 1")
+    views: Literal["together", "apart"] = setting(
+        "together", "both views in one forward pass, or in two (the released code)"
+    )
+    batch_norm: Literal["lane", "sync"] = setting("lane", "over a micro-batch, or over those of all processes")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One global batch a step, and how many of them."""
 
-    global_batch: int = 256
-    micro_batch: int = 64
-    epochs: int = 10
-    batches_per_epoch: int | None = None
-    max_steps: int | None = None
-    recompute: bool = free(False)
-    skip_nonfinite: int = 0
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-5
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    early_stop_slope: float | None = None
-    early_stop_window: int = 100
-    checkpoint_every: int | None = free(None)
-    keep_checkpoints: int = free(2)
-    evaluate_every: int | None = free(None)
-    evaluate_at: tuple[int, ...] = free(())
+    global_batch: int = setting(256, "samples in a step, whatever the machine", least=2)
+    micro_batch: int = setting(64, "samples embedded at a time; a divisor of train.global_batch", least=1)
+    epochs: int = setting(10, "length of the run", least=1)
+    batches_per_epoch: int | None = setting(None, "steps that count as an epoch; null: all of the split", least=1)
+    max_steps: int | None = setting(None, "end the run after so many steps", least=1)
+    recompute: bool = setting(False, "embed again in the backward pass: less memory, same numbers", free=True)
+    skip_nonfinite: int = setting(0, "steps in a row that may be skipped because of NaN or Inf", least=0)
+    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "the optimizer (sgd has momentum 0.9)")
+    learning_rate: float = setting(1e-3, "the largest learning rate", above=0)
+    weight_decay: float = setting(1e-5, "weight decay", least=0)
+    schedule: Literal["constant", "cosine"] = setting("constant", "of the learning rate; cosine ends at 0")
+    warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
+    early_stop_slope: float | None = setting(
+        None, "end the run when the loss falls by less than this per step (paper, 6.2.4)", least=0
+    )
+    early_stop_window: int = setting(100, "steps over which that slope is taken", least=3)
+    checkpoint_every: int | None = setting(None, "steps between checkpoints; null: the last alone", least=1, free=True)
+    keep_checkpoints: int = setting(2, "checkpoints that are kept", least=1, free=True)
+    evaluate_every: int | None = setting(None, "epochs between evaluations", least=1, free=True)
+    evaluate_at: tuple[int, ...] = setting(
+        (), "epochs after which to evaluate, at most train.epochs", least=1, free=True
+    )
 
     @property
     def lanes(self) -> int:
@@ -113,27 +165,33 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """How frozen features are judged (`rkdo_dist.evaluate`)."""
+    """How frozen features are evaluated (`rkdo_dist.evaluate`)."""
 
-    protocol: Literal["full", "paper"] = free("full")
-    train_split: str = free("train")
-    test_split: str = free("test")
-    at_end: bool = free(True)
-    batch_size: int = free(256)
-    neighbours: int = free(5)
+    protocol: Literal["full", "paper"] = setting(
+        "full", "whole splits, or the paper's first 11 batches of the test split", free=True
+    )
+    train_split: str = setting("train", "split that classifiers are fitted on", free=True)
+    test_split: str = setting("test", "split that is scored", free=True)
+    at_end: bool = setting(True, "whether training ends with an evaluation", free=True)
+    batch_size: int = setting(256, "images embedded at a time", least=1, free=True)
+    neighbours: int = setting(5, "neighbours of k-NN and of neighbourhood preservation", least=1, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """The run directory and the arithmetic of the machine."""
 
-    dir: str = free("")
-    seed: int = 42
-    resume: str = free("never")
-    reduction: Literal["exact", "fast"] = "exact"
-    threads: int = 1
-    timeout: int = free(1800)
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = free(())
+    dir: str = setting("", "the run directory", free=True)
+    seed: int = setting(42, "seed of everything random", least=0)
+    resume: str = setting(
+        "never", "never; auto: continue what run.dir holds; or another run's directory, to continue it here", free=True
+    )
+    reduction: Literal["exact", "fast"] = setting(
+        "exact", "sums in a fixed order, with the same bits on 1, 2, 4, ... processes, or in the backend's order"
+    )
+    threads: int = setting(1, "CPU threads of each process; on a CPU the arithmetic depends on it", least=1)
+    timeout: int = setting(1800, "seconds after which a silent process counts as lost", least=1, free=True)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting((), "written beside metrics.jsonl", free=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,8 +99,12 @@ class Views:
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        if self.size < 1 or not self.std > 0:
-            raise ValueError(f"size and std must be greater than 0, got {self.size} and {self.std}")
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"std must be above 0, got {self.std}")
+        if not math.isfinite(self.mean):
+            raise ValueError(f"mean must be a finite number, got {self.mean}")
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}")
         if any(not 0 <= value < math.inf for value in self.jitter) or self.jitter[3] > 0.5:

@@ -48,7 +48,7 @@ def coupling(schedule: str, initial: float, final: float, step: float, total: fl
         ValueError: if an argument is out of range or the schedule is unknown.
     """
     require_share("coupling", initial)
-    require_share("final coupling", final)
+    require_share("final", final)
     if schedule not in COUPLING_SCHEDULES:
         raise ValueError(f"unknown coupling schedule {schedule!r}; choose one of {', '.join(COUPLING_SCHEDULES)}")
     _progress(step, total)

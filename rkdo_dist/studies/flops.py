@@ -25,8 +25,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from rkdo_dist import parts
-from rkdo_dist.config import Config
-from rkdo_dist.config.sections import EncoderConfig
+from rkdo_dist.config import Config, EncoderConfig
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.losses import FieldLoss

@@ -84,7 +84,9 @@ def paper_config(request: Request, dataset: str, objective: str, seed: int, shar
         "evaluate": {"protocol": request.protocol},
         "run": {"dir": str(directory), "seed": seed, "resume": "auto"},
     }
-    return configuration.change(configuration.from_tree(tree), request.changes)
+    config = configuration.change(configuration.from_tree(tree), request.changes)
+    parts.check(config)
+    return config
 
 
 def plan(request: Request, dataset: str, shards: str) -> list[Planned]:

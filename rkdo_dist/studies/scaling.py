@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.exchange.ledger import sent_bytes
 from rkdo_dist.files import write_atomic
@@ -73,6 +74,7 @@ def check(plan: Plan) -> Config:
     settings = {world: _overrides(plan, base, world) for world in plan.worlds}
     for world, overrides in settings.items():
         config = configuration.load(plan.config, overrides)
+        parts.check(config)
         for way in plan.ways or (way_of(config),):
             configuration.check_world(in_way(config, way), world)
     return base

@@ -100,7 +100,9 @@ class Sweep:
         changes = [change for a, i in zip(self.axes, combination, strict=True) for change in a.changes(i)]
         fixed = [f"run.dir={json.dumps(str(self.directory(combination, seed)))}", f"run.seed={seed}", "run.resume=auto"]
         try:
-            return configuration.change(self.base, [*changes, *fixed, "train.keep_checkpoints=1"])
+            config = configuration.change(self.base, [*changes, *fixed, "train.keep_checkpoints=1"])
+            parts.check(config)
+            return config
         except ConfigError as error:
             raise ConfigError(f"{self.said(combination)}: {error}") from error
 

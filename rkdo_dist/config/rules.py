@@ -1,0 +1,95 @@
+"""What settings ask of each other, and of the number of ranks."""
+
+from __future__ import annotations
+
+from rkdo_dist.config.sections import Config, ConfigError, TrainConfig
+
+
+def check(config: Config) -> None:
+    """What settings ask of each other. (The range of each alone is checked by what it builds: `parts.check`.)
+
+    Raises:
+        ConfigError: naming both settings, their values and what to do.
+    """
+    field, train, run = config.field, config.train, config.run
+    if train.global_batch % train.micro_batch:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} does not divide into micro-batches of "
+            f"train.micro_batch={train.micro_batch}; choose a divisor of {train.global_batch}"
+        )
+    if field.coupling_start_epoch > train.epochs:
+        raise ConfigError(
+            f"field.coupling_start_epoch must lie in [0, train.epochs={train.epochs}], got {field.coupling_start_epoch}"
+        )
+    late = [epoch for epoch in train.evaluate_at if epoch > train.epochs]
+    if late:
+        raise ConfigError(f"train.evaluate_at must hold epochs from 1 to train.epochs={train.epochs}, got {late[0]}")
+    if run.dir and run.resume == run.dir:
+        raise ConfigError(
+            f"run.resume={run.resume} is run.dir itself: use run.resume=auto to continue it where it is, "
+            "or another run.dir to continue it there"
+        )
+    if field.recursion == "persistent":
+        _check_persistent(config)
+
+
+def _check_persistent(config: Config) -> None:
+    """What rows that live across iterations go with."""
+    field = config.field
+    if "rkdo" not in (field.objective, field.switch_to):
+        raise ConfigError(
+            f"field.recursion=persistent is a form of field.objective=rkdo; field.objective={field.objective} "
+            "has no recursion: leave field.recursion=in_batch with it"
+        )
+    for key, value, needed in (
+        ("field.pairing", field.pairing, "cross"),
+        ("field.symmetric", field.symmetric, False),
+        ("field.exchange", field.exchange, "gather"),
+        ("data.on_corrupt", config.data.on_corrupt, "abort"),
+    ):
+        if value != needed:
+            shown = str(needed).lower() if isinstance(needed, bool) else needed
+            raise ConfigError(f"field.recursion=persistent needs {key}={shown}, got {value}")
+
+
+def check_world(config: Config, world: int) -> None:
+    """Whether `world` ranks can share the lanes of a step.
+
+    Raises:
+        ConfigError: saying which setting to change.
+    """
+    lanes, train = config.train.lanes, config.train
+    if lanes % world:
+        raise ConfigError(
+            f"{world} ranks cannot share a step of {lanes} lanes (train.global_batch={train.global_batch} / "
+            f"train.micro_batch={train.micro_batch}): the number of ranks must divide the lanes. "
+            f"{_suggest_micro_batch(train, world)}"
+        )
+    if config.run.reduction == "exact":
+        _check_exact(config, world)
+
+
+def _check_exact(config: Config, world: int) -> None:
+    """What does not go with sums in an order of their own."""
+    if world & (world - 1):
+        raise ConfigError(
+            f"run.reduction=exact needs a power of two of ranks, got {world}: use 2, 4, 8, ... or run.reduction=fast"
+        )
+    if config.field.exchange == "ring" and world > 1:
+        raise ConfigError(
+            "field.exchange=ring sums column gradients in the order of the ring: "
+            "use run.reduction=fast with it, or field.exchange=gather"
+        )
+    if config.encoder.batch_norm == "sync":
+        raise ConfigError(
+            "encoder.batch_norm=sync normalises over the micro-batches of all ranks, so results depend on their "
+            "number: use run.reduction=fast with it, or encoder.batch_norm=lane"
+        )
+
+
+def _suggest_micro_batch(train: TrainConfig, world: int) -> str:
+    if train.global_batch % world:
+        return f"Choose a train.global_batch that {world} divides."
+    rows = train.global_batch // world
+    size = max(d for d in range(1, min(rows, train.micro_batch) + 1) if rows % d == 0)
+    return f"For example train.micro_batch={size}."
