@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rkdo_dist.exchange.ledger import rounds, sent_bytes
+from rkdo_dist.measure.ledger import rounds, sent_bytes
 from rkdo_dist.measure.wire import StepShape, step_payloads
 from rkdo_dist.studies import cost
 from rkdo_dist.studies.cost import Point

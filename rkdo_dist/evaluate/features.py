@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
-from rkdo_dist.exchange import ledger
 
 # images (m, 3, H, W) as the stream gives them -> backbone features (m, f), embeddings (m, d)
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -141,8 +140,7 @@ def _agree(rows: _Rows | None, failed: bool, device: torch.device | str, group: 
     shape = [0, 0, 0] if rows is None else [len(rows.facts), rows.backbone.shape[1], rows.embeddings.shape[1]]
     header = torch.tensor([failed, rows is not None, *shape], dtype=torch.int64, device=device)
     if ranks.world_size(group) > 1:
-        with ledger.carrying("all_reduce", ledger.size(header)):
-            dist.all_reduce(header, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(header, op=dist.ReduceOp.MAX, group=group)
     any_failed, any_blocks, largest, f, d = header.tolist()
     return _Round(bool(any_failed), bool(any_blocks), largest, f, d)
 
@@ -171,8 +169,7 @@ def _gather(tensor: Tensor, group: ranks.Group) -> list[Tensor]:
         return [tensor]
     senders = ranks.world_size(group) if ranks.rank(group) == 0 else 0
     out = [torch.empty_like(tensor) for _ in range(senders)]
-    with ledger.purpose("features"), ledger.carrying("gather", ledger.size(tensor)):
-        dist.gather(tensor, out or None, group=group, group_dst=0)
+    dist.gather(tensor, out or None, group=group, group_dst=0)
     return out
 
 

@@ -1,10 +1,11 @@
 """How the columns of the field reach the rows, and how their gradients travel back to the ranks that own them.
 
 The field is sharded by row: each of W ranks holds b rows and needs all B = W b columns. A block of columns is a tensor
-(V, n, d): n consecutive samples in V views. Three ways, the same numbers:
+(V, n, d): n consecutive samples in V views, which travel in one collective. Ways, the same numbers:
 
 - `LocalColumns`: a rank's columns are its own samples (no exchange).
 - `GatheredColumns`: all-gather of the columns; reduce-scatter of their gradients.
+- `ExactColumns`: the same, but gradients are summed in one fixed order.
 - `RingColumns`: blocks travel from rank to rank, and a rank holds at most two besides its own; gradients travel with
   their block until they are home. Exchange overlaps with computation.
 
@@ -21,9 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
-from rkdo_dist.exchange import ledger
 from rkdo_dist.exchange.group import Group
-from rkdo_dist.exchange.ledger import COLUMN_GRADIENTS, COLUMNS
 
 
 class LocalColumns:
@@ -59,22 +58,28 @@ class GatheredColumns:
         if self.world == 1:
             return own
         views, b, d = own.shape
-        columns = own.new_empty(views, self.world * b, d)
-        for view, mine in zip(columns, own, strict=True):
-            with ledger.purpose(COLUMNS), ledger.carrying("all_gather", ledger.size(mine)):
-                ranks.all_gather_single(view, mine.contiguous(), group=self._group)
-        return columns
+        by_rank = ranks.all_gather_rows(own[None], self._group)
+        return by_rank.transpose(0, 1).reshape(views, self.world * b, d)
 
     def send_home(self, gradients: Tensor) -> Tensor:
         """This rank's share (V, b, d) of the sum over ranks of `gradients` (V, W b, d)."""
         if self.world == 1:
             return gradients
         views, batch, d = gradients.shape
-        home = gradients.new_empty(views, batch // self.world, d)
-        for mine, view in zip(home, gradients, strict=True):
-            with ledger.purpose(COLUMN_GRADIENTS), ledger.carrying("reduce_scatter", ledger.size(view)):
-                ranks.reduce_scatter_single(mine, view.contiguous(), group=self._group)
-        return home
+        return self._reduce(gradients.view(views, self.world, batch // self.world, d).transpose(0, 1).contiguous())
+
+    def _reduce(self, by_rank: Tensor) -> Tensor:
+        """This rank's (V, b, d) of the sum over ranks of (W, V, b, d)."""
+        home = torch.empty_like(by_rank[:1])
+        ranks.reduce_scatter_single(home, by_rank, group=self._group)
+        return home[0]
+
+
+class ExactColumns(GatheredColumns):
+    """`GatheredColumns` whose gradients are summed in tree order: the same bits on any number of ranks."""
+
+    def _reduce(self, by_rank: Tensor) -> Tensor:
+        return ranks.exact_reduce_scatter(by_rank, self._group)[0]
 
 
 class RingColumns:
@@ -102,7 +107,7 @@ class RingColumns:
             under_way: list[dist.Work] = []
             if step < self.world - 1:
                 coming = spare[step % 2]
-                under_way = self._pass_on(current, coming, COLUMNS)
+                under_way = self._pass_on(current, coming)
             yield self._first(step, own), current
             _finish(under_way)
             if under_way:
@@ -128,25 +133,23 @@ class RingColumns:
                 mine += arrived
             if self.world > 1:
                 mine, sending = sending, mine
-                under_way = self._pass_on(sending, arrived, COLUMN_GRADIENTS)
+                under_way = self._pass_on(sending, arrived)
         _finish(under_way)
         return arrived if self.world > 1 else mine
 
     def _first(self, step: int, own: Tensor) -> int:
         return (self.rank - step) % self.world * own.shape[1]
 
-    def _pass_on(self, block: Tensor, into: Tensor, purpose: str) -> list[dist.Work]:
+    def _pass_on(self, block: Tensor, into: Tensor) -> list[dist.Work]:
         """Start sending `block` to the next rank and receiving the previous rank's."""
         following, previous = ((self.rank + step) % self.world for step in (1, -1))
         if self._group is not None:
             following, previous = (dist.get_global_rank(self._group, r) for r in (following, previous))
         send = dist.P2POp(dist.isend, block, following, self._group)
         receive = dist.P2POp(dist.irecv, into, previous, self._group)
-        with ledger.purpose(purpose), ledger.carrying("send", ledger.size(block)):
-            return dist.batch_isend_irecv([send, receive])
+        return dist.batch_isend_irecv([send, receive])
 
 
 def _finish(under_way: list[dist.Work]) -> None:
-    with ledger.waiting():
-        for work in under_way:
-            work.wait()
+    for work in under_way:
+        work.wait()

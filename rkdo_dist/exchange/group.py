@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rkdo_dist.exchange import ledger
-
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
 P = TypeVar("P", Tensor, list[Tensor])
@@ -48,8 +46,7 @@ def rank(group: Group = None) -> int:
 def barrier(group: Group = None) -> None:
     """Wait for all ranks (nothing without a process group)."""
     if world_size(group) > 1:
-        with ledger.carrying("all_reduce", 0):
-            dist.barrier(group)
+        dist.barrier(group)
 
 
 class TreeSum(Generic[P]):
@@ -131,8 +128,7 @@ def exact_reduce_scatter(rows: Tensor, group: Group = None) -> Tensor:
         raise ValueError(f"{rows.shape[0]} rows do not divide over {world} ranks")
     sent = rows.contiguous()
     received = torch.empty_like(sent)
-    with ledger.carrying("all_to_all", ledger.size(sent)):
-        dist.all_to_all_single(received, sent, group=group)
+    dist.all_to_all_single(received, sent, group=group)
     return tree_sum(received.view(world, rows.shape[0] // world, *rows.shape[1:]).unbind(0)).clone()
 
 
@@ -142,8 +138,7 @@ def all_gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     if world == 1:
         return rows
     out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
-    with ledger.carrying("all_gather", ledger.size(rows)):
-        all_gather_single(out, rows.contiguous(), group=group)
+    all_gather_single(out, rows.contiguous(), group=group)
     return out
 
 
@@ -170,11 +165,9 @@ class ExactAllReduce:
     def reduce(self) -> Tensor:
         """Replace `vector` by its sum over ranks (collective); returns it."""
         if self._world > 1 and self._padded.numel():
-            with ledger.carrying("all_to_all", ledger.size(self._padded)):
-                dist.all_to_all_single(self._received, self._padded, group=self._group)
+            dist.all_to_all_single(self._received, self._padded, group=self._group)
             chunk = tree_sum(self._received.view(self._world, -1).unbind(0))
-            with ledger.carrying("all_gather", ledger.size(chunk)):
-                all_gather_single(self._padded, chunk, group=self._group)
+            all_gather_single(self._padded, chunk, group=self._group)
         return self.vector
 
 
@@ -208,8 +201,7 @@ def _all_reduce(value: float, operation: dist.ReduceOp.RedOpType, group: Group) 
     if world_size(group) == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=_small_tensor_device(group))
-    with ledger.carrying("all_reduce", ledger.size(tensor)):
-        dist.all_reduce(tensor, op=operation, group=group)
+    dist.all_reduce(tensor, op=operation, group=group)
     return float(tensor)
 
 
@@ -222,8 +214,7 @@ def gather_objects(value: object, group: Group = None) -> list[object]:
     if world == 1:
         return [value]
     out: list[object] = [None] * world
-    with ledger.carrying("objects", 0):
-        dist.all_gather_object(out, value, group=group)
+    dist.all_gather_object(out, value, group=group)
     return out
 
 

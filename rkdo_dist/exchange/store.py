@@ -18,13 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
-from rkdo_dist.exchange import ledger
 from rkdo_dist.exchange.group import Group
 from rkdo_dist.field.nearest import Nearest, visit_tile
 from rkdo_dist.field.persistent import Rows, identity
 
 TILES, LONGEST_TILE = 16, 8192  # at least so many tiles, of at most so many samples
-ROWS, BANK = "rows of the field", "queries to the bank"  # purposes in the ledger
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,7 @@ class Fetch:
     def wait(self) -> Rows:
         """The rows, in the order asked for."""
         if self._work is not None:
-            with ledger.waiting():
-                self._work.wait()
+            self._work.wait()
             self._work = None
         rows = torch.empty_like(self._received)
         rows[self._order] = self._received
@@ -161,8 +158,7 @@ class RowStore:
         if batch is not None and not any(bool(torch.isin(batch, samples).any()) for *_, samples in self._writes):
             return
         for work, incoming, places, *_ in self._writes:
-            with ledger.waiting():
-                work.wait()
+            work.wait()
             self._put(places, incoming)
         self._writes.clear()
 
@@ -185,9 +181,8 @@ class RowStore:
             For this rank's queries: the K largest logits, largest first, those asked for, and log-sum-exps by tile.
         """
         assert self.bank is not None
-        with ledger.purpose(BANK):
-            everyone = ranks.all_gather_rows(queries, self._group)
-            wanted = ranks.all_gather_rows(stored, self._group)
+        everyone = ranks.all_gather_rows(queries, self._group)
+        wanted = ranks.all_gather_rows(stored, self._group)
         found = Nearest.none(wanted, self._stored, self.shards.tiles, self.shards.samples, queries.dtype)
         for tile in self.shards.tiles_of(self._rank):
             start, stop = self.shards.bounds(range(tile, tile + 1))
@@ -239,8 +234,7 @@ class RowStore:
         world = self.shards.world
         if world > 1:
             b = len(found.logits) // world
-            with ledger.purpose(BANK):
-                everything = [self._exchanged(x) for x in vars(found).values() if isinstance(x, Tensor)]
+            everything = [self._exchanged(x) for x in vars(found).values() if isinstance(x, Tensor)]
             samples, logits, at_stored, peaks, sums = (x.view(world, b, -1) for x in everything)
             found = Nearest(samples[0], logits[0], at_stored.amax(0), peaks.amax(0), sums.sum(0), found.n)
             for rank in range(1, world):
@@ -250,8 +244,7 @@ class RowStore:
 
     def _exchanged(self, x: Tensor) -> Tensor:
         received = torch.empty_like(x)
-        with ledger.carrying("all_to_all", ledger.size(x)):
-            dist.all_to_all_single(received, x.contiguous(), group=self._group)
+        dist.all_to_all_single(received, x.contiguous(), group=self._group)
         return received
 
     def _routes(self, batch: Tensor) -> tuple[list[int], list[int], Tensor, Tensor, Tensor]:
@@ -289,5 +282,4 @@ class RowStore:
     def _all_to_all(self, incoming: Tensor, outgoing: Tensor, received: list[int], sent: list[int]) -> dist.Work | None:
         if self.shards.world == 1:
             return None
-        with ledger.purpose(ROWS), ledger.carrying("all_to_all", ledger.size(outgoing)):
-            return dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)
+        return dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)

@@ -25,8 +25,8 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.exchange import group
-from rkdo_dist.exchange.ledger import sent_bytes
 from rkdo_dist.measure import memory, wire
+from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.agreement import agree, code_digest, same_request
 from rkdo_dist.ranks.runtime import Runtime

@@ -29,16 +29,17 @@ from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
-from rkdo_dist.exchange import group, ledger
+from rkdo_dist.exchange import group
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.files import write_atomic
-from rkdo_dist.measure import memory, wire
+from rkdo_dist.measure import ledger, memory, wire
+from rkdo_dist.measure.ledger import Ledger
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.agreement import agree, same_request
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.train.job import Job
-from rkdo_dist.train.stopwatch import DATA, FIELD, Stopwatch, phase, running
+from rkdo_dist.train.stopwatch import DATA, EXCHANGE, FIELD, Stopwatch, phase, running
 
 # How gradients are summed and columns travel: run.reduction and field.exchange together.
 WAYS: dict[str, tuple[Literal["exact", "fast"], Literal["gather", "ring"]]] = {
@@ -156,10 +157,12 @@ def _field_probe(job: Job, rows: int = 512, columns: int = 4096) -> dict[str, fl
 def _steps(job: Job, watch: Stopwatch, steps: int) -> Iterator[dict[str, Any]]:
     """Train on, yielding time, phases, ledger, loss and digest of each step."""
     step = job.make_step()
-    with _counting(step.strategy.model), running(watch):
+    with running(watch), ledger.counting(lambda: watch.phase(EXCHANGE)) as book:
+        _count_ddp(step.strategy.model, book)
         batches = job.batches()  # closed with this generator
-        before, began = ledger.book(), time.perf_counter()
+        book.take()
         watch.split()
+        began = time.perf_counter()
         for _ in range(steps):
             with phase(DATA):
                 batch = next(batches)
@@ -167,30 +170,27 @@ def _steps(job: Job, watch: Stopwatch, steps: int) -> Iterator[dict[str, Any]]:
             result = job.attempt(step, batch, 0)
             job.position += 1
             record = job.record(batch, result, 1.0)
-            now, seconds = ledger.book(), time.perf_counter() - began
             yield {
-                "seconds": seconds,
+                "seconds": time.perf_counter() - began,
                 "phases": watch.split(),
-                "book": now.since(before),
+                "book": book.take(),
                 "loss": result.loss,
                 "digest": record["batch_digest"],
             }
-            before, began = ledger.book(), time.perf_counter()
+            began = time.perf_counter()
             watch.split()
 
 
-@contextlib.contextmanager
-def _counting(model: nn.Module) -> Iterator[None]:
-    """While open, what DDP sends is noted, by a hook that makes the all-reduce DDP would make."""
+def _count_ddp(model: nn.Module, book: Ledger) -> None:
+    """Note from now on what DDP sends, by a hook that makes the all-reduce DDP would make."""
+
+    def noted(bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if group.world_size() > 1:  # under a launcher one process has a DDP of its own, which sends nothing
+            book.note((ledger.GRADIENTS, "all_reduce"), ledger.size(bucket.buffer()))
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model.register_comm_hook(None, lambda _, bucket: _noted(bucket))  # DDP reads annotations, a lambda has none
-    yield
-
-
-def _noted(bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    if group.world_size() > 1:  # under a launcher one process has a DDP of its own, which sends nothing
-        ledger.note(ledger.GRADIENTS, "all_reduce", ledger.size(bucket.buffer()))
-    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+        model.register_comm_hook(None, lambda _, bucket: noted(bucket))  # DDP reads annotations, a lambda has none
 
 
 def _combined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -6,14 +6,14 @@ K numbers in a report (the loss's parts, the loss, the stop code), embeddings (m
 
 | purpose | exact | fast |
 |---|---|---|
-| columns | all-gather, two of b d 4 | gather: all-gather, V of b d 4; ring: walks x (W - 1) sends of V b d 4 |
-| column gradients | all-to-all, V of B d 4 | gather: reduce-scatter, V of B d 4; ring: W sends of V b d 4 |
+| columns | all-gather of 2 b d 4 | gather: all-gather of V b d 4; ring: walks x (W - 1) sends of V b d 4 |
+| column gradients | all-to-all of V B d 4 | gather: reduce-scatter of V B d 4; ring: W sends of V b d 4 |
 | parameter gradients | all-to-all of P' 4, all-gather of P' 4 / W (P' = P rounded up to W) | all-reduce of P 4 (DDP) |
-| batch statistics | the same two of F 3C 8, rounded up to W | all-reduce of F 3C 8 |
+| batch statistics | all-gather of F 3C 8 | all-reduce of F 3C 8 |
 | synchronised batch norm | - | all-reduces of (c + 1) 4 and c 4, per norm of c channels, forward and backward |
 | reports and checks | flags of 8; per lane: digests of 32, finite checks of 1, 8 K | the same, but 8 K + 64 per rank |
 
-Bytes that a rank sends for a payload are `exchange.ledger.sent_bytes`. DeepSpeed's traffic is given by its formula
+Bytes that a rank sends for a payload are `measure.ledger.sent_bytes`. DeepSpeed's traffic is given by its formula
 (ZeRO paper, Rajbhandari et al. 2020, section 7: reduce-scatter of gradients and all-gather of parameters; stage 3
 gathers parameters for every forward and backward instead) and cannot be counted here.
 """
@@ -27,7 +27,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkdo_dist.config import Config
-from rkdo_dist.exchange.ledger import (
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.tiled import FieldRows
+from rkdo_dist.measure.ledger import (
     COLUMN_GRADIENTS,
     COLUMNS,
     GRADIENTS,
@@ -36,8 +38,6 @@ from rkdo_dist.exchange.ledger import (
     SYNC_NORM,
     Ledger,
 )
-from rkdo_dist.field.objectives import Objective
-from rkdo_dist.field.tiled import FieldRows
 from rkdo_dist.sync_norm import SyncBatchNorm
 
 PARAMETERS = "parameters"  # what only sharding strategies send
@@ -160,33 +160,26 @@ def step_payloads(shape: StepShape) -> Ledger:
 
 def _exact(book: Ledger, shape: StepShape) -> None:
     local = shape.lanes // shape.world
-    book.note((COLUMNS, "all_gather"), 2 * shape.rows * shape.dimension * 4, 2)
-    views = shape.column_views
-    book.note((COLUMN_GRADIENTS, "all_to_all"), views * shape.batch * shape.dimension * 4, views)
-    _exact_all_reduce(book, GRADIENTS, shape.parameters, 4, shape.world)
-    _exact_all_reduce(book, STATISTICS, shape.forwards * 3 * shape.channels, 8, shape.world)
+    book.note((COLUMNS, "all_gather"), 2 * shape.rows * shape.dimension * 4)
+    book.note((COLUMN_GRADIENTS, "all_to_all"), shape.column_views * shape.batch * shape.dimension * 4)
+    padded = (shape.parameters + -shape.parameters % shape.world) * 4
+    book.note((GRADIENTS, "all_to_all"), padded)
+    book.note((GRADIENTS, "all_gather"), padded // shape.world)
+    book.note((STATISTICS, "all_gather"), shape.forwards * 3 * shape.channels * 8)
     book.note((SMALL, "all_gather"), local * shape.report * 8)
     if not shape.loss_scaling:
         book.note((SMALL, "all_gather"), local)  # finite gradients
 
 
-def _exact_all_reduce(book: Ledger, purpose: str, numbers: int, width: int, world: int) -> None:
-    padded = (numbers + -numbers % world) * width
-    if padded:
-        book.note((purpose, "all_to_all"), padded)
-        book.note((purpose, "all_gather"), padded // world)
-
-
 def _fast(book: Ledger, shape: StepShape) -> None:
-    views, world = shape.column_views, shape.world
-    block = views * shape.rows * shape.dimension * 4
+    world, block = shape.world, shape.column_views * shape.rows * shape.dimension * 4
     if shape.exchange == "ring":
         sends = (shape.walks + 1) * (world - 1)
         book.note((COLUMNS, "send"), sends * block, sends)
         book.note((COLUMN_GRADIENTS, "send"), world * block, world)
     else:
-        book.note((COLUMNS, "all_gather"), block, views)
-        book.note((COLUMN_GRADIENTS, "reduce_scatter"), world * block, views)
+        book.note((COLUMNS, "all_gather"), block)
+        book.note((COLUMN_GRADIENTS, "reduce_scatter"), world * block)
     book.note((SMALL, "all_gather"), _FACTS)
     book.note((SMALL, "all_gather"), shape.report * 8)
     book.note((STATISTICS, "all_reduce"), shape.forwards * 3 * shape.channels * 8)

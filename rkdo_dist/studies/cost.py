@@ -10,7 +10,7 @@ several share a core. Seconds of a step on a rank, by phase:
     exchange          = s * t_copy * P + alpha * steps + bytes / bandwidth
     other             = s * t_other                            bookkeeping
 
-`steps` and `bytes` are summed over the collectives of a step (`exchange.ledger.rounds`, `sent_bytes`): a ring
+`steps` and `bytes` are summed over the collectives of a step (`measure.ledger.rounds`, `sent_bytes`): a ring
 all-reduce takes 2 (W - 1) steps and 2 (W - 1) / W of its payload, and so does the exact tree sum (all-to-all and
 all-gather); an all-gather takes W - 1 of each. The bytes are not fitted: they are those of `measure.wire`, which the
 ledger confirms. The nine constants are fitted by least squares without negative values, each equation divided by the
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from rkdo_dist.exchange.ledger import GRADIENTS, Ledger, rounds, sent_bytes
+from rkdo_dist.measure.ledger import GRADIENTS, Ledger, rounds, sent_bytes
 from rkdo_dist.measure.wire import StepShape, step_payloads
 from rkdo_dist.studies.links import Interconnect
 from rkdo_dist.train.stopwatch import COMPUTE, DATA, EXCHANGE, FIELD, OPTIMIZER

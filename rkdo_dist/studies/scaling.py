@@ -20,8 +20,8 @@ from typing import Any
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config
-from rkdo_dist.exchange.ledger import sent_bytes
 from rkdo_dist.files import write_atomic
+from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.studies import cost
 from rkdo_dist.studies.cost import CostModel, Point, Projection
 from rkdo_dist.studies.links import interconnect

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from rkdo_dist.exchange import group, ledger
+from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.field import FieldResult, Views, averaged_field
@@ -72,6 +72,5 @@ class Averaged(Strategy):
         """In the backend's order."""
         statistics = torch.stack(list(lanes)).sum(0)
         if self._runtime.world > 1:
-            with ledger.purpose(ledger.STATISTICS), ledger.carrying("all_reduce", ledger.size(statistics)):
-                torch.distributed.all_reduce(statistics)
+            torch.distributed.all_reduce(statistics)
         return statistics

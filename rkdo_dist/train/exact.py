@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from rkdo_dist.exchange import group, ledger
+from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.field import FieldResult, Views, exact_field
@@ -53,13 +53,11 @@ class Exact(Strategy):
             self._reduce = group.ExactAllReduce(sum(sizes), self._parameters[0].detach())
         torch.cat([g.flatten() for g in self._summed], out=self._reduce.vector)
         self._summed = []
-        with ledger.purpose(ledger.GRADIENTS):
-            parts = self._reduce.reduce().split(sizes)
+        parts = self._reduce.reduce().split(sizes)
         for parameter, part in zip(self._parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
     def sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
         """In tree order, like everything here."""
         local = group.tree_sum([lane.clone() for lane in lanes])
-        with ledger.purpose(ledger.STATISTICS):
-            return group.exact_all_reduce(local.flatten()).view_as(local)
+        return group.tree_sum(group.all_gather_rows(local[None]).unbind(0))

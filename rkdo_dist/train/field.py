@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rkdo_dist.exchange import group, ledger
-from rkdo_dist.exchange.columns import GatheredColumns
+from rkdo_dist.exchange import group
+from rkdo_dist.exchange.columns import ExactColumns, GatheredColumns
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Supervisor
 from rkdo_dist.field.tiled import value_and_gradient
@@ -59,9 +59,9 @@ def exact_field(
         labels: (b,) of this rank's samples, in lane order, for objectives that need them.
     """
     count, m = len(lanes), lanes[0][0].shape[0]
-    with ledger.purpose(ledger.COLUMNS):
-        columns_u, columns_v = (group.all_gather_rows(torch.cat([pair[k] for pair in lanes])) for k in (0, 1))
-        everyones = None if labels is None else group.all_gather_rows(labels)
+    exchange = ExactColumns()
+    columns_u, columns_v = exchange.gather(torch.stack([torch.cat([pair[k] for pair in lanes]) for k in (0, 1)]))
+    everyones = None if labels is None else group.all_gather_rows(labels)
     supervisors = _supervisors(lanes, objective, memory)
     results = []
     sums: dict[str, group.TreeSum[Tensor]] = {"u": group.TreeSum(count), "v": group.TreeSum(count)}
@@ -74,10 +74,10 @@ def exact_field(
                 sums[name].add(part)
                 used[name] = True
         results.append(result)
-    with ledger.purpose(ledger.COLUMN_GRADIENTS):
-        home = {n: group.exact_reduce_scatter(sums[n].total()).split(m) if used[n] else None for n in sums}
-    du = [r.rows_u if home["u"] is None else r.rows_u + home["u"][i] for i, r in enumerate(results)]
-    dv = [r.rows_v if home["v"] is None else r.rows_v + home["v"][i] for i, r in enumerate(results)]
+    seen = [name for name in sums if used[name]]
+    home = dict(zip(seen, exchange.send_home(torch.stack([sums[name].total() for name in seen])), strict=True))
+    du = [r.rows_u + home["u"][i * m : (i + 1) * m] if "u" in home else r.rows_u for i, r in enumerate(results)]
+    dv = [r.rows_v + home["v"][i * m : (i + 1) * m] if "v" in home else r.rows_v for i, r in enumerate(results)]
     names = ["loss", *results[0].parts]
     reports = {n: torch.stack([(r.loss if n == "loss" else r.parts[n]).double() for r in results]) for n in names}
     if memory is not None and objective.kind == "persistent":

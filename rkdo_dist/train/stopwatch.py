@@ -1,8 +1,8 @@
 """Where the time of a step goes: exclusive seconds by phase, only while a stopwatch is running.
 
-Phases nest: an inner one stops the outer one's clock. Every collective is a phase of its own, "exchange"
-(`exchange.ledger` calls back), so waiting for slower ranks counts as exchange, wherever it happens. On an accelerator
-each change of phase waits for the device: measured steps are a little slower than others.
+Phases nest: an inner one stops the outer one's clock. Every collective is a phase of its own, "exchange" (the clock of
+`measure.ledger`), so waiting for slower ranks counts as exchange, wherever it happens. On an accelerator each change of
+phase waits for the device: measured steps are a little slower than others.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
-
-from rkdo_dist.exchange import ledger
 
 DATA, COMPUTE, FIELD, EXCHANGE, OPTIMIZER = "data", "forward/backward", "field", "exchange", "optimizer"
 PHASES = (DATA, COMPUTE, FIELD, EXCHANGE, OPTIMIZER)  # what is left of a step is "other"
@@ -72,11 +70,10 @@ def phase(name: str) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def running(watch: Stopwatch) -> Iterator[Stopwatch]:
-    """While open, `phase` and every collective of this process book their time on `watch`."""
+    """While open, `phase` books its time on `watch`."""
     global _watch
     before, _watch = _watch, watch
     try:
-        with ledger.timed_by(lambda: watch.phase(EXCHANGE)):
-            yield watch
+        yield watch
     finally:
         _watch = before
