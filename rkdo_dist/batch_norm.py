@@ -1,11 +1,10 @@
-"""Running statistics of batch norm: changed once per step, from all micro-batches, for any world size.
+"""Running statistics of batch norm: updated once per step, from all micro-batches, for any world size.
 
 Batch norm normalises a micro-batch by that forward's own statistics, so training does not depend on who
-computes which micro-batch. Its *running* statistics, which evaluation uses, are another matter: torch moves
-them at every forward, on each rank separately, and twice when a forward is repeated. `BatchStatistics`
-takes them over: it keeps the running statistics out of the forward, hands out each forward's sums to be
-added over lanes in a fixed order, and moves the running statistics once by the whole step's mean and
-variance.
+computes which micro-batch. Its *running* statistics, which evaluation uses, do: torch updates them at every
+forward, on each rank separately, and twice when a forward is repeated. `BatchStatistics` takes over: it
+keeps the running statistics out of the forward, returns each forward's sums to be added over micro-batches
+(lanes) in a fixed order, and updates the running statistics once by the whole step's mean and variance.
 
 What is combined. Each lane gives, per channel, the number of elements, their sum and their sum of squares
 (derived from that forward's mean and variance), in float64. The step's statistics are those of all lanes'
@@ -32,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class BatchStatistics:
-    """Takes over the running statistics of every batch norm in `module` (see the text above).
+    """Takes over the running statistics of every batch norm in `module` (see the module's docstring).
 
     One step of L lanes, on one rank or spread over many:
 
@@ -202,7 +201,7 @@ def _assign(norm: nn.Module, values: list[Any]) -> None:
 
 
 def _counter(counts: list[int], i: int) -> Callable[[nn.Module, Any], None]:
-    """A forward pre-hook that notes how many elements per channel batch norm `i` sees in training."""
+    """A forward pre-hook that records how many elements per channel batch norm `i` sees in training."""
 
     def hook(norm: nn.Module, inputs: Any) -> None:
         if norm.training:

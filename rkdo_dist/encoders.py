@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         embedding_dim: d.
 
     Raises:
-        ValueError: for an unknown backbone (with the nearest names), one that is no classification model, an
+        ValueError: for an unknown backbone (with the nearest names), one that is not a classification model, an
             unknown head or stem, a stem that the backbone does not have, or `embedding_dim` < 1.
     """
 

@@ -1,7 +1,7 @@
-"""Files that survive a crash: written beside their place, flushed to the disk, then renamed into it.
+"""Atomic file writes: beside the target, flushed to the disk, then renamed over it.
 
-Floor 0: the standard library only. `write_atomic` is for one small file (a pointer, a configuration, an
-index); `checkpoint.py` builds whole directories from the other functions here.
+Standard library only. `write_atomic` is for one small file (a pointer, a configuration, an index);
+`checkpoint/` builds whole directories from the other functions here.
 """
 
 from __future__ import annotations

@@ -130,14 +130,14 @@ def test_complete_output_is_left_alone_and_other_content_refused(tmp_path: Path)
     again = prepare("imagefolder", out, folder)
     assert not again.built
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.iterdir()}
-    with pytest.raises(DataError, match="already holds shards with seed 0, asked for is 1"):
+    with pytest.raises(DataError, match="already has shards with seed 0, and 1 was asked for"):
         prepare("imagefolder", out, folder, seed=1)
     (folder / "train" / "cat" / "new.jpg").write_bytes(picture(99))
-    with pytest.raises(DataError, match="already holds shards with identity"):
+    with pytest.raises(DataError, match="already has shards with identity"):
         prepare("imagefolder", out, folder)
     assert prepare("imagefolder", out, folder, force=True).split("train").samples == 11
     (out / "train-00000.tar").write_bytes(b"short")
-    with pytest.raises(DataError, match=r"train-00000\.tar is missing or has another length"):
+    with pytest.raises(DataError, match=r"train-00000\.tar is missing or its length is not the one in its index"):
         prepare("imagefolder", out, folder)
     (out / "thesis.tex").write_text("mine")
     with pytest.raises(DataError, match=r"other files \(thesis\.tex\)"):
@@ -218,7 +218,7 @@ def test_an_unfinished_preparation_of_something_else_is_not_continued(tmp_path: 
     with pytest.raises(DataError, match=r"9\.jpg is not a readable|9\.jpg cannot be decoded"):
         prepare("imagefolder", tmp_path / "out", folder, shard_size=2)
     assert not list((tmp_path / "out").glob("*.tmp"))
-    with pytest.raises(DataError, match="unfinished preparation of something else"):
+    with pytest.raises(DataError, match="unfinished preparation of another data set"):
         prepare("imagefolder", tmp_path / "out", folder, shard_size=3)
     (folder / "train" / "dog" / "9.jpg").unlink()
     prepare("imagefolder", tmp_path / "out", folder, shard_size=3, force=True)

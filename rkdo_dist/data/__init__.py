@@ -1,1 +1,1 @@
-"""Floor 3: which samples make a step, and their bytes (order, prepare, stream, views)."""
+"""Data: shards and their index, the order of samples, the stream of micro-batches, views."""

@@ -1,4 +1,4 @@
-"""The inside of a tar file of samples: where they are, and where it is damaged.
+"""Sample offsets in a tar shard, and location of damage.
 
 Headers are walked by `tarfile` and grouped by webdataset's rule. webdataset's own reader is not used for
 this: it takes a damaged header for the end of the archive, and reads members of any type and length into
@@ -29,7 +29,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 @dataclass(frozen=True)
 class Table:
-    """Where the samples of a shard are.
+    """Positions of the samples of a shard.
 
     Attributes:
         keys: sample keys in the order of the shard.
@@ -45,8 +45,7 @@ class Table:
 
 
 class _Capped:
-    """A file for `tarfile` that refuses to read one long piece (headers are short) and remembers its
-    place."""
+    """A file for `tarfile` that refuses to read one long piece (headers are short)."""
 
     def __init__(self, descriptor: int, where: str) -> None:
         self._descriptor, self._where, self._place = descriptor, where, 0
@@ -72,8 +71,7 @@ def scan(descriptor: int, where: str) -> Table:
 
     Raises:
         DataError: a compressed or damaged archive, a member that is not an ordinary file, a key that
-            occurs twice, a sample without exactly one image, or an archive without its end mark (as a
-            truncated one).
+            occurs twice, a sample without exactly one image, or an archive without an end mark (truncated).
     """
     length = os.fstat(descriptor).st_size
     head = os.pread(descriptor, 8, 0)
@@ -154,10 +152,10 @@ def _parts(sample: dict[str, Any], where: str) -> tuple[int, int, int, int, int]
 
 
 def checksums(descriptor: int, table: Table) -> str:
-    """For each sample its first block and a CRC-32 of everything up to the next sample: what `locate` needs.
+    """For each sample its first block and a CRC-32 of everything up to the next sample, for `locate`.
 
-    They tell where a file is damaged; whether it is damaged is told by its SHA-256. Base64 of
-    little-endian uint32 (n, 2): about eleven characters a sample.
+    They locate damage; the SHA-256 of the file detects it. Base64 of little-endian uint32 (n, 2): about
+    eleven characters a sample.
     """
     starts = table.starts // tarfile.BLOCKSIZE
     pairs = np.empty((len(starts), 2), dtype="<u4")
@@ -167,7 +165,7 @@ def checksums(descriptor: int, table: Table) -> str:
 
 
 def locate(descriptor: int, checks: str) -> str:
-    """Where a damaged file differs from what `checksums` said: "sample 7, key 'x', at offset 4096", or ""."""
+    """First place where a file differs from its `checksums`: "sample 7, key 'x', at offset 4096", or ""."""
     try:
         pairs = np.frombuffer(base64.b64decode(checks, validate=True), dtype="<u4").reshape(-1, 2)
     except (ValueError, binascii.Error):

@@ -1,8 +1,7 @@
-"""An index for WebDataset shards that somebody else has written: nothing is rewritten, everything is
-looked at once.
+"""Index of existing WebDataset shards, which are read once and not rewritten.
 
 Each sample needs one image (jpg, jpeg, png or webp) and may have a class number (cls); other members are
-left alone.
+ignored.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def index_shards(
     """
     base, names = _listed(source)
     if isinstance(base, Address) and out is None:
-        raise DataError("say where the index of remote shards shall be written")
+        raise DataError("the index of remote shards needs a directory on this machine: say where with --out")
     chosen = _split(names) if splits is None else {split: list(members) for split, members in splits.items()}
     report = progress or (lambda *_: None)
     built, sizes, largest = {}, set(), -1
@@ -111,7 +110,7 @@ def _listed(
     if any(is_url(item) for item in items):
         addresses = [Address(item) for item in items]
         if len({address.base for address in addresses}) > 1:
-            raise DataError("shards that are indexed together must lie in one directory")
+            raise DataError("shards that are indexed together must be in one directory")
         return addresses[0].beside(INDEX_NAME), [address.name for address in addresses]
     base = Path(os.path.commonpath([Path(item).absolute().parent for item in items]))
     return base, [Path(item).absolute().relative_to(base).as_posix() for item in items]

@@ -1,8 +1,8 @@
-"""The index of a set of shards: which tar files, how many samples, which bytes, which classes.
+"""Index of a set of shards: tar files, sample counts, checksums, classes.
 
-`index.json` lies beside the shards and is the only description of them that is believed; a reader checks
-every shard against it before using a sample. It is plain JSON and is checked strictly: nothing in it can
-make a reader open a file outside its directory, start a program, or, unless that is allowed, fetch anything.
+`index.json` is beside the shards and is the only description of them that is trusted; a reader checks every
+shard against it before using a sample. It is plain JSON and is checked strictly: nothing in it can make a
+reader open a file outside its directory, start a program, or, unless that is allowed, fetch anything.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class OpenSamples(Protocol):
         """The class number as text, None without one."""
 
     def where(self, position: int) -> str:
-        """How errors call a sample."""
+        """Name of a sample in errors."""
 
     def check_unchanged(self) -> None:
         """Raises DataError if somebody has written to the samples since they were opened."""
 
     def close(self) -> None:
-        """Give back what is open."""
+        """Close what is open."""
 
 
 class Content(Protocol):
@@ -132,7 +132,7 @@ class ShardIndex:
 
     @property
     def place(self) -> str:
-        """Where the shards are, for messages."""
+        """Location of the shards, for messages."""
         if self.title:
             return self.title
         return str(self.root) if self.address is None else self.address.shown
@@ -148,7 +148,7 @@ class ShardIndex:
         return fetch(self.address.beside(shard.name), shard.sha256, shard.bytes, self.root)
 
     def name_of(self, shard: Shard) -> str:
-        """What messages call a shard."""
+        """Name of a shard in messages."""
         if shard.content is not None:
             return f"{self.place} ({shard.name})"
         return str(self.root / shard.name) if self.address is None else self.address.beside(shard.name).shown
@@ -201,8 +201,8 @@ def load_index(path: str | os.PathLike[str], *, allow_remote: bool = False) -> S
         allow_remote: follow a local index to shards that it says lie elsewhere.
 
     Raises:
-        DataError: no such directory, no index in it, not an index, or a value that cannot be; the message
-            names the file and what to do.
+        DataError: no such directory, no index in it, not an index, or an invalid value; the message names
+            the file and what to do.
     """
     if is_url(path):
         address = Address(str(path))
@@ -260,7 +260,7 @@ def _checked(tree: Any, where: str, root: Path, address: Address | None) -> Shar
 
 
 class _Bad(Exception):
-    """A value of an index that cannot be."""
+    """An invalid value in an index."""
 
 
 def _from_tree(tree: Any, root: Path) -> ShardIndex:

@@ -1,4 +1,4 @@
-"""Which samples make a step: pure arithmetic, no input or output, no ranks, no state.
+"""Order of the samples: pure arithmetic, without input or output, ranks or state.
 
 An epoch is planned from (seed, epoch, samples per shard, lanes, micro-batch) alone:
 
@@ -13,7 +13,7 @@ An epoch is planned from (seed, epoch, samples per shard, lanes, micro-batch) al
    once per lane.
 4. Lane l delivers the l-th micro-batch of every step.
 
-Nothing here knows the number of ranks or loader workers: they only decide who reads which lanes.
+Nothing here depends on the number of ranks or loader workers: they only decide who reads which lanes.
 
 All draws are SplitMix64 (Steele, Lea, Flood 2014) written out below: Python's and NumPy's generators do
 not promise the same permutations in every version, and an order must survive an upgrade in the middle of a

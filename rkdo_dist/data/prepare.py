@@ -1,8 +1,8 @@
-"""Any source to tar shards and an index: the same bytes every time, complete or not there.
+"""Preparation of a data set: tar shards and an index, the same bytes every time.
 
 Shards are written one after another under a temporary name, flushed and renamed; a journal beside them
-says which are done, so an interrupted preparation goes on where it stopped and ends in the same bytes. The
-index is written last: a directory with an index is complete.
+says which are done, so an interrupted preparation continues where it stopped, with the same bytes in the
+end. The index is written last: a directory with an index is complete.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OURS = re.compile(
 
 @dataclass(frozen=True)
 class Prepared(ShardIndex):
-    """The index of what was asked for; `built` is False when it was complete already and nothing was done."""
+    """The index that was asked for; `built` is False when it was complete already and nothing was done."""
 
     built: bool = True
 
@@ -56,8 +56,8 @@ def prepare(
         source: "digits", "cifar10", "cifar100", "stl10", "imagefolder", or the path of an image folder or
             a tar of one.
         out: directory for `<split>-00000.tar`, ... and `index.json`; made if needed.
-        root: where the files of the source are (for a download: where they already are or shall be put;
-            default `downloads` beside `out`).
+        root: where the files of the source are (for a download: where they are already, or are put; default
+            `downloads` beside `out`).
         shard_size: most samples in a shard; default: an eighth of the split, but 50 to 2000. A shard is also
             closed when it reaches 64 MiB.
         seed: of the order of the samples.
@@ -120,16 +120,14 @@ def _complete(out: Path, wanted: dict[str, Any]) -> Prepared | None:
     for name, value in wanted.items():
         if getattr(index, name) != value:
             raise DataError(
-                f"{out} already holds shards with {name} {getattr(index, name)!r}, asked for is {value!r}: "
-                "choose another directory, or build again with --force"
+                f"{out} already has shards with {name} {getattr(index, name)!r}, and {value!r} was asked for: "
+                "choose another directory, or rebuild with --force"
             )
     for split in index.splits.values():
         for shard in split.shards:
             path = out / shard.name
             if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise DataError(
-                    f"{path} is missing or has another length than its index says: build again with --force"
-                )
+                raise DataError(f"{path} is missing or its length is not the one in its index: rebuild with --force")
     (out / JOURNAL_NAME).unlink(missing_ok=True)
     return Prepared(**vars(index), built=False)
 
@@ -151,10 +149,10 @@ def _journal(out: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
         journal = json.loads(path.read_text())
         begun, shards = {name: journal[name] for name in wanted}, {s["name"]: s for s in journal["shards"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}): build again with --force") from None
+        raise DataError(f"{path} is damaged ({error}): rebuild with --force") from None
     if begun != wanted:
         raise DataError(
-            f"{out} holds an unfinished preparation of something else ({begun['source']}): "
+            f"{out} has an unfinished preparation of another data set or with other options ({begun['source']}): "
             "choose another directory, or start again with --force"
         )
     return {name: s for name, s in shards.items() if (out / name).is_file() and sha256_of(out / name) == s["sha256"]}

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: fetched whole over http(s) or from an object store into a cache on disk.
+"""Remote shards: fetched whole over http(s) or from an object store into a cache on disk.
 
 The cache is addressed by content: a shard's file is named by its SHA-256, appears there only when its
 bytes are right, and is never changed. So any number of jobs and ranks can share one directory; a lock file
@@ -36,7 +36,7 @@ CACHE_VARIABLE = "RKDO_CACHE"
 TRIES = 5
 FIRST_DELAY = 0.5  # seconds before the second try; doubled before each further one
 TIMEOUT = 30.0  # seconds without a byte
-MAX_SHARD_BYTES = 64 << 30  # of a shard that nobody has described
+MAX_SHARD_BYTES = 64 << 30  # of a shard that has no index yet
 _PIECE = 1 << 20
 
 
@@ -70,7 +70,8 @@ class Address:
         parts = urlsplit(self.url)
         if parts.scheme not in (*HTTP, *OBJECT_STORES):
             raise DataError(
-                f"addresses that begin with {parts.scheme}: are not read; {', '.join((*HTTP, *OBJECT_STORES))} are"
+                f"addresses that begin with {parts.scheme}: are not supported, only "
+                f"{', '.join((*HTTP, *OBJECT_STORES))}"
             )
         host = parts.netloc.rpartition("@")[2]
         object.__setattr__(self, "shown", urlunsplit((parts.scheme, host, parts.path, "", "")))
@@ -102,7 +103,7 @@ class _Temporary(Exception):
 
 
 class _Wrong(_Temporary):
-    """Whole, but not what it should be."""
+    """Complete, but with the wrong content."""
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):
@@ -145,8 +146,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 @contextmanager
 def _open(address: Address, start: int) -> Iterator[tuple[IO[bytes], int]]:
-    """The bytes at `address` from `start` on, or, if the server cannot do that, from 0; and which of the
-    two."""
+    """The bytes at `address` from `start` on, or from 0 if the server has no ranges; and where they begin."""
     parts = urlsplit(address.url)
     if parts.scheme not in HTTP:
         with _open_object(address, start) as stream:
@@ -241,7 +241,7 @@ def _again_and_again(address: Address, once: Callable[[], None]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in words that cannot hold an address."""
+    """Reason of a failure, in words that cannot contain an address."""
     inner = getattr(error, "reason", error)
     if isinstance(inner, OSError) and inner.strerror:
         return inner.strerror
@@ -249,8 +249,7 @@ def _reason(error: Exception) -> str:
 
 
 def adopt(address: Address, cache: Path) -> Path:
-    """Fetch a shard whose content nobody has described yet into the cache; its file is named by what was
-    found.
+    """Fetch a shard that has no index yet into the cache; its file is named by its SHA-256.
 
     Raises:
         DataError, OSError: as `fetch`.
@@ -273,7 +272,7 @@ def fetch(address: Address, sha256: str, length: int, cache: Path) -> Path:
     """The local file of a shard: from the cache, or fetched into it.
 
     The bytes are checked against length and SHA-256 before the file appears under its name. An interrupted
-    transfer goes on where it stopped, if the server can do that.
+    transfer continues where it stopped, if the server supports it.
 
     Args:
         address: of the shard itself.

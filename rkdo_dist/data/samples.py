@@ -1,5 +1,4 @@
-"""Samples out of verified shards: fetched by position, decoded, replaced where that is wished, packed for
-the way.
+"""Samples of verified shards: fetched by position, decoded, replaced if asked for, packed for transport.
 
 A cursor keeps one shard open and reads windows (see `order`) through it.
 """
@@ -149,7 +148,7 @@ class Cursor:
                     raise
                 continue
             return Sample(sample.key, sample.id, sample.image, sample.label, replaced=True)
-        raise DataError(f"{opened.name} holds no readable sample to go on with")
+        raise DataError(f"{opened.name} has no readable sample to put in the place of a damaged one")
 
     def _find_substitute(self, broken: int) -> tuple[int, OpenSamples]:
         shards = self._reading.split.shards
@@ -165,7 +164,7 @@ class Cursor:
 
 @dataclass
 class Packed:
-    """Samples on their way between processes: two tensors, however many lanes."""
+    """Samples in transport between processes: two tensors, however many lanes."""
 
     keys: list[str]
     images: Tensor  # uint8 (n, 3, H, W)
@@ -195,7 +194,7 @@ def pack(samples: list[Sample]) -> Packed:
         first, second = shapes[:2]
         raise DataError(
             f"images of different sizes in one batch ({first[1]} x {first[0]} and {second[1]} x {second[0]}): "
-            "set data.image_size to the size they shall be brought to"
+            "set data.image_size, to which all are then resized"
         )
     return Packed(
         [sample.key for sample in samples],

@@ -1,4 +1,4 @@
-"""One shard: written in the same bytes every time, and read only after it is verified.
+"""Writing and reading of one shard: the same bytes every time, read only after verification.
 
 Reading goes by position: the whole file is hashed once, its headers are scanned once, and samples are then
 fetched from their offsets through the open file. So no shuffle buffer holds encoded images, a seek inside
@@ -119,14 +119,14 @@ class OpenShard:
         return None if offset < 0 else self._fetch(offset, size, position)
 
     def where(self, position: int) -> str:
-        """How errors call a sample: shard, key, offset."""
+        """Name of a sample in errors: shard, key, offset."""
         return f"{self.name}: sample {self.table.keys[position]!r} at offset {self.table.images[position][0]}"
 
     def check_unchanged(self) -> None:
-        """Whether the file is still the one that was verified.
+        """Check that the file is still the one that was verified.
 
         Raises:
-            DataError: if somebody wrote to it since.
+            DataError: if it was written to since.
         """
         if _identity(os.fstat(self._descriptor)) != self._identity:
             raise DataError(f"{self.name} was changed while it was being read")
@@ -256,7 +256,7 @@ def _guess(descriptor: int) -> str:
 
 
 def check_shards(index: ShardIndex, split: str, most_bytes: int = 2 << 30) -> None:
-    """Whether the shards of a split are there and what the index says, before anything depends on it.
+    """Check that the shards of a split are there and match the index, before training starts.
 
     Args:
         most_bytes: lengths are always compared; SHA-256 too if the split has no more bytes than this. (The

@@ -1,5 +1,4 @@
-"""Where prepared samples come from: scikit-learn's digits, torchvision's downloads, image folders and tars
-of them.
+"""Sources of samples: scikit-learn's digits, torchvision's downloads, image folders and tars of them.
 
 A source is lazy: it knows its name and identity at once, and loads a split when it is asked for it.
 Nothing is ever extracted: members of a tar are read from their offsets.

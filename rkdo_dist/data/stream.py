@@ -48,7 +48,7 @@ class _Failure:
 
 
 class _Items(IterableDataset):
-    """What a worker yields: its part of each step or block, or `_Failure` as its last item."""
+    """Items of one worker: its part of each step or block, or `_Failure` as the last."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -120,7 +120,7 @@ class _EvaluationItems(_Items):
 
 
 def _settle(worker: int) -> None:
-    """Make a worker quiet, and end it with its rank.
+    """Silence a worker, and end it with its rank.
 
     Signals that a terminal or scheduler sends to the whole process group are for the rank, which ends its
     workers. When it does so in the middle of a hand-over, the thread that serves it would print a broken

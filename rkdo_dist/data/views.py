@@ -33,11 +33,11 @@ _LARGE = 1 << 14  # output pixels from which sparse resizing sample by sample be
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random about one view of m images (NumPy arrays, int64, float64 and bool).
+    """Random draws of one view of m images (NumPy arrays, int64, float64 and bool).
 
     Attributes:
         boxes: (m, 4) top, left, height, width of the crop, in pixels.
-        flip, jitter, grayscale: (m,) whether it is done.
+        flip, jitter, grayscale: (m,) whether it is applied.
         factors: (m, 4) of brightness, contrast, saturation and hue.
         order: (m, 4) the four jitter operations in the order of their application.
     """

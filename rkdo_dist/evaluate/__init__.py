@@ -1,1 +1,1 @@
-"""Floor 5: frozen features and the scores computed from them."""
+"""Evaluation: frozen features and the scores computed from them."""

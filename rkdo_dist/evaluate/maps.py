@@ -1,4 +1,4 @@
-"""Embeddings in the plane: principal components, and t-SNE. For the eye, not for conclusions."""
+"""Two-dimensional maps of embeddings: principal components and t-SNE, for illustration only."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ first 11 batches of the test split, the linear classifier on an 80/20 split of t
 batch size 32).
 
 All of it runs on one thread: sums of BLAS and of k-means depend on the number of threads in their last
-bits, and launchers give a process more or fewer threads with the number of ranks. The scores must not
-follow.
+bits, and launchers choose the number of threads by the number of ranks. The scores must not depend on it.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ def full_protocol(train: FrozenFeatures, test: FrozenFeatures, neighbours: int =
     Returns:
         `protocol` "full"; on the projected embeddings `linear_accuracy` and `knn_accuracy` (fitted on
         train) and `nmi`, `ari`, `neighbourhood` (test split alone); on the backbone's features
-        `linear_accuracy_backbone` and `knn_accuracy_backbone`; counts; `warnings`, what scikit-learn had to
-        say, as a list of sentences.
+        `linear_accuracy_backbone` and `knn_accuracy_backbone`; counts; `warnings`, those of scikit-learn as
+        a list of sentences.
 
     Raises:
         ValueError: if a split has no labelled sample, one class only, too few samples, or features that are
@@ -93,7 +92,7 @@ def paper_protocol(
     Returns:
         `protocol` "paper"; on the projected embeddings of that subset `linear_accuracy` (80/20 split with
         seed 42, not standardised), `nmi`, `ari`, `neighbourhood`; beside them, with the same split,
-        `knn_accuracy`, `linear_accuracy_backbone` and `knn_accuracy_backbone`, which the paper has not;
+        `knn_accuracy`, `linear_accuracy_backbone` and `knn_accuracy_backbone`, which the paper does not have;
         counts; `warnings`.
 
     Raises:

@@ -1,11 +1,11 @@
-"""Yardsticks that are the same function for every objective, and an objective's own value taken apart.
+"""Common metrics, the same function for every objective, and the parts of an objective's own value.
 
 Losses of different objectives are different functions of the embeddings, so their values do not compare. Everything
 here is computed from held-out pairs: two views of each sample of the test split, drawn with fixed keys (`SEED`,
 `EPOCH`), so that every run on the same data is measured on the same pixels whatever its own seed. The encoder is in
 evaluation mode.
 
-Sums run in float64 on one thread and in a fixed order, so that the numbers do not follow the ranks or the threads.
+Sums run in float64 on one thread and in a fixed order, so that the numbers do not depend on ranks or threads.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.losses import FieldLoss
 
 SEED, EPOCH = 20_250_501, 0  # key the held-out views, apart from every training seed
-BATCH = 256  # samples that InfoNCE compares a sample with
+BATCH = 256  # samples of a batch of that InfoNCE
 TEMPERATURE = 0.5  # of that InfoNCE
-UNIFORMITY_SAMPLES = 10_000  # at most: all of their pairs are looked at
-_ORDER_VIEW = 2  # draws of a view that nobody sees order the samples
+UNIFORMITY_SAMPLES = 10_000  # at most: all of their pairs are compared
+_ORDER_VIEW = 2  # the draws of a view that is not used order the samples
 _BLOCK_ROWS = 1024
 
 Array = NDArray[Any]
@@ -69,17 +69,17 @@ def yardsticks(u: Array, v: Array, embeddings: Array, backbone: Array) -> dict[s
 
 
 def own_objective(objective: Objective, u: Array, v: Array, global_batch: int) -> dict[str, Any]:
-    """A run's own objective on held-out pairs, taken apart.
+    """A run's own objective on held-out pairs, and its parts.
 
     Args:
-        objective: resolved for the step that is judged; one that needs no labels. Of a persistent field held-out
-            samples have no rows yet, so their supervisor is the identity.
+        objective: resolved for the step that is evaluated; one that needs no labels. With a persistent field,
+            held-out samples have no rows yet, so their supervisor is the identity.
         u, v: as in `yardsticks`.
         global_batch: of training, on which the objective's value depends; fewer pairs make one smaller batch.
 
     Returns:
         `own_objective` (its kind), `own_batch`, `own_loss` (the mean over whole batches), `own_loss_at_uniform`,
-        `own_loss_at_ideal`, `own_loss_attained` (the share of the way), `own_kl_t` of every level,
+        `own_loss_at_ideal`, `own_loss_attained` (the attained share), `own_kl_t` of every level,
         `own_cross_entropy` and `own_entropy_p` (summed over levels; their difference is the loss), and
         `own_positive_mass` (of the last learned row).
 
@@ -157,7 +157,7 @@ def _field_means(objective: Objective, u: Array, v: Array, batch: int) -> dict[s
 
 
 def _placed(name: str, loss: float, objective: Objective, batch: int) -> dict[str, float | None]:
-    """A loss between its value for an encoder that knows nothing and for an ideal one (no share if they are one)."""
+    """A loss with its values at chance level and at the ideal, and the share attained (None if those are equal)."""
     uniform, ideal = objective.at_uniform(batch), objective.at_ideal(batch)
     return {
         name: loss,

@@ -1,6 +1,6 @@
-"""What changes with the step: temperature, coupling, learning rate. Stateless functions of plain numbers.
+"""Schedules of temperature, coupling and learning rate: stateless functions of plain numbers.
 
-A schedule is asked for its value at a step; it remembers nothing, so a resumed run needs no schedule state.
+The value at a step depends on the step alone, so a resumed run needs no schedule state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def coupling(schedule: str, initial: float, final: float, step: float, total: fl
         initial, final: alpha in [0, 1].
         step: t in [0, total].
         total: T > 0.
-        start: the coupling is 0 before this step: early rows remember what an untrained encoder believed.
+        start: the coupling is 0 before this step, because early rows would follow an untrained encoder.
 
     Returns:
         alpha(t) in [0, 1].
