@@ -22,7 +22,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = """
 field: {objective: rkdo}
 views: {crop_scale: [0.5, 1.0], flip: 0.0, jitter: [0.4, 0.4, 0.0, 0.0], grayscale: 0.0}
-encoder: {backbone: shufflenet_v2_x0_5, embedding_dim: 16}
+encoder: {backbone: cifar_resnet8, embedding_dim: 16}
 train: {global_batch: 32, micro_batch: 8, epochs: 1, batches_per_epoch: 6, checkpoint_every: 2}
 evaluate: {protocol: paper, at_end: false}
 data: {workers: 0}

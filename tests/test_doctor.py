@@ -29,7 +29,7 @@ def doctor(small: list[str]) -> list[str]:
 def test_one_process_without_training(small: list[str], tmp_path: Path) -> None:
     code, text = command(doctor(small))
     assert code == 0, text
-    for words in ("single", "float32", "exact", "8 shards verified", "shufflenet_v2_x0_5", "activations", "6 steps"):
+    for words in ("single", "float32", "exact", "8 shards verified", "cifar_resnet8", "activations", "6 steps"):
         assert words in text, words
     assert torch.__version__ in text
     assert "nothing stands in the way" in text
