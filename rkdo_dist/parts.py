@@ -13,7 +13,7 @@ import torch
 from rkdo_dist.config import Config, ConfigError, EncoderConfig, FieldConfig, ViewsConfig
 from rkdo_dist.data.index import ShardIndex, load_index
 from rkdo_dist.data.order import EpochPlan
-from rkdo_dist.data.remote import Address, is_url
+from rkdo_dist.data.source import Progress, open_source, shown
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective
@@ -65,21 +65,51 @@ def _named(name: str, section: type, **elsewhere: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {text}") from error
 
 
-def open_index(config: Config) -> ShardIndex:
-    """The index that `data.shards` names.
+def open_index(config: Config, progress: Progress | None = None) -> ShardIndex:
+    """The index of what `data.source` or `data.shards` names.
+
+    Args:
+        progress: for a folder that is indexed for the first time, see `data.folder`.
 
     Raises:
+        ConfigError: if neither is set, or both.
         DataError: if it cannot be read, or leads elsewhere without `data.allow_remote`.
     """
-    return load_index(config.data.shards, allow_remote=config.data.allow_remote)
+    require_source(config)
+    data = config.data
+    if data.shards:
+        return load_index(data.shards, allow_remote=data.allow_remote)
+    return open_source(
+        data.source,
+        allow_remote=data.allow_remote,
+        on_corrupt=data.on_corrupt,
+        workers=data.workers > 0,
+        progress=progress,
+    )
+
+
+def require_source(config: Config) -> None:
+    """Whether a configuration says where its samples are.
+
+    Raises:
+        ConfigError: if neither `data.source` nor `data.shards` does, or both do.
+    """
+    if config.data.source and config.data.shards:
+        raise ConfigError(
+            f"data.source={shown(config.data.source)} and data.shards={shown(config.data.shards)} both say where the "
+            "samples are: set one of them"
+        )
+    if not config.data.source and not config.data.shards:
+        raise ConfigError(
+            "data.source is not set: name a folder of images, or shards made by `rkdo prepare`, "
+            "e.g. data.source=data/digits"
+        )
 
 
 def without_secrets(config: Config) -> Config:
-    """The configuration as it may be written down: a URL of shards loses its query and password."""
-    shards = config.data.shards
-    if not is_url(shards):
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, shards=Address(shards).shown))
+    """The configuration as it may be written down: an address of data loses its query and password."""
+    data = dataclasses.replace(config.data, source=shown(config.data.source), shards=shown(config.data.shards))
+    return dataclasses.replace(config, data=data)
 
 
 def epoch_plan(config: Config, index: ShardIndex, epoch: int) -> EpochPlan:

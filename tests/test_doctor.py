@@ -58,7 +58,7 @@ def test_a_typo_gives_the_usual_error(small: list[str]) -> None:
         ("data.split=trian", "trian"),
         ("train.global_batch=4096", "fewer than one global batch"),
         ("evaluate.test_split=nowhere", "nowhere"),
-        ("data.shards=''", "data.shards is not set"),
+        ("data.shards=''", "data.source is not set"),
         ("encoder.backbone=resnet19", "resnet18"),
     ],
 )

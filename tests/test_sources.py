@@ -21,6 +21,8 @@ from rkdo_dist.data.order import rank_lanes
 from rkdo_dist.data.prepare import prepare
 from rkdo_dist.data.source import open_source
 from rkdo_dist.data.stream import evaluation_stream, lane_stream
+from tests.conftest import SMALL
+from tests.jobs import command, fingerprint, metrics
 from tests.pictures import image_folder, picture, tar_of
 
 PLAN: dict[str, Any] = {"seed": 3, "all_lanes": 4, "micro_batch": 2, "window": 16}
@@ -294,6 +296,31 @@ def test_wrong_sources_are_one_clear_line(source: str, message: str, module: Non
     with pytest.raises(DataError, match=message) as caught:
         open_source(source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_on_a_folder_from_its_first_step_to_its_end(tmp_path: Path) -> None:
+    """Three steps on a folder, continued to six, are the six steps on its prepared shards."""
+    shards, run = _shards(tmp_path).removeprefix("shards://"), tmp_path / "run"
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL)
+    size = ["train.global_batch=8", "train.micro_batch=4", "train.epochs=2", "train.batches_per_epoch=3"]
+    whole = ["train", str(config), *size, f"data.shards={shards}", f"run.dir={tmp_path / 'shards-run'}"]
+    assert command(whole)[0] == 0
+    folder = ["train", str(config), *size, f"data.source={tmp_path / 'images'}", f"run.dir={run}", "run.resume=auto"]
+    code, text = command([*folder, "train.max_steps=3"])
+    assert code == 0, text
+    assert "36 images in 2 classes by folder (cat, dog)" in text
+    assert command(folder)[0] == 0
+    assert fingerprint(run, 6) == fingerprint(tmp_path / "shards-run", 6)
+    assert [r["loss"] for r in metrics(run)] == [r["loss"] for r in metrics(tmp_path / "shards-run")]
+    code, text = command([*whole, f"data.source={tmp_path / 'images'}"])
+    assert code == 2
+    assert "data.source=" in text
+    assert "data.shards=" in text
+    (tmp_path / "images" / "train" / "cat" / "more.jpg").write_bytes(picture(77))
+    code, text = command([*folder, "train.epochs=3"])
+    assert code == 2
+    assert "other data" in text
 
 
 def test_folders_without_an_image_and_half_labelled_ones(tmp_path: Path) -> None:

@@ -88,7 +88,12 @@ class FieldConfig:
 class DataConfig:
     """Where the samples are and how they are read (`rkdo_dist.data`)."""
 
-    shards: str = setting("", "directory or address of shards with index.json", free=True)
+    source: str = setting(
+        "",
+        "folder of images, or shards://, imagefolder://, torchvision://NAME?root=, hf://datasets/NAME, module:function",
+        free=True,
+    )
+    shards: str = setting("", "directory or address of shards with index.json: a source of that kind", free=True)
     allow_remote: bool = setting(False, "follow an index on this machine to shards elsewhere", free=True)
     split: str = setting("train", "split to train on")
     image_size: int | None = setting(None, "side of the square images; null: that of the shards", "at least 1")

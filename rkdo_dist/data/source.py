@@ -20,8 +20,9 @@ from rkdo_dist.data import datasets
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.folder import folder_index
 from rkdo_dist.data.index import INDEX_NAME, ShardIndex, load_index
-from rkdo_dist.data.remote import is_url
+from rkdo_dist.data.remote import Address, is_url
 
+Progress = Callable[[int, int, str], None]
 _IMPORT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
@@ -32,7 +33,7 @@ def open_source(
     allow_remote: bool = False,
     on_corrupt: str = "abort",
     workers: bool = True,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> ShardIndex:
     """The index of whatever `source` names; see the table of this module.
 
@@ -71,9 +72,15 @@ def open_source(
     return _local(source, allow_remote, on_corrupt, progress)
 
 
-def _local(
-    source: str, allow_remote: bool, on_corrupt: str, progress: Callable[[int, int, str], None] | None
-) -> ShardIndex:
+def shown(source: str) -> str:
+    """A source without the secret parts of its address: what may be printed and stored."""
+    scheme, rest = _scheme(source)
+    if scheme == "shards" and is_url(rest):
+        return f"shards://{Address(rest).shown}"
+    return Address(source).shown if not scheme and is_url(source) else source
+
+
+def _local(source: str, allow_remote: bool, on_corrupt: str, progress: Progress | None) -> ShardIndex:
     """A path without scheme, or a URL of shards."""
     path = Path(source)
     if is_url(source) or path.name == INDEX_NAME or (path / INDEX_NAME).is_file():

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
-from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.config import Config
 from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
@@ -44,10 +44,7 @@ def doctor(config: Config) -> int:
     Raises:
         ValueError: for a mistake in the request, alike on every rank.
     """
-    if not config.data.shards:
-        raise ConfigError(
-            "data.shards is not set: name a directory made by `rkdo prepare`, e.g. data.shards=data/digits"
-        )
+    parts.require_source(config)
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
         console = Console() if rt.is_main else None

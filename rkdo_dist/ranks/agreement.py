@@ -18,7 +18,7 @@ from rkdo_dist.exchange import group
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # What may differ between nodes: paths, and what a rank does by itself.
-_OF_A_NODE = ("data.shards", "data.allow_remote", "data.workers", "run.dir", "run.timeout")
+_OF_A_NODE = ("data.source", "data.shards", "data.allow_remote", "data.workers", "run.dir", "run.timeout")
 
 
 def agree(facts: dict[str, Any]) -> None:

@@ -36,10 +36,7 @@ def train(config: Config) -> int:
     """
     if not config.run.dir:
         raise ConfigError("run.dir is not set: name the directory for this run, e.g. run.dir=runs/first")
-    if not config.data.shards:
-        raise ConfigError(
-            "data.shards is not set: name a directory made by `rkdo prepare`, e.g. data.shards=data/digits"
-        )
+    parts.require_source(config)
     run = RunDirectory(config.run.dir)
     with contextlib.closing(run), surroundings.entered(config.run.timeout) as around:
         return _train(config, run, around)
@@ -111,7 +108,7 @@ def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
 
 def _remarks(job: Job, config: Config) -> list[str]:
     """What a user should know about strategy and precision, once."""
-    rt, before, lines = job.runtime, job.launch_before, []
+    rt, before, lines = job.runtime, job.launch_before, list(job.index.notes)
     if rt.reduction != config.run.reduction:
         lines.append(
             f"{rt.strategy} (DeepSpeed) sums gradients in its own order, so run.reduction={rt.reduction} is in effect: "
@@ -134,7 +131,7 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
 
     Args:
         directory: a run directory.
-        overrides: changes to settings that do not affect the run's results (evaluate.*, data.shards, ...).
+        overrides: changes to settings that do not affect the run's results (evaluate.*, data.source, ...).
 
     Raises:
         ValueError: if there is no run, no checkpoint, or a setting that would change the run.
@@ -143,7 +140,7 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
     config = run.config(overrides)
     if configuration.decisive(config) != configuration.decisive(run.config()):
         raise ConfigError(
-            "only settings that do not change the run can be overridden here (evaluate.*, data.shards, ...)"
+            "only settings that do not change the run can be overridden here (evaluate.*, data.source, ...)"
         )
     with contextlib.closing(run), surroundings.entered(config.run.timeout) as around:
         _evaluate(run, config, around)

@@ -82,7 +82,8 @@ def _scope(report: _Report, count: int) -> str:
     seeds = sorted({run.seed for group in report.groups for run in group.runs})
     runs = "1 run" if count == 1 else f"{count} runs"
     named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    return f"{runs} on {Path(first.data.shards).name or 'unnamed data'}, {first.encoder.backbone}, {named}."
+    data = Path(first.data.source or first.data.shards).name or "unnamed data"
+    return f"{runs} on {data}, {first.encoder.backbone}, {named}."
 
 
 def _paragraphs(sentences: Sequence[str], class_: str | None = None) -> Element:
