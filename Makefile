@@ -46,8 +46,8 @@ slow: $(READY)  ## whole jobs: real launches, kills and restarts
 
 docs: $(READY)  ## the documentation site, built strictly into site/; no page needs the network
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[docs]'
-	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "open site/index.html"
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html (its search needs a server: python -m http.server -d site)"
 
 bench: $(READY)  ## comparisons in one run; results go to benchmarks/results/
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[bench]'

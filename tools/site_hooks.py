@@ -1,4 +1,4 @@
-"""Checks of the built documentation site (mkdocs runs this hook): no page may need the network to be read."""
+"""Hooks of the documentation site: files of the repository as pages, and a check that no page needs the network."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Attributes by which a page loads something; <a href> only leads elsewhere.
 _LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+ROOT = Path(__file__).resolve().parent.parent
+INCLUDE = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)  # a line that stands for a file of the repository
 _REMOTE = re.compile(r"(?:https?:)?//", re.IGNORECASE)
 _CSS_REMOTE = re.compile(r"""(?:url\(\s*["']?|@import\s+["'])(?:https?:)?//""", re.IGNORECASE)
 
@@ -39,6 +41,15 @@ def remote_loads(site: Path) -> list[str]:
         if _CSS_REMOTE.search(sheet.read_text(encoding="utf-8")):
             found.append(f"{sheet.relative_to(site)}: a style sheet that loads from another host")
     return found
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Put included files in place, with links as they are seen from docs/: before mkdocs checks them."""
+
+    def included(match: re.Match[str]) -> str:
+        return (ROOT / match[1]).read_text(encoding="utf-8").replace("](docs/", "](")
+
+    return INCLUDE.sub(included, markdown)
 
 
 def on_post_build(config: object, **_: object) -> None:
