@@ -14,6 +14,7 @@ from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.shards import open_shard
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate import scores
@@ -23,7 +24,67 @@ from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES, RunDirectory
 
+_PEEKED = 64  # samples of a split whose labels are looked at before training
 PAPER_BATCHES = 11  # of the test split, in the released code's evaluation
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What can be evaluated on a set of samples.
+
+    Attributes:
+        test: the split whose images and held-out pairs are embedded; the train split where there is no other.
+        train: the split that classifiers are fitted on; None if none are.
+        unscored: why there are no scores that need labels; None if there are, as far as is known beforehand.
+    """
+
+    test: str
+    train: str | None
+    unscored: str | None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are embedded."""
+        return (self.test,) if self.train is None else (self.train, self.test)
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know before training; None if nothing is amiss."""
+        if self.unscored is None:
+            return None
+        return (
+            f"evaluation without labels ({self.unscored}): InfoNCE, alignment, uniformity and effective rank on "
+            f"held-out views of the {self.test} images, no accuracies"
+        )
+
+
+def plan_evaluation(config: Config, index: ShardIndex) -> EvaluationPlan:
+    """What the evaluations of a run can do, from its index and the first samples of its splits.
+
+    Raises:
+        DataError: for a split that was asked for by name and is not there.
+    """
+    asked = config.evaluate
+    if asked.test_split not in index.splits and asked.test_split == type(asked)().test_split:
+        index.split(asked.train_split)
+        return EvaluationPlan(asked.train_split, None, f"there is no split {asked.test_split!r}")
+    train = None if asked.protocol == "paper" else asked.train_split
+    for split in (asked.test_split, *(() if train is None else (train,))):
+        if not _has_labels(index, split):
+            return EvaluationPlan(asked.test_split, None, f"the split {split!r} has no labels")
+    return EvaluationPlan(asked.test_split, train, None)
+
+
+def _has_labels(index: ShardIndex, split: str) -> bool:
+    """Whether any of a split's first samples has a label; taken for granted where looking would fetch a shard."""
+    first = next(shard for shard in index.split(split).shards if shard.samples)
+    if index.address is not None:
+        return True
+    opened = open_shard(index, first)
+    try:
+        return any(opened.label(k) is not None for k in range(min(_PEEKED, first.samples)))
+    finally:
+        opened.close()
 
 
 def evaluate_encoder(
@@ -50,19 +111,15 @@ def evaluate_encoder(
     was_training = encoder.training
     encoder.eval()
     try:
-        found = {split: _features(config, runtime, index, encoder, split, console) for split in _splits(config)}
-        pairs = _pairs(config, runtime, index, encoder, console)
+        plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits")
+        found = {split: _features(config, runtime, index, encoder, split, console) for split in plan.splits}
+        pairs = _pairs(config, runtime, index, encoder, plan.test, console)
     finally:
         encoder.train(was_training)
     group.together(
-        lambda: _score(config, index, run, step, found, pairs, console) if runtime.is_main else None,
+        lambda: _score(config, index, run, step, plan, found, pairs, console) if runtime.is_main else None,
         "scoring the features",
     )
-
-
-def _splits(config: Config) -> tuple[str, ...]:
-    test = config.evaluate.test_split
-    return (test,) if config.evaluate.protocol == "paper" else (config.evaluate.train_split, test)
 
 
 def _features(
@@ -88,9 +145,9 @@ class _PairBlock:
 
 
 def _pairs(
-    config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, console: Console | None
+    config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str, console: Console | None
 ) -> FrozenFeatures | None:
-    """Embeddings of the two held-out views of the test split: the first in `backbone`, the second in `embeddings`."""
+    """Embeddings of the two held-out views of a split: the first in `backbone`, the second in `embeddings`."""
     views = parts.make_views(config, index)
 
     def drawn(blocks: Iterable[tuple[int, MicroBatch]]) -> Iterator[tuple[int, Block]]:
@@ -103,7 +160,6 @@ def _pairs(
         with runtime.autocast():
             return encoder(images[:, 0]), encoder(images[:, 1])
 
-    split = config.evaluate.test_split
     return _gathered(config, runtime, index, split, f"held-out pairs of {split}", console, drawn, embed)
 
 
@@ -159,23 +215,30 @@ def _score(
     index: ShardIndex,
     run: RunDirectory,
     step: int,
+    plan: EvaluationPlan,
     found: dict[str, FrozenFeatures | None],
     pairs: FrozenFeatures | None,
     console: Console | None,
 ) -> None:
     assert console is not None
-    test, neighbours = found[config.evaluate.test_split], config.evaluate.neighbours
+    test, neighbours = found[plan.test], config.evaluate.neighbours
+    train = None if plan.train is None else found[plan.train]
     assert test is not None
+    protocol, subset = config.evaluate.protocol, PAPER_BATCHES * config.train.global_batch
+    labels = test.labels[:subset] if protocol == "paper" else test.labels
+    reason = plan.unscored or scores.unscorable(labels, None if train is None else train.labels, neighbours)
     with console.status("scoring"):
-        if config.evaluate.protocol == "paper":
+        if reason is not None:
+            result = scores.without_scores(protocol, reason)
+        elif train is None:
             result = scores.paper_protocol(test, config.train.global_batch, PAPER_BATCHES, neighbours)
         else:
-            train = found[config.evaluate.train_split]
-            assert train is not None
             result = scores.full_protocol(train, test, neighbours)
         result["yardsticks"] = _yardsticks(config, index, step, test, pairs)
     path = run.write_evaluation(step, {"step": step, **result})
     console.print(_table(step, result))
+    if reason is not None:
+        console.print(f"no scores that need labels: {reason}", soft_wrap=True)
     console.print(f"evaluation: {path}", soft_wrap=True)
 
 
@@ -195,7 +258,7 @@ def _table(step: int, result: dict[str, Any]) -> Table:
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, title in SCORE_TITLES.items():
-        table.add_row(title, f"{result[name]:.4f}")
+        table.add_row(title, "-" if result[name] is None else f"{result[name]:.4f}")
     table.add_section()
     for name, title in YARDSTICK_TITLES.items():
         value = result["yardsticks"][name]

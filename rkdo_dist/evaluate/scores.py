@@ -118,6 +118,34 @@ def paper_protocol(
     return result | {"warnings": said}
 
 
+def unscorable(test: Array, train: Array | None = None, neighbours: int = NEIGHBOURS) -> str | None:
+    """Why labels do not allow the scores of a protocol; None if they do.
+
+    Args:
+        test: (n,) labels that are scored (and for the paper protocol fitted), -1 for none.
+        train: labels that are fitted; None for the paper protocol.
+        neighbours: k of the neighbourhood preservation.
+    """
+    for name, labels in (("test", test), ("train", train)):
+        if labels is not None and not (labels >= 0).any():
+            return f"the {name} split has no labels"
+    fitted = test if train is None else train
+    if len(np.unique(fitted[fitted >= 0])) < 2:
+        return "the samples have one class only"
+    scored = int((test >= 0).sum())
+    if scored <= neighbours or (train is None and scored < 10):
+        return f"the test split has {scored} labelled samples only"
+    return None
+
+
+def without_scores(protocol: str, reason: str) -> dict[str, Any]:
+    """What a protocol gives where labels do not allow its scores: the same fields, null, and the reason."""
+    names = [f"{kind}_accuracy{suffix}" for suffix in ("", "_backbone") for kind in ("linear", "knn")]
+    scores = dict.fromkeys([*names, "nmi", "ari", "clusters", "neighbourhood"])
+    counts = dict.fromkeys(["train_samples", "test_samples", "unlabelled", "standardised", "neighbours", "voters"])
+    return {"protocol": protocol, **counts, **scores, "unscored": reason, "warnings": []}
+
+
 def _structure(embeddings: Array, labels: Array, neighbours: int) -> dict[str, Any]:
     """The scores that need no classifier, with the numbers that they depend on."""
     nmi, ari = clustering(embeddings, labels)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
-from rkdo_dist.evaluate.judge import evaluate_encoder
+from rkdo_dist.evaluate.judge import evaluate_encoder, plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import runtime, surroundings
 from rkdo_dist.ranks.agreement import agree, code_digest, same_request
@@ -78,6 +78,7 @@ def _set_up(config: Config, rt: Runtime, run: RunDirectory) -> Job:
     group.together(lambda: tracking.check(config.run.trackers) if rt.is_main else None, "looking at run.trackers")
     index = group.together(lambda: parts.open_index(config), "reading the index")
     job = group.together(lambda: Job(config, rt, index, run), "building the run")
+    group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     agree({**job.facts(), **rt.launch})
     source = group.together(lambda: other_run(config), "looking at run.resume")
     shown, data = parts.without_secrets(config), index.digest()
@@ -108,7 +109,10 @@ def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
 
 def _remarks(job: Job, config: Config) -> list[str]:
     """What a user should know about strategy and precision, once."""
-    rt, before, lines = job.runtime, job.launch_before, list(job.index.notes)
+    rt, before, lines = job.runtime, job.launch_before, [*job.index.notes]
+    note = plan_evaluation(config, job.index).note
+    if note is not None:
+        lines.append(note)
     if rt.reduction != config.run.reduction:
         lines.append(
             f"{rt.strategy} (DeepSpeed) sums gradients in its own order, so run.reduction={rt.reduction} is in effect: "
