@@ -72,7 +72,9 @@ def test_a_split_that_was_asked_for_is_missed_before_the_first_step(tmp_path: Pa
     folder = image_folder(tmp_path / "f", train=18, test=6)
     for setting in ("evaluate.test_split=valid", "evaluate.train_split=nope"):
         run = tmp_path / setting
-        code, text = command(["train", config, *SIZE, f"data.source={folder}", f"run.dir={run}", setting])
+        code, text = command(
+            ["train", config, *SIZE, f"data.source={folder}", f"run.dir={run}", setting, "evaluate.protocol=full"]
+        )
         assert code == 2
         assert "has no split" in text
         assert not (run / "metrics.jsonl").exists()
