@@ -75,7 +75,7 @@ Add = Callable[..., argparse.Action]  # a parser's add_argument
 Command = Callable[[str, Run, str, str], Add]  # name, what it runs, what it does, an example
 _SOURCES = ("digits", "cifar10", "cifar100", "stl10", "imagefolder")
 _CONFIG = "a YAML file, such as configs/digits-rkdo.yaml"
-_WAYS = "some of exact, gather, ring (fast sums with gathered or ring columns); default: as the configuration says"
+_WAYS = "values of run.reduction: some of exact, fast, ring (default: as the configuration says)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -439,9 +439,9 @@ def _verify_theory(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> int:
     config = _load(options)
     _with_all_ranks(options)
-    from rkdo_dist.measure.steps import measure, way_of
+    from rkdo_dist.measure.steps import measure
 
-    measure(config, list(options.ways) or [way_of(config)], options.steps, options.out)
+    measure(config, options.ways or (config.run.reduction,), options.steps, options.out)
     return 0
 
 

@@ -192,10 +192,11 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
     """
     f = config.field
     kind = f.switch_to if f.switch_to != "none" and progress >= f.switch_at else f.objective
+    pairing, symmetric = ("cross", True) if f.pairing == "symmetric" else (f.pairing, False)
     if kind == "icon":
-        return Objective.icon(f.debias, f.temperature, f.pairing, f.symmetric)
+        return Objective.icon(f.debias, f.temperature, pairing, symmetric)
     if kind == "infonce":
-        return Objective.infonce(f.temperature, f.pairing, f.symmetric)
+        return Objective.infonce(f.temperature, pairing, symmetric)
     if f.recursion == "persistent":
         return Objective.persistent(coupling_at(config, progress, epochs), f.temperature, f.cooling, progress)
     return Objective.rkdo(
@@ -203,9 +204,9 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
         coupling_at(config, progress, epochs),
         f.temperature,
         f.cooling,
-        f.pairing,
+        pairing,
         f.supervisor_grad,
-        f.symmetric,
+        symmetric,
         f.clock,
         progress,
     )

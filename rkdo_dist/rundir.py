@@ -236,7 +236,7 @@ class RunDirectory:
                 raise RunError(f"{found.path} was written under settings that cannot be read: {error}") from error
             listed = _differences(before, config)
         else:  # of the first edition: a digest tells whether they differ, not in what
-            fitting = {configuration.digest(config), configuration.digest(self.config())}
+            fitting = {configuration.digest_of_first_edition(c) for c in (config, self.config())}
             listed = "" if found.extra.get("settings") in fitting else "it holds a digest alone, not which"
         if listed:
             raise RunError(

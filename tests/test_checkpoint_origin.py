@@ -106,8 +106,8 @@ def as_the_first_edition_wrote_it(run: Path, step: int, **changes: Any) -> None:
     """The checkpoint with the digest of its settings alone."""
     root = run / "checkpoints" / str(step)
     state = json.loads((root / "state.json").read_text())
-    del state["extra"]["configuration"]
-    state["extra"] |= changes
+    settings = configuration.digest_of_first_edition(configuration.from_tree(state["extra"].pop("configuration")))
+    state["extra"] |= {"settings": settings, **changes}
     (root / "state.json").write_bytes(manifest.to_json(state))
     (root / "manifest.json").write_bytes(manifest.manifest_of(root, step))
 

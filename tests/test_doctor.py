@@ -37,7 +37,7 @@ def test_one_process_without_training(small: list[str], tmp_path: Path) -> None:
 
 
 def test_two_ranks_agree_and_only_one_speaks(small: list[str]) -> None:
-    (code, text), (other, silence) = on_ranks(2, [*doctor(small), "run.reduction=fast", "field.exchange=ring"])
+    (code, text), (other, silence) = on_ranks(2, [*doctor(small), "run.reduction=ring"])
     assert (code, other) == (0, 0), text + silence
     assert not silence.strip()
     assert "gloo" in text

@@ -170,11 +170,9 @@ def test_the_figure_shows_the_images_that_the_rows_name(small: list[str], digits
     [
         ({"objective": "icon"}, "field.recursion=persistent is a form of field.objective=rkdo"),
         ({"pairing": "joint"}, "needs field.pairing=cross, got joint"),
-        ({"symmetric": True}, "needs field.symmetric=false, got True"),
-        ({"exchange": "ring"}, "needs field.exchange=gather, got ring"),
+        ({"pairing": "symmetric"}, "needs field.pairing=cross, got symmetric"),
         ({"coupling": 1.5}, r"field.coupling must lie in \[0, 1\], got 1.5"),
         ({"stored": 0}, "field.stored must be at least 1"),
-        ({"bank_temperature": -1.0}, "field.bank_temperature must be above 0"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict, message: str) -> None:

@@ -126,7 +126,7 @@ def test_files_of_a_cluster_are_put_together(tmp_path: Path) -> None:
         (["--world-sizes", "1,3"], "3 ranks cannot share a step of 4 lanes"),
         (["--world-sizes", "1,x"], "--world-sizes: needs whole numbers"),
         (["--world-sizes", "2,2"], "different positive numbers"),
-        (["--ways", "exact,star"], "unknown way 'star'"),
+        (["--ways", "exact,star"], "unknown value 'star' for run.reduction"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--interconnect", "string+can"], "unknown interconnect"),
         (["train.epoch=3"], "train.epochs"),
@@ -156,12 +156,12 @@ def test_folders_without_measurements_are_refused(tmp_path: Path) -> None:
 
 
 def test_weak_scaling_grows_the_batch(small: list[str]) -> None:
-    plan = Plan(Path(small[1]), tuple(small[2:]), (2, 4), True, 1, ("gather",))
+    plan = Plan(Path(small[1]), tuple(small[2:]), (2, 4), True, 1, ("fast",))
     base = scaling.check(plan)
     assert scaling._overrides(plan, base, 2)[-1] == "train.global_batch=32"
     assert scaling._overrides(plan, base, 4)[-1] == "train.global_batch=64"
     with pytest.raises(ScalingError, match="smallest size"):
-        scaling.check(Plan(Path(small[1]), tuple(small[2:]), (3, 4), True, 1, ("gather",)))
+        scaling.check(Plan(Path(small[1]), tuple(small[2:]), (3, 4), True, 1, ("fast",)))
 
 
 @pytest.mark.slow

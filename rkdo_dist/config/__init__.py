@@ -5,6 +5,7 @@ An unknown or ill-typed key is an error that names the key, the allowed ones and
 building it (`parts.check`); only what settings ask of each other is checked here.
 """
 
+from rkdo_dist.config.former import digest_of_first_edition
 from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml
 from rkdo_dist.config.rules import check, check_world
 from rkdo_dist.config.sections import (
@@ -40,6 +41,7 @@ __all__ = [
     "decisive",
     "decisive_tree",
     "digest",
+    "digest_of_first_edition",
     "flatten",
     "follows_length",
     "from_tree",

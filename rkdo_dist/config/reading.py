@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from rkdo_dist.config.former import FORMER, rename, with_names_of_now
 from rkdo_dist.config.rules import check
 from rkdo_dist.config.sections import Config, ConfigError, flatten
 
@@ -48,11 +49,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not a valid configuration: {error}") from error
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path}: expected sections (field:, data:, ...), found {type(tree).__name__}")
-    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-    for override in overrides:
-        _apply(merged, override)
     try:
-        return from_tree(merged)
+        return from_tree(_changed(with_names_of_now(tree), overrides))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -63,10 +61,7 @@ def change(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: as for `load`.
     """
-    tree: dict[Any, Any] = dataclasses.asdict(config)
-    for override in overrides:
-        _apply(tree, override)
-    return from_tree(tree)
+    return from_tree(_changed(dataclasses.asdict(config), overrides))
 
 
 def listed(text: str) -> list[Any]:
@@ -84,6 +79,13 @@ def listed(text: str) -> list[Any]:
     return values
 
 
+def _changed(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
+    """`tree` with the overrides; those by a former name come last, because what they mean depends on the others."""
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() in FORMER):
+        _apply(tree, override)
+    return tree
+
+
 def _apply(tree: dict[Any, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
@@ -94,6 +96,9 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ConfigError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    if key.strip() in FORMER:
+        rename(tree, key.strip(), value)
+        return
     if not isinstance(tree.get(section), dict):
         tree[section] = {} if tree.get(section) is None else tree[section]
     if not isinstance(tree[section], dict):
@@ -109,7 +114,7 @@ def from_tree(tree: Mapping[Any, Any]) -> Config:
     """
     sections = typing.get_type_hints(Config)
     built = {}
-    for section, values in tree.items():
+    for section, values in with_names_of_now(tree).items():
         if section not in sections:
             raise ConfigError(_unknown(f"section {section!r}", str(section), list(sections), _flat_names()))
         built[section] = _section(str(section), sections[str(section)], values)

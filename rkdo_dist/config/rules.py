@@ -43,13 +43,12 @@ def _check_persistent(config: Config) -> None:
         )
     for key, value, needed in (
         ("field.pairing", field.pairing, "cross"),
-        ("field.symmetric", field.symmetric, False),
-        ("field.exchange", field.exchange, "gather"),
         ("data.on_corrupt", config.data.on_corrupt, "abort"),
     ):
         if value != needed:
-            shown = str(needed).lower() if isinstance(needed, bool) else needed
-            raise ConfigError(f"field.recursion=persistent needs {key}={shown}, got {value}")
+            raise ConfigError(f"field.recursion=persistent needs {key}={needed}, got {value}")
+    if config.run.reduction == "ring":
+        raise ConfigError("field.recursion=persistent needs run.reduction=exact or fast, got ring")
 
 
 def check_world(config: Config, world: int) -> None:
@@ -74,11 +73,6 @@ def _check_exact(config: Config, world: int) -> None:
     if world & (world - 1):
         raise ConfigError(
             f"run.reduction=exact needs a power of two of ranks, got {world}: use 2, 4, 8, ... or run.reduction=fast"
-        )
-    if config.field.exchange == "ring" and world > 1:
-        raise ConfigError(
-            "field.exchange=ring sums column gradients in the order of the ring: "
-            "use run.reduction=fast with it, or field.exchange=gather"
         )
     if config.encoder.batch_norm == "sync":
         raise ConfigError(

@@ -55,7 +55,6 @@ class FieldConfig:
         "batch", "persistent rows recur over the samples of the batch, or over a bank of all samples"
     )
     stored: int = setting(256, "entries of a persistent row that are stored", least=1)
-    bank_temperature: float = setting(0.1, "temperature of the learned rows over the bank", above=0)
     store: Literal["device", "host"] = setting("device", "where persistent rows are kept", free=True)
     depth: int = setting(3, "levels D of the recursion inside a step", "at least 1")
     coupling: float = setting(0.5, "coupling alpha: how much of the learned row a row takes on", "in [0, 1]")
@@ -69,10 +68,11 @@ class FieldConfig:
     clock: Literal["depth", "training"] = setting(
         "depth", "what cools the temperature: recursion levels (released code) or training steps (the paper's text)"
     )
-    pairing: Literal["cross", "joint"] = setting(
-        "cross", "view 1 against view 2 (released code), or both views against both (NT-Xent, the paper's eq. 4)"
+    pairing: Literal["cross", "symmetric", "joint"] = setting(
+        "cross",
+        "view 1 against view 2 (released code), the mean of both directions (CLIP), or both views against both "
+        "(NT-Xent, the paper's eq. 4)",
     )
-    symmetric: bool = setting(False, "for pairing cross: the mean of both directions (CLIP)")
     supervisor_grad: Literal["flow", "stop"] = setting(
         "flow", "whether the gradient flows through the supervisor (released code)"
     )
@@ -81,7 +81,6 @@ class FieldConfig:
         "none", "another objective from field.switch_at on; icon is the paper's hybrid"
     )
     switch_at: float = setting(0.5, "share of the run after which field.switch_to takes over", least=0, most=1)
-    exchange: Literal["gather", "ring"] = setting("gather", "how columns travel between processes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,6 @@ class ViewsConfig:
     jitter: tuple[float, float, float, float] = setting(
         (0.4, 0.4, 0.4, 0.1), "strength of brightness, contrast, saturation and hue", "at least 0, hue at most 0.5"
     )
-    jitter_probability: float = setting(0.8, "probability of colour jitter", "in [0, 1]")
     grayscale: float = setting(0.2, "probability of a grey image", "in [0, 1]")
     mean: float = setting(0.5, "what is subtracted from pixels in [0, 1]")
     std: float = setting(0.5, "what pixels are divided by", "above 0")
@@ -129,9 +127,6 @@ class EncoderConfig:
     stem: Literal["imagenet", "cifar"] = setting("imagenet", "a ResNet's first layers, for large or for small images")
     head: Literal["released", "paper"] = setting("released", "projection head, without or with batch norm")
     embedding_dim: int = setting(64, "width d of the embeddings", "at least 1")
-    views: Literal["together", "apart"] = setting(
-        "together", "both views in one forward pass, or in two (the released code)"
-    )
     batch_norm: Literal["lane", "sync"] = setting("lane", "over a micro-batch, or over those of all processes")
 
 
@@ -144,6 +139,9 @@ class TrainConfig:
     epochs: int = setting(10, "length of the run", least=1)
     batches_per_epoch: int | None = setting(None, "steps that count as an epoch; null: all of the split", least=1)
     max_steps: int | None = setting(None, "end the run after so many steps", least=1)
+    views: Literal["together", "apart"] = setting(
+        "together", "both views in one forward pass, or in two (the released code)"
+    )
     recompute: bool = setting(False, "embed again in the backward pass: less memory, same numbers", free=True)
     skip_nonfinite: int = setting(0, "steps in a row that may be skipped because of NaN or Inf", least=0)
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "the optimizer (sgd has momentum 0.9)")
@@ -178,8 +176,6 @@ class EvaluateConfig:
     train_split: str = setting("train", "split that classifiers are fitted on", free=True)
     test_split: str = setting("test", "split that is scored", free=True)
     at_end: bool = setting(True, "whether training ends with an evaluation", free=True)
-    batch_size: int = setting(256, "images embedded at a time", least=1, free=True)
-    neighbours: int = setting(5, "neighbours of k-NN and of neighbourhood preservation", least=1, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +187,10 @@ class RunConfig:
     resume: str = setting(
         "never", "never; auto: continue what run.dir holds; or another run's directory, to continue it here", free=True
     )
-    reduction: Literal["exact", "fast"] = setting(
-        "exact", "sums in a fixed order, with the same bits on 1, 2, 4, ... processes, or in the backend's order"
+    reduction: Literal["exact", "fast", "ring"] = setting(
+        "exact",
+        "sums in a fixed order, with the same bits on 1, 2, 4, ... processes; in the backend's order; or that with "
+        "columns passed around a ring, at most two blocks of them at a time",
     )
     threads: int = setting(1, "CPU threads of each process; on a CPU the arithmetic depends on it", least=1)
     timeout: int = setting(1800, "seconds after which a silent process counts as lost", least=1, free=True)

@@ -25,6 +25,7 @@ from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES, RunDirectory
 
 _PEEKED = 64  # samples of a split whose labels are looked at before training
+BLOCK = 256  # images embedded at a time
 PAPER_BATCHES = 11  # of the test split, in the released code's evaluation
 
 
@@ -98,7 +99,7 @@ def evaluate_encoder(
 ) -> None:
     """Judge `encoder` by `evaluate.protocol` and write `evaluations/<step>.json` (collective).
 
-    The block of `evaluate.batch_size` samples is the unit of arithmetic, so the result does not depend on the world
+    The block of `BLOCK` samples is the unit of arithmetic, so the result does not depend on the world
     size.
 
     Args:
@@ -178,7 +179,7 @@ def _gathered(
     limit = None
     if config.evaluate.protocol == "paper":
         limit = samples = min(samples, PAPER_BATCHES * config.train.global_batch)
-    size = config.evaluate.batch_size
+    size = BLOCK
     blocks = evaluation_stream(
         index,
         split,
@@ -221,19 +222,19 @@ def _score(
     console: Console | None,
 ) -> None:
     assert console is not None
-    test, neighbours = found[plan.test], config.evaluate.neighbours
+    test = found[plan.test]
     train = None if plan.train is None else found[plan.train]
     assert test is not None
     protocol, subset = config.evaluate.protocol, PAPER_BATCHES * config.train.global_batch
     labels = test.labels[:subset] if protocol == "paper" else test.labels
-    reason = plan.unscored or scores.unscorable(labels, None if train is None else train.labels, neighbours)
+    reason = plan.unscored or scores.unscorable(labels, None if train is None else train.labels)
     with console.status("scoring"):
         if reason is not None:
             result = scores.without_scores(protocol, reason)
         elif train is None:
-            result = scores.paper_protocol(test, config.train.global_batch, PAPER_BATCHES, neighbours)
+            result = scores.paper_protocol(test, config.train.global_batch, PAPER_BATCHES)
         else:
-            result = scores.full_protocol(train, test, neighbours)
+            result = scores.full_protocol(train, test)
         result["yardsticks"] = _yardsticks(config, index, step, test, pairs)
     path = run.write_evaluation(step, {"step": step, **result})
     console.print(_table(step, result))

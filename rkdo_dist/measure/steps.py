@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,37 +41,16 @@ from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.train.job import Job
 from rkdo_dist.train.stopwatch import DATA, EXCHANGE, FIELD, Stopwatch, phase, running
 
-# How gradients are summed and columns travel: run.reduction and field.exchange together.
-WAYS: dict[str, tuple[Literal["exact", "fast"], Literal["gather", "ring"]]] = {
-    "exact": ("exact", "gather"),
-    "gather": ("fast", "gather"),
-    "ring": ("fast", "ring"),
-}
 WARM_UP = 2  # steps that are made but not measured: DDP orders its buckets anew after the first
 
 
-def way_of(config: Config) -> str:
-    """The way that a configuration asks for."""
-    asked = (config.run.reduction, config.field.exchange)
-    return next((name for name, way in WAYS.items() if way == asked), "gather")
-
-
-def in_way(config: Config, way: str) -> Config:
-    """The configuration with the settings of a way."""
-    reduction, exchange = WAYS[way]
-    run = dataclasses.replace(config.run, reduction=reduction)
-    return dataclasses.replace(config, run=run, field=dataclasses.replace(config.field, exchange=exchange))
-
-
 def measure(config: Config, ways: Sequence[str], steps: int, out: Path) -> None:
-    """Measure `steps` steps in each of `ways` and write the facts to `out` (rank zero).
+    """Measure `steps` steps with each of `ways` as `run.reduction` and write the facts to `out` (rank zero).
 
     Raises:
         ValueError: for a mistake in the request, alike on every rank.
     """
-    unknown = [way for way in ways if way not in WAYS]
-    if unknown or not ways:
-        raise ConfigError(f"unknown way {', '.join(unknown)}: use some of {', '.join(WAYS)}")
+    asked = {way: configuration.change(config, [f"run.reduction={way}"]) for way in ways}
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
     rt = runtime.start(config.run.threads, config.run.timeout, "exact" if "exact" in ways else "fast")
@@ -79,12 +58,12 @@ def measure(config: Config, ways: Sequence[str], steps: int, out: Path) -> None:
         same_request(config)
         agree({"ways": list(ways), "steps": steps, **rt.launch})
         if rt.zero_stage and "exact" in ways:
-            raise ConfigError(f"{rt.strategy} sums gradients itself: measure --ways gather or ring")
+            raise ConfigError(f"{rt.strategy} sums gradients itself: measure --ways fast or ring")
         for way in ways:
-            configuration.check_world(in_way(config, way), rt.world)
+            configuration.check_world(asked[way], rt.world)
         index = group.together(lambda: parts.open_index(config), "reading the index")
         agree({"the shards' index (digest)": index.digest()})
-        points = [_measured(in_way(config, way), way, rt, index, steps) for way in ways]
+        points = [_measured(asked[way], way, rt, index, steps) for way in ways]
         settings = configuration.flatten(parts.without_secrets(config))
         facts = {"version": __version__, "settings": settings, "points": points}
         group.together(lambda: write_atomic(out, json.dumps(facts, indent=1)) if rt.is_main else None, f"writing {out}")

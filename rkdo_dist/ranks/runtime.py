@@ -4,7 +4,7 @@ A launcher (`accelerate launch`, torchrun, or nothing at all) has set the enviro
 process group, a strategy, a precision and a rank. The Accelerate configuration alone chooses strategy and precision:
 
 - one process or DDP: `run.reduction` decides who sums gradients (`train.exact`, `train.averaged`);
-- DeepSpeed ZeRO 1 to 3 (`train.zero`): DeepSpeed sums them, so the effective reduction is always "fast".
+- DeepSpeed ZeRO 1 to 3 (`train.zero`): DeepSpeed sums them, so "exact" becomes "fast".
 
 Precision is autocast around the encoder under every strategy, with float32 weights: the same mathematics everywhere.
 """
@@ -28,7 +28,7 @@ from torch import nn
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.loss_scale import LossScale
 
-Reduction = Literal["exact", "fast"]
+Reduction = Literal["exact", "fast", "ring"]
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +44,7 @@ class Runtime:
     Attributes:
         strategy: "single", "ddp", "zero-1", "zero-2" or "zero-3".
         precision: of the encoder's forward pass: "no" (float32), "bf16" or "fp16".
-        reduction: who sums gradients in effect: "exact" or "fast".
+        reduction: how sums and columns travel in effect: "exact", "fast" or "ring".
         loss_scale: for fp16, the same under every strategy; None otherwise.
     """
 
@@ -103,7 +103,7 @@ def start(threads: int, timeout: int, reduction: Reduction) -> Runtime:
     Args:
         threads: CPU threads per rank. On a CPU the order of additions inside an operator depends on it.
         timeout: seconds after which a collective gives up on a peer that does not answer.
-        reduction: "exact" or "fast".
+        reduction: `run.reduction`.
 
     Raises:
         LaunchError: for a strategy or precision that this version does not run.
@@ -134,7 +134,7 @@ def start(threads: int, timeout: int, reduction: Reduction) -> Runtime:
     if precision not in ("no", *_LOW_PRECISION):
         raise LaunchError(f"mixed_precision={precision} is not supported: use fp16, bf16 or no")
     if strategy.startswith("zero-"):
-        reduction = "fast"
+        reduction = "fast" if reduction == "exact" else reduction
         _settle_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, on_cpu)
     if reduction == "exact":
         torch.backends.cudnn.benchmark = False

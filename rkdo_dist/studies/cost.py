@@ -57,7 +57,7 @@ class Point:
     """One measured step.
 
     Attributes:
-        way: "exact", "gather" or "ring".
+        way: `run.reduction`: "exact", "fast" or "ring".
         shape: what it computes and sends.
         slowdown: s.
         phases: measured seconds by phase.

@@ -69,11 +69,12 @@ def paper_config(request: Request, dataset: str, objective: str, seed: int, shar
     tree: dict[str, dict[str, Any]] = {
         "field": {"objective": objective},
         "data": {"shards": shards, "image_size": _SIZE[dataset]},
-        "encoder": {"backbone": "resnet18", "stem": "imagenet", "head": "released", "views": "apart"},
+        "encoder": {"backbone": "resnet18", "stem": "imagenet", "head": "released"},
         "train": {
             "global_batch": batch,
             "micro_batch": batch,
             "epochs": epochs,
+            "views": "apart",
             "batches_per_epoch": None if whole else 11,
             "learning_rate": 1e-3,
             "weight_decay": 1e-5,

@@ -61,22 +61,17 @@ def check(plan: Plan) -> Config:
     Raises:
         ValueError: naming what to change.
     """
-    from rkdo_dist.measure.steps import WAYS, in_way, way_of
-
     base = configuration.load(plan.config, plan.overrides)
     if not plan.worlds or any(w < 1 for w in plan.worlds) or len(set(plan.worlds)) < len(plan.worlds):
         raise ScalingError(f"--world-sizes must be different positive numbers, got {','.join(map(str, plan.worlds))}")
     if plan.steps < 1:
         raise ScalingError(f"--steps must be at least 1, got {plan.steps}")
-    unknown = [way for way in plan.ways if way not in WAYS]
-    if unknown:
-        raise ScalingError(f"unknown way {unknown[0]!r} in --ways: use some of {', '.join(WAYS)}")
     settings = {world: _overrides(plan, base, world) for world in plan.worlds}
     for world, overrides in settings.items():
         config = configuration.load(plan.config, overrides)
         parts.check(config)
-        for way in plan.ways or (way_of(config),):
-            configuration.check_world(in_way(config, way), world)
+        for way in plan.ways or (config.run.reduction,):
+            configuration.check_world(configuration.change(config, [f"run.reduction={way}"]), world)
     return base
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rkdo_dist.studies.cost import PHASES
 from rkdo_dist.studies.scaling import Row, Study
 
-_COLOURS = {"exact": "#1b5e8c", "gather": "#d9822b", "ring": "#4b9a52"}
+_COLOURS = {"exact": "#1b5e8c", "fast": "#d9822b", "ring": "#4b9a52"}
 _PHASE_COLOURS = ("#9aa5b1", "#1b5e8c", "#d9822b", "#b5473c", "#4b9a52", "#d5dae0")
 
 

@@ -68,8 +68,8 @@ class Job:
             seed=self.config.run.seed,
             reduction=self.runtime.reduction,
             recompute=self.config.train.recompute,
-            views_together=self.config.encoder.views == "together",
-            exchange=self.config.field.exchange,
+            views_together=self.config.train.views == "together",
+            exchange="ring" if self.config.run.reduction == "ring" else "gather",
         )
         step = Step(self.encoder, self._view, self.runtime, settings, self.optimizer, self.memory)
         step.strategy.load_scale(self._loss_scale)

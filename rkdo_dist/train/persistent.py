@@ -28,6 +28,7 @@ from rkdo_dist.field.persistent import BatchColumns, Rows, Supervisor, recur_in_
 from rkdo_dist.field.tiled import computing_dtype
 
 Views = tuple[Tensor, Tensor]
+BANK_TEMPERATURE = 0.1  # of the learned rows over the bank
 CHUNK = 1 << 20  # entries of the float64 matrices that rows recur in
 WATCHED, NEIGHBOURS = 6, 8  # rows, and stored entries of each, that snapshots show
 
@@ -244,7 +245,7 @@ def make_memory(config: Config, index: ShardIndex, device: torch.device) -> Pers
 
     width = config.encoder.embedding_dim if f.columns == "bank" else None
     place = device if f.store == "device" else torch.device("cpu")
-    return PersistentField(make_rows(samples, f.stored, width, place), f.columns, f.bank_temperature, schedule, device)
+    return PersistentField(make_rows(samples, f.stored, width, place), f.columns, BANK_TEMPERATURE, schedule, device)
 
 
 def make_rows(samples: int, stored: int, width: int | None, device: torch.device) -> RowStore:
