@@ -5,6 +5,8 @@ Written from the paper's equations, sharing no code with the package: what the d
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,14 +46,16 @@ def rows_and_columns(u: np.ndarray, v: np.ndarray, pairing: str) -> list[tuple[n
     return rows
 
 
-def rkdo(u: np.ndarray, v: np.ndarray, taus: list[float], alphas: list[float], pairing: str = "cross") -> list[float]:
-    """Mean KL(p(t) || q(t)) of every level t = 1..D."""
+def rkdo(
+    u: np.ndarray, v: np.ndarray, taus: list[float], alphas: list[float], pairing: str = "cross", debias: float = 0.0
+) -> list[float]:
+    """Mean KL(p(t) || q(t)) of every level t = 1..D, from p(0) = (1 - debias) identity + debias / N."""
     rows = rows_and_columns(u, v, pairing)
     totals = [0.0] * len(alphas)
     for row, columns, positive in rows:
         s = columns @ row
-        p, q = np.zeros(len(columns)), softmax(s / taus[0])
-        p[positive] = 1
+        p, q = np.full(len(columns), debias / len(columns)), softmax(s / taus[0])
+        p[positive] += 1 - debias
         for t, alpha in enumerate(alphas):
             p = (1 - alpha) * p + alpha * q
             q = softmax(s / taus[t + 1])
@@ -88,6 +92,8 @@ def objectives_of(taus: float, depth: int, alpha: float) -> list[Objective]:
     for pairing, symmetric in (("cross", False), ("cross", True), ("joint", False)):
         for gradient in ("flow", "stop"):
             made.append(Objective.rkdo(depth, alpha, taus, 0.1, pairing, gradient, symmetric))
+        debiased = Objective.rkdo(depth, alpha, taus, 0.1, pairing, "flow", symmetric, debias=0.3)
+        made += [debiased, replace(debiased, supervisor="labels")]
         made.append(Objective.icon(0.2, taus, pairing, symmetric))
         made.append(Objective.infonce(taus, pairing, symmetric))
         made.append(Objective.supervised(taus, 0.1, pairing, symmetric))

@@ -67,7 +67,7 @@ def test_backward_costs_twice_the_forward_but_for_the_first_layer_and_recomputin
         (Objective.infonce(symmetric=True), 2),
         (Objective.rkdo(pairing="joint"), 4),
     ],
-    ids=lambda value: f"{value.kind}-{value.depth}" if isinstance(value, Objective) else "",
+    ids=lambda value: f"{value.name}-{value.depth}" if isinstance(value, Objective) else "",
 )
 def test_the_loss_by_hand(objective: Objective, products: int) -> None:
     """Similarities of B rows with B columns, d wide; twice as much again for the gradients of rows and columns."""

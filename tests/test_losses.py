@@ -55,7 +55,7 @@ def test_losses_equal_the_oracle(exchange: str) -> None:
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
-@pytest.mark.parametrize("objective", fields.objectives_of(0.4, 3, 0.6), ids=lambda o: f"{o.kind}-{o.pairing}")
+@pytest.mark.parametrize("objective", fields.objectives_of(0.4, 3, 0.6), ids=lambda o: f"{o.name}-{o.pairing}")
 def test_gradcheck(objective: Objective, exchange: str) -> None:
     if objective.supervisor_grad == "stop":
         return  # not the derivative of any function of u; it is compared with the oracle instead

@@ -49,11 +49,11 @@ def test_a_run_cut_before_the_start_has_no_coupling() -> None:
 
 def test_the_hybrid_is_rkdo_first_and_icon_later() -> None:
     settings = config(switch_to="icon", switch_at=0.3, debias=0.1)
-    kinds = [parts.make_objective(settings, step / 110).kind for step in range(110)]
+    kinds = [parts.make_objective(settings, step / 110).name for step in range(110)]
     assert kinds == ["rkdo"] * 33 + ["icon"] * 77
     assert parts.make_objective(settings, 0.3).couplings == (0.1,)
-    assert parts.make_objective(config(objective="icon", switch_to="rkdo"), 0.5).kind == "rkdo"
-    assert parts.make_objective(config(), 1.0).kind == "rkdo"
+    assert parts.make_objective(config(objective="icon", switch_to="rkdo"), 0.5).name == "rkdo"
+    assert parts.make_objective(config(), 1.0).name == "rkdo"
 
 
 @pytest.mark.parametrize(

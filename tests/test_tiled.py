@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -16,7 +17,7 @@ from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.field.tiled import FieldRows, value_and_gradient
 from tests import fields
 
-OBJECTIVES = ["rkdo", "icon", "infonce", "supervised"]
+OBJECTIVES = ["rkdo", "debiased rkdo", "rkdo of labels", "icon", "infonce", "supervised"]
 
 
 @st.composite
@@ -26,12 +27,14 @@ def objectives(draw) -> Objective:
     if kind == "infonce":
         return Objective.infonce(tau, pairing, symmetric)
     share = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0]))
-    if kind != "rkdo":
+    if kind in ("icon", "supervised"):
         return getattr(Objective, kind)(temperature=tau, debias=draw(share), pairing=pairing, symmetric=symmetric)
     depth = draw(st.integers(1, 6))
     alpha = draw(st.one_of(share, st.lists(share, min_size=depth, max_size=depth)))
     gradient, clock = draw(st.sampled_from(["flow", "stop"])), draw(st.sampled_from(["depth", "training"]))
-    return Objective.rkdo(depth, alpha, tau, draw(st.floats(0, 0.9)), pairing, gradient, symmetric, clock, 0.5)
+    debias = draw(share) if kind == "debiased rkdo" else 0.0
+    made = Objective.rkdo(depth, alpha, tau, draw(st.floats(0, 0.9)), pairing, gradient, symmetric, clock, 0.5, debias)
+    return dataclasses.replace(made, supervisor="labels") if kind == "rkdo of labels" else made
 
 
 def oracle(objective: Objective, u: Tensor, v: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -93,7 +96,7 @@ def test_equals_the_oracle_in_float64(objective, batch, d, copies, seed, strip, 
     assert_agree(found, oracle(objective, u, v, labels), objective, 1e-12, 1e-14)
 
 
-@pytest.mark.parametrize("objective", fields.objectives_of(0.5, 3, 0.5), ids=lambda o: f"{o.kind}-{o.pairing}")
+@pytest.mark.parametrize("objective", fields.objectives_of(0.5, 3, 0.5), ids=lambda o: f"{o.name}-{o.pairing}")
 def test_equals_the_oracle_at_a_few_hundred(objective: Objective) -> None:
     u, v = fields.embeddings(300, 16, copies=3)
     labels = torch.arange(300) % 7
@@ -128,7 +131,7 @@ def test_narrow_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
     assert float(result.loss) == float(wide.loss)
 
 
-@pytest.mark.parametrize("objective", fields.objectives_of(0.5, 3, 0.5), ids=lambda o: f"{o.kind}-{o.pairing}")
+@pytest.mark.parametrize("objective", fields.objectives_of(0.5, 3, 0.5), ids=lambda o: f"{o.name}-{o.pairing}")
 @pytest.mark.parametrize("tau", [0.5, 0.003])
 def test_blocks_of_columns_give_the_same_as_all_at_once(objective: Objective, tau: float) -> None:
     objective = objective.with_temperature(tau)
@@ -145,7 +148,7 @@ def test_blocks_of_columns_give_the_same_as_all_at_once(objective: Objective, ta
         columns = torch.zeros_like(own)
         for start in (18, 12, 6, 0):
             gradient = torch.zeros_like(own[:, :b])
-            field.visit("differentiate", own[:, start : start + b].contiguous(), start, gradient)
+            field.differentiate(own[:, start : start + b].contiguous(), start, gradient)
             columns[:, start : start + b] += gradient
         found = {"loss": field.loss(), "temperature": field.temperature_gradient(), **field.parts()}
         for name, value in {"loss": expected.loss, "temperature": expected.temperature, **expected.parts}.items():

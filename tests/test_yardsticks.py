@@ -96,7 +96,7 @@ def test_values_at_the_extremes() -> None:
         Objective.icon(),
         Objective.infonce(symmetric=True),
     ],
-    ids=lambda objective: f"{objective.kind}-{objective.pairing}",
+    ids=lambda objective: f"{objective.name}-{objective.pairing}",
 )
 def test_the_own_objective_taken_apart_is_the_dense_one(objective: Objective) -> None:
     u, v = pairs(100)
@@ -115,7 +115,7 @@ def test_the_own_objective_taken_apart_is_the_dense_one(objective: Objective) ->
     assert found["own_loss_at_uniform"] == objective.at_uniform(32)
     way = objective.at_uniform(32) - objective.at_ideal(32)
     assert found["own_loss_attained"] == pytest.approx((objective.at_uniform(32) - found["own_loss"]) / way)
-    assert (found["own_objective"], found["own_batch"]) == (objective.kind, 32)
+    assert (found["own_objective"], found["own_batch"]) == (objective.name, 32)
 
 
 def test_an_objective_without_a_way_has_no_share() -> None:

@@ -78,7 +78,7 @@ def own_objective(objective: Objective, u: Array, v: Array, global_batch: int) -
         global_batch: of training, on which the objective's value depends; fewer pairs make one smaller batch.
 
     Returns:
-        `own_objective` (its kind), `own_batch`, `own_loss` (the mean over whole batches), `own_loss_at_uniform`,
+        `own_objective` (its name), `own_batch`, `own_loss` (the mean over whole batches), `own_loss_at_uniform`,
         `own_loss_at_ideal`, `own_loss_attained` (the attained share), `own_kl_t` of every level,
         `own_cross_entropy` and `own_entropy_p` (summed over levels; their difference is the loss), and
         `own_positive_mass` (of the last learned row).
@@ -93,7 +93,7 @@ def own_objective(objective: Objective, u: Array, v: Array, global_batch: int) -
     means.pop("uniform")
     placed = _placed("own_loss", loss, objective, batch)
     return {
-        "own_objective": objective.kind,
+        "own_objective": objective.name,
         "own_batch": batch,
         **placed,
         **{f"own_{name}": value for name, value in means.items()},

@@ -1,9 +1,10 @@
-"""RKDO, I-Con, InfoNCE and a supervised objective: one recursion, four settings of it.
+"""An objective is three choices: who supervises, how closeness is measured, and how the supervisor recurs.
 
-I-Con's fixed supervisor p = (1 - a) identity + a / B is one step of the recursion from a flat field: p(1)
-with coupling a and a learned row q(0) at infinite temperature. InfoNCE is that with a = 0. A supervised
-objective starts from label neighbourhoods instead of the identity. So every objective is a list of
-temperatures and couplings, and one implementation (dense here, `field.tiled` in bounded memory) serves all.
+    loss = mean_i KL(p(.|i) || q(.|i)), summed over the levels of an in-batch recursion,
+    q(j|i) = softmax_j(<row_i, column_j> / tau)
+
+`field.presets` names the combinations; here is what is computed of them, dense and readable. `field.tiled` computes the
+same in bounded memory.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.field import recursion, schedules
-
-PAIRINGS = ("cross", "joint")
-SUPERVISOR_GRADIENTS = ("flow", "stop")
-CLOCKS = ("depth", "training")
+from rkdo_dist.field.presets import (
+    AFFINITIES,
+    CLOCKS,
+    COOLING,
+    COUPLING,
+    DEPTH,
+    PRESETS,
+    RECURSIONS,
+    SUPERVISOR_GRADIENTS,
+)
+from rkdo_dist.field.supervisors import LISTED
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,18 @@ class Slice:
 
 @dataclass(frozen=True)
 class Objective:
-    """A fully resolved objective: numbers only, no schedule left to evaluate. Made by the constructors below.
+    """A fully resolved objective: numbers only, no schedule left to evaluate. Made by `of` or a constructor below.
 
     Attributes:
-        kind: "rkdo", "icon", "infonce", "supervised" or "persistent".
+        name: of its preset.
         temperature: tau0, the one that a learnable temperature replaces; all others keep their ratio to it.
-        temperatures: tau(0)..tau(D); an infinite tau(0) is the flat field of the static objectives.
-        couplings: alpha(1)..alpha(D).
+        temperatures: tau(0)..tau(D) of an in-batch recursion, else the one tau.
+        couplings: alpha(1)..alpha(D) of an in-batch recursion, else none.
+        supervisor: who supervises, see `presets.Preset`. "rows" are given with every call; without, they are the
+            identity.
+        debias: a: p(0) = (1 - a) [the supervisor] + a / N over the N columns that take part, the positive included.
+        affinity: how closeness is measured.
+        recursion: "none", "in_batch" or "persistent" (in `field.persistent`).
         pairing: "cross" (rows of view 1, columns of view 2, the positive on the diagonal) or "joint" (2B
             rows and columns, the self column excluded, the positive is the other view).
         symmetric: for "cross", the mean of both directions.
@@ -57,132 +70,188 @@ class Objective:
         row_coupling: alpha of rows that persist (`field.persistent`), applied after the step.
     """
 
-    kind: str
+    name: str
     temperature: float
     temperatures: tuple[float, ...]
-    couplings: tuple[float, ...]
+    couplings: tuple[float, ...] = ()
+    supervisor: str = "identity"
+    debias: float = 0.0
+    affinity: str = "cosine"
+    recursion: str = "none"
     pairing: str = "cross"
     symmetric: bool = False
     supervisor_grad: str = "flow"
     row_coupling: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_choice("pairing", self.pairing, PAIRINGS)
+        _require_choice("supervisor", self.supervisor, ("identity", "labels", "rows", *LISTED))
+        _require_choice("affinity", self.affinity, AFFINITIES)
+        _require_choice("recursion", self.recursion, RECURSIONS)
+        _require_choice("pairing", self.pairing, ("cross", "joint"))
         _require_choice("supervisor_grad", self.supervisor_grad, SUPERVISOR_GRADIENTS)
         if self.symmetric and self.pairing == "joint":
             raise ValueError("symmetric=True is a form of pairing='cross'; pairing='joint' is symmetric already")
-        if len(self.temperatures) != len(self.couplings) + 1 or not self.couplings:
+        if self.supervisor == "rows" and (self.symmetric or self.pairing == "joint"):
+            raise ValueError("rows that are given go with pairing='cross' and symmetric=False")
+        levels = len(self.temperatures) - 1
+        if levels != len(self.couplings) or (levels > 0) != (self.recursion == "in_batch"):
             raise ValueError(
-                f"need D + 1 temperatures for D >= 1 couplings, got {len(self.temperatures)} and {len(self.couplings)}"
+                "need D + 1 temperatures for D >= 1 couplings in an in-batch recursion, else one temperature; "
+                f"got {len(self.temperatures)} and {len(self.couplings)}"
             )
-        schedules.require_positive("temperature", self.temperature)
-        for value in self.temperatures[1:]:
+        for value in (self.temperature, *self.temperatures):
             schedules.require_positive("temperature", value)
-        if not math.isinf(self.temperatures[0]):
-            schedules.require_positive("temperature", self.temperatures[0])
-        elif len(self.temperatures) > 2:
-            raise ValueError("an infinite tau(0) stands for a fixed supervisor, which has one level")
         for value in (*self.couplings, self.row_coupling):
             schedules.require_share("coupling", value)
+        schedules.require_share("debias", self.debias)
 
     @staticmethod
-    def rkdo(
-        depth: int = 3,
-        coupling: float | Sequence[float] = 0.5,
-        temperature: float = 0.5,
-        cooling: float = 0.1,
-        pairing: str = "cross",
-        supervisor_grad: str = "flow",
+    def of(
+        name: str,
+        *,
+        temperature: float | None = None,
+        pairing: str | None = None,
         symmetric: bool = False,
+        debias: float | None = None,
+        depth: int = DEPTH,
+        coupling: float | Sequence[float] = COUPLING,
+        cooling: float = COOLING,
+        supervisor_grad: str = "flow",
         clock: str = "depth",
         progress: float = 0.0,
     ) -> Objective:
-        """RKDO with in-batch recursion (eq. 1-4; the defaults are those of the paper's released code).
+        """The objective that `presets.PRESETS` calls `name`; what is None is as the preset says.
 
         Args:
-            depth: number of levels D >= 1; the loss is the sum over levels of mean_i KL(p(t) || q(t)).
-            coupling: alpha in [0, 1], one number or one per level.
             temperature: tau0 > 0.
-            cooling: beta in [0, 1).
-            pairing, supervisor_grad, symmetric: see the attributes.
-            clock: "depth" (released code): level t has tau0 (1 - beta t / D); "training" (the paper's
-                text): every level has tau0 (1 - beta progress).
-            progress: share of the training done, in [0, 1]; the depth clock ignores it.
+            pairing: one of `presets.PAIRINGS`; "symmetric" is "cross" with symmetric=True.
+            symmetric, supervisor_grad: see the attributes.
+            debias: a in [0, 1].
+            depth: number of levels D >= 1 of an in-batch recursion; the loss is the sum over levels of
+                mean_i KL(p(t) || q(t)).
+            coupling: alpha in [0, 1] of a recursion, one number; in the batch also one per level.
+            cooling: beta in [0, 1) of a recursion.
+            clock: of an in-batch recursion. "depth" (released code): level t has tau0 (1 - beta t / D); "training" (the
+                paper's text): every level has tau0 (1 - beta progress), as persistent rows have too.
+            progress: share of the training done, in [0, 1].
 
         Raises:
             ValueError: naming the argument that is out of range.
         """
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth must be a whole number >= 1, got {depth!r}")
-        _require_choice("clock", clock, CLOCKS)
-        schedules.require_share("progress", progress)
-        couplings = tuple(coupling) if isinstance(coupling, Sequence) else (coupling,) * depth
-        if len(couplings) != depth:
-            raise ValueError(f"coupling needs one number, or one per level ({depth}), got {len(couplings)}")
-        clocked = [t / depth if clock == "depth" else progress for t in range(depth + 1)]
-        temperatures = tuple(schedules.temperature(temperature, cooling, done, 1) for done in clocked)
-        return Objective("rkdo", temperature, temperatures, couplings, pairing, symmetric, supervisor_grad)
+        preset = PRESETS[name]
+        tau = preset.temperature if temperature is None else temperature
+        pairing = preset.pairing if pairing is None else pairing
+        debias = preset.debias if debias is None else debias
+        temperatures: tuple[float, ...] = (tau,)
+        couplings: tuple[float, ...] = ()
+        row_coupling = 0.0
+        if preset.recursion == "in_batch":
+            temperatures, couplings = _levels(depth, coupling, tau, cooling, clock, progress)
+        elif preset.recursion == "persistent":
+            assert not isinstance(coupling, Sequence), "persistent rows have one coupling"
+            temperatures, row_coupling = (schedules.temperature(tau, cooling, progress, 1),), coupling
+        return Objective(
+            name,
+            tau,
+            temperatures,
+            couplings,
+            supervisor=preset.supervisor,
+            debias=0.0 if debias is None else debias,
+            affinity=preset.affinity,
+            recursion=preset.recursion,
+            pairing="cross" if pairing == "symmetric" else pairing,
+            symmetric=symmetric or pairing == "symmetric",
+            supervisor_grad=supervisor_grad,
+            row_coupling=row_coupling,
+        )
+
+    @staticmethod
+    def rkdo(
+        depth: int = DEPTH,
+        coupling: float | Sequence[float] = COUPLING,
+        temperature: float | None = None,
+        cooling: float = COOLING,
+        pairing: str | None = None,
+        supervisor_grad: str = "flow",
+        symmetric: bool = False,
+        clock: str = "depth",
+        progress: float = 0.0,
+        debias: float | None = None,
+    ) -> Objective:
+        """RKDO with in-batch recursion (eq. 1-4); arguments as for `of`."""
+        return Objective.of(
+            "rkdo",
+            depth=depth,
+            coupling=coupling,
+            temperature=temperature,
+            cooling=cooling,
+            pairing=pairing,
+            supervisor_grad=supervisor_grad,
+            symmetric=symmetric,
+            clock=clock,
+            progress=progress,
+            debias=debias,
+        )
 
     @staticmethod
     def icon(
-        debias: float = 0.2, temperature: float = 0.5, pairing: str = "cross", symmetric: bool = False
+        debias: float | None = None,
+        temperature: float | None = None,
+        pairing: str | None = None,
+        symmetric: bool = False,
     ) -> Objective:
-        """I-Con: mean_i KL(p || q) with p = (1 - a) identity + a / N over all N columns, the positive
-        included.
-
-        Args:
-            debias: a in [0, 1].
-            temperature: tau > 0.
-            pairing, symmetric: see the attributes. In "joint" the excluded column has p = 0 and N = 2B - 1.
-        """
-        schedules.require_share("debias", debias)
-        return Objective("icon", temperature, (math.inf, temperature), (debias,), pairing, symmetric)
+        """I-Con: p = (1 - a) identity + a / N; in "joint" the excluded column has p = 0 and N = 2B - 1."""
+        return Objective.of("icon", debias=debias, temperature=temperature, pairing=pairing, symmetric=symmetric)
 
     @staticmethod
-    def infonce(temperature: float = 0.5, pairing: str = "cross", symmetric: bool = False) -> Objective:
+    def infonce(temperature: float | None = None, pairing: str | None = None, symmetric: bool = False) -> Objective:
         """InfoNCE (van den Oord et al. 2018): cross-entropy on the positive.
 
         "cross" with symmetric=True is CLIP's loss, "joint" is SimCLR's NT-Xent.
         """
-        return Objective("infonce", temperature, (math.inf, temperature), (0.0,), pairing, symmetric)
+        return Objective.of("infonce", temperature=temperature, pairing=pairing, symmetric=symmetric)
 
     @staticmethod
     def persistent(
-        coupling: float = 0.5, temperature: float = 0.5, cooling: float = 0.0, progress: float = 0.0
+        coupling: float = COUPLING, temperature: float | None = None, cooling: float = 0.0, progress: float = 0.0
     ) -> Objective:
         """RKDO with recursion across training iterations: mean_i KL(p_S / m || q), p from `field.persistent`.
 
-        Rows that have not been given are the identity, with which this is InfoNCE.
-
-        Args:
-            coupling: alpha in [0, 1], with which rows move after the step (eq. 3).
-            temperature, cooling: tau0 > 0 and beta in [0, 1).
-            progress: share of the training done: the temperature is tau0 (1 - beta progress), the paper's clock.
+        Without supervisor rows p is the identity, which is InfoNCE. The coupling is that with which rows move after
+        the step (eq. 3); the temperature follows the paper's clock.
         """
-        tau = schedules.temperature(temperature, cooling, progress, 1)
-        return Objective("persistent", temperature, (math.inf, tau), (0.0,), row_coupling=coupling)
+        return Objective.of(
+            "persistent", coupling=coupling, temperature=temperature, cooling=cooling, progress=progress
+        )
 
     @staticmethod
     def supervised(
-        temperature: float = 0.1, debias: float = 0.0, pairing: str = "joint", symmetric: bool = False
+        temperature: float | None = None,
+        debias: float | None = None,
+        pairing: str | None = None,
+        symmetric: bool = False,
     ) -> Objective:
         """KL(p || q) with p spread evenly over the columns of the same label (SupCon, Khosla et al. 2020).
 
         SupCon's own value is the part `cross_entropy`; the KL differs from it by the entropy of p, a
         constant. Calls with this objective need labels.
         """
-        schedules.require_share("debias", debias)
-        return Objective("supervised", temperature, (math.inf, temperature), (debias,), pairing, symmetric)
+        return Objective.of("supcon", debias=debias, temperature=temperature, pairing=pairing, symmetric=symmetric)
 
     @property
     def depth(self) -> int:
-        """Number of levels D."""
-        return len(self.couplings)
+        """Number of levels D, 1 without in-batch recursion."""
+        return max(1, len(self.couplings))
+
+    @property
+    def coupling(self) -> float:
+        """alpha of the recursion (of the last level, or of persistent rows); 0 without."""
+        return self.couplings[-1] if self.couplings else self.row_coupling
 
     @property
     def needs_labels(self) -> bool:
         """Whether p(0) comes from labels."""
-        return self.kind == "supervised"
+        return self.supervisor == "labels"
 
     @property
     def column_views(self) -> str:
@@ -224,17 +293,27 @@ class Objective:
 
         Args:
             batch: B >= 2.
-            positives: columns that share p(0), more than 1 only for a supervised objective.
+            positives: columns that share the supervisor evenly, more than 1 only for one by labels.
         """
         return _two_valued(self, self.column_count(batch), positives, 0.0)
 
-    def at_ideal(self, batch: int) -> float:
+    def at_ideal(self, batch: int, labels: Tensor | None = None) -> float:
         """The objective's value at the simplex: positives at similarity 1, all others at -1 / (B - 1).
 
         This is the least value of InfoNCE, where the embedding has d >= B - 1 dimensions; with fewer,
-        similarities cannot all be that low, and the value is only approached.
+        similarities cannot all be that low, and the value is only approached. A supervisor by labels has the simplex of
+        the C labels in the batch instead: -1 / (C - 1).
+
+        Args:
+            labels: (B,) integers, for objectives that need them; None: all differ.
         """
-        return _two_valued(self, self.column_count(batch), 1, 1 + 1 / (batch - 1))
+        if not self.needs_labels or labels is None:
+            return _two_valued(self, self.column_count(batch), 1, 1 + 1 / (batch - 1))
+        views, excluded = len(self.slices[0].columns), int(self.slices[0].excluded is not None)
+        counts = labels.unique(return_counts=True)[1].tolist()
+        gap = 1 + 1 / max(1, len(counts) - 1)
+        of_rows = (n * _two_valued(self, self.column_count(batch), n * views - excluded, gap) for n in counts)
+        return sum(of_rows) / batch
 
 
 def dense(
@@ -263,30 +342,50 @@ def dense(
         ValueError: if labels are missing.
     """
     if objective.needs_labels and labels is None:
-        raise ValueError("a supervised objective needs labels")
-    batch, device = u.shape[0], u.device
-    scale = 1.0 if temperature is None else temperature / objective.temperature
-    taus = [tau if math.isinf(tau) else tau * scale for tau in objective.temperatures]
-    views = {"u": u, "v": v}
+        raise ValueError(f"objective {objective.name} needs labels")
     totals = {name: u.new_zeros(()) for name in objective.part_names}
-    index = torch.arange(batch, device=device)
     for piece in objective.slices:
-        columns = torch.cat([views[name] for name in piece.columns])
-        excluded = None
-        if piece.excluded is not None:
-            excluded = torch.zeros(batch, len(columns), dtype=torch.bool, device=device)
-            excluded[index, index + piece.excluded * batch] = True
-        initial = initial_supervisor(
-            objective, piece, batch, labels if objective.needs_labels else None, excluded, u.dtype
-        )
-        similarity = recursion.similarities(views[piece.rows], columns)
-        field = recursion.unroll(
-            similarity, initial.to(device), taus, objective.couplings, excluded, objective.supervisor_grad
-        )
-        for name, value in _parts(objective, field, initial, batch).items():
+        field, target = rows_of(objective, piece, u, v, labels, temperature)
+        for name, value in _parts(objective, field, target).items():
             chosen = value if rows is None else value[rows]
             totals[name] = totals[name] + piece.weight * chosen.mean()
     return totals["cross_entropy"] - totals["entropy_p"], totals
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Where the recursion of a matrix begins.
+
+    Attributes:
+        p: p(0), (B, N).
+        positives: (B, N) bool, the positive columns: the other view, or those of the same label.
+        excluded: (B, N) bool, None if every column takes part.
+    """
+
+    p: Tensor
+    positives: Tensor
+    excluded: Tensor | None
+
+
+def rows_of(
+    objective: Objective,
+    piece: Slice,
+    u: Tensor,
+    v: Tensor,
+    labels: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> tuple[recursion.Field, Initial]:
+    """The distributions of every level of one matrix, and what they began with (arguments as for `dense`)."""
+    views = {"u": u, "v": v}
+    columns = torch.cat([views[name] for name in piece.columns])
+    scale = 1.0 if temperature is None else temperature / objective.temperature
+    taus = [tau * scale for tau in objective.temperatures]
+    initial = initial_supervisor(objective, piece, len(u), labels, u.dtype, u.device)
+    similarity = recursion.similarities(views[piece.rows], columns)
+    if objective.recursion == "in_batch":
+        gradient = objective.supervisor_grad
+        return recursion.unroll(similarity, initial.p, taus, objective.couplings, initial.excluded, gradient), initial
+    return recursion.Field([initial.p], [recursion.log_learned(similarity, taus[0], initial.excluded)]), initial
 
 
 def initial_supervisor(
@@ -294,32 +393,42 @@ def initial_supervisor(
     piece: Slice,
     batch: int,
     labels: Tensor | None,
-    excluded: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:
-    """p(0), (B, N): all mass on the positive column, or spread evenly over the columns of the same label."""
-    index = torch.arange(batch)
-    if labels is None:
-        initial = torch.zeros(batch, len(piece.columns) * batch, dtype=dtype)
-        initial[index, index + piece.positive * batch] = 1
-        return initial
-    same = (labels[:, None] == labels.repeat(len(piece.columns))[None, :]).to(dtype)
-    if excluded is not None:
-        same = same.masked_fill(excluded, 0)
-    return same / same.sum(1, keepdim=True)
+    device: torch.device | str = "cpu",
+) -> Initial:
+    """p(0) as a matrix: the supervisor's columns, and a uniform share over the columns that take part."""
+    index = torch.arange(batch, device=device)
+    none = torch.zeros(batch, len(piece.columns) * batch, dtype=torch.bool, device=device)
+    positives, excluded = none.clone(), None
+    positives[index, index + piece.positive * batch] = True
+    if piece.excluded is not None:
+        excluded = none.clone()
+        excluded[index, index + piece.excluded * batch] = True
+    if objective.needs_labels and labels is not None:
+        positives = labels[:, None] == labels.repeat(len(piece.columns))[None, :]
+        positives = positives if excluded is None else positives & ~excluded
+    p = positives.to(dtype)
+    if objective.supervisor in LISTED:
+        where, weights = LISTED[objective.supervisor](index, batch)
+        p = torch.zeros_like(p).scatter_(1, where + piece.positive * batch, weights.to(dtype))
+    p = (1 - objective.debias) * p / p.sum(1, keepdim=True) + objective.debias / objective.column_count(batch)
+    return Initial(p if excluded is None else p.masked_fill(excluded, 0), positives, excluded)
 
 
-def _parts(objective: Objective, field: recursion.Field, initial: Tensor, batch: int) -> dict[str, Tensor]:
-    """The parts of every row's loss, each (r,)."""
+def _parts(objective: Objective, field: recursion.Field, initial: Initial) -> dict[str, Tensor]:
+    """The parts of every row's loss, each (B,)."""
     crosses = [recursion.cross_entropy(p, log_q) for p, log_q in zip(field.p, field.log_q, strict=True)]
     entropies = [recursion.entropy(p) for p in field.p]
     parts = {f"kl_{t}": c - h for t, (c, h) in enumerate(zip(crosses, entropies, strict=True), start=1)}
     parts["cross_entropy"] = torch.stack(crosses).sum(0)
     parts["entropy_p"] = torch.stack(entropies).sum(0)
-    parts["positive_mass"] = torch.where(initial > 0, field.log_q[-1].exp(), 0).sum(1)
-    counts = (initial > 0).sum(1).tolist()
-    values = {count: objective.at_uniform(batch, count) for count in set(counts)}
-    parts["uniform"] = initial.new_tensor([values[count] for count in counts])
+    parts["positive_mass"] = torch.where(initial.positives, field.log_q[-1].exp(), 0).sum(1)
+    flat = torch.ones_like(initial.p) if initial.excluded is None else (~initial.excluded).to(initial.p.dtype)
+    flat, p, divergences = flat / flat.sum(1, keepdim=True), initial.p, []
+    for alpha in objective.couplings or (0.0,):
+        p = recursion.supervisory(p, flat, alpha)
+        divergences.append(recursion.kl_divergence(p, flat.log()))
+    parts["uniform"] = torch.stack(divergences).sum(0)
     return parts
 
 
@@ -329,7 +438,7 @@ def _two_valued(objective: Objective, columns: int, positives: int, gap: float) 
 
     Args:
         columns: N, those that take part.
-        positives: columns that share p(0) evenly.
+        positives: columns that share the supervisor evenly.
         gap: similarity of the positives minus that of the others.
     """
     if columns < 2 or not 1 <= positives <= columns:
@@ -343,14 +452,31 @@ def _two_valued(objective: Objective, columns: int, positives: int, gap: float) 
         log_sum = math.log(positives + others * math.exp(low))
         return -log_sum, low - log_sum
 
-    p = (1 / positives, 0.0)
-    total, log_q = 0.0, learned(objective.temperatures[0])
-    for temperature, alpha in zip(objective.temperatures[1:], objective.couplings, strict=True):
+    share = objective.debias / columns
+    p, total, log_q = ((1 - objective.debias) / positives + share, share), 0.0, learned(objective.temperatures[0])
+    for temperature, alpha in zip(
+        objective.temperatures[-objective.depth :], objective.couplings or (0.0,), strict=True
+    ):
         p = tuple((1 - alpha) * old + alpha * math.exp(log) for old, log in zip(p, log_q, strict=True))  # type: ignore[assignment]
         log_q = learned(temperature)
         for count, mass, log in zip((positives, others), p, log_q, strict=True):
             total += count * mass * (math.log(mass) - log) if mass > 0 and count else 0.0
     return total
+
+
+def _levels(
+    depth: int, coupling: float | Sequence[float], temperature: float, cooling: float, clock: str, progress: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """tau(0)..tau(D) and alpha(1)..alpha(D) of an in-batch recursion."""
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"depth must be a whole number >= 1, got {depth!r}")
+    _require_choice("clock", clock, CLOCKS)
+    schedules.require_share("progress", progress)
+    couplings = tuple(coupling) if isinstance(coupling, Sequence) else (coupling,) * depth
+    if len(couplings) != depth:
+        raise ValueError(f"coupling needs one number, or one per level ({depth}), got {len(couplings)}")
+    clocked = [t / depth if clock == "depth" else progress for t in range(depth + 1)]
+    return tuple(schedules.temperature(temperature, cooling, done, 1) for done in clocked), couplings
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

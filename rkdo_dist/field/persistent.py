@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rkdo_dist.field.supervisors import Listed
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -140,43 +142,20 @@ class BatchColumns:
 
 
 @dataclass(frozen=True)
-class Supervisor:
+class Restricted(Listed):
     """Rows restricted to a global batch and divided by their mass there: what a step's learned rows are fitted to.
 
-    A row is even but for a few entries: p(j) = share + extra at the listed positions.
-
     Attributes:
-        positions: (r, K) int64, columns of the batch; 0 where there is nothing to add.
-        extra: (r, K) in the computing dtype, what the entry has beyond the share; 0 where there is nothing to add.
-        share: (r,) in the computing dtype.
-        entropy: (r,) float64.
+        positions, extra, share, entropy: see `Listed`.
         positive: (r,) float64, p(i|i) of the restricted row.
         mass: (r,) float64, m = sum_{j in S} p(j|i) of the row before.
     """
 
-    positions: Tensor
-    extra: Tensor
-    share: Tensor
-    entropy: Tensor
     positive: Tensor
     mass: Tensor
 
-    def slice(self, start: int, stop: int) -> Supervisor:
-        """Rows start..stop - 1 (views)."""
-        return Supervisor(*(x[start:stop] for x in vars(self).values()))
 
-    def dense(self, batch: int) -> Tensor:
-        """(r, B), for tests."""
-        p = self.share[:, None].repeat(1, batch)
-        return p.scatter_add_(1, self.positions, self.extra)
-
-    @staticmethod
-    def cat(parts: list[Supervisor]) -> Supervisor:
-        """All rows of `parts`, in order."""
-        return Supervisor(*(torch.cat(x) for x in zip(*(vars(p).values() for p in parts), strict=True)))
-
-
-def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -> Supervisor:
+def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -> Restricted:
     """The supervisor that rows are in a global batch.
 
     A row without any mass in the batch has no opinion on it: the supervisor is then the identity.
@@ -202,7 +181,7 @@ def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -
     entropy = -torch.xlogy(p, p).sum(1) - torch.where(silent, 0, misses) * torch.xlogy(share, share)
     extra = torch.where(hit, p - share[:, None], 0.0)
     positive = share + torch.where(hit & (positions == own[:, None]), extra, 0.0).sum(1)
-    return Supervisor(
+    return Restricted(
         positions.clamp_(min=0), extra.to(dtype), share.to(dtype), entropy, positive, torch.where(silent, 0.0, mass)
     )
 

@@ -1,7 +1,7 @@
 """The field loss and its gradients in bounded memory: no B x B matrix, no autograd graph, no recomputation.
 
 Rows are taken in panels, whose similarities to all columns are one matrix product; a panel is taken in strips
-that stay in the cache, where `strips` turns similarities into gradients in place; two more products of the
+that stay in the cache, where a kernel (`kernels`) turns similarities into gradients in place; two more products of the
 panel give the gradients of rows and columns. Memory beyond inputs and gradients is one panel and a few
 strips.
 
@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from rkdo_dist.field.kernels import FixedKernel, Kernel, Place, RowSums, Walk
 from rkdo_dist.field.objectives import Objective, Slice
-from rkdo_dist.field.persistent import Supervisor
-from rkdo_dist.field.sparse_strips import SparseKernel
-from rkdo_dist.field.static_strips import StaticKernel
-from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums
+from rkdo_dist.field.recursive_kernel import RecursiveKernel
+from rkdo_dist.field.supervisors import LISTED, Identity, Listed, SameLabel, Supervisor
 
 # Entries of a panel, and of all buffers of a strip together: large enough that starting threads (or a kernel) for
 # each operation costs little, small enough for a CPU's outer cache. Sizes depend on nothing but the shape of the
@@ -78,7 +78,7 @@ def value_and_gradient(
         first_row: index of the first of these samples in the global batch.
         labels: (B,) integers of the whole global batch, for objectives that need them.
         parts: whether to fill `parts`, which costs a few more passes over a strip.
-        supervisor: p of these rows, for an objective of kind "persistent"; None: the identity.
+        supervisor: p of these rows, for an objective whose supervisor is "rows"; None: the identity.
 
     Raises:
         ValueError: if labels are missing, shapes or dtypes disagree, or the rows do not lie within the batch.
@@ -92,7 +92,7 @@ def value_and_gradient(
         batch = columns.shape[1]
         field = FieldRows(objective, {"u": rows_u, "v": rows_v}, batch, first_row, batch, labels, parts, supervisor)
         found = torch.zeros_like(columns)
-        field.visit("fused", columns, 0, found)
+        field.fused(columns, found)
         home = dict(zip(names, found.unbind(), strict=True))
         return FieldResult(
             loss=field.loss(),
@@ -108,8 +108,8 @@ def value_and_gradient(
 class FieldRows:
     """b consecutive rows of the field, visited by its columns: all at once, or block after block.
 
-    All at once is one visit, "fused". In blocks, all blocks make the visits of `walks`, one walk after the
-    other, after which `loss` and `parts` are known, and then the visit "differentiate", after which
+    All at once is one visit, `fused`. In blocks, all blocks make the visits of `walks`, one walk after the
+    other, after which `loss` and `parts` are known, and then the visit `differentiate`, after which
     `gradients` are.
 
     Args:
@@ -124,7 +124,7 @@ class FieldRows:
 
     Attributes:
         gradients: of `loss` with respect to the rows, by view, (b, d) in the computing dtype.
-        walks: names of the visits before "differentiate".
+        walks: the walks before `differentiate`.
 
     Raises:
         ValueError: if labels are missing or the rows do not lie within the batch.
@@ -145,41 +145,44 @@ class FieldRows:
         if not 0 <= first_row <= batch - b:
             raise ValueError(f"rows {first_row}..{first_row + b - 1} do not lie within a batch of {batch}")
         if objective.needs_labels and labels is None:
-            raise ValueError("a supervised objective needs labels")
-        self.objective, self._b, self._batch, self._first_row, self._block = objective, b, batch, first_row, block
+            raise ValueError(f"objective {objective.name} needs labels")
+        self.objective, self._b, self._first_row, self._block = objective, b, first_row, block
         dtype, device = computing_dtype(rows["u"].dtype), rows["u"].device
         self._rows = {name: x.to(dtype) for name, x in rows.items()}
-        self._labels = labels if objective.needs_labels else None
-        self._counts = None if self._labels is None else self._label_counts(self._labels).to(dtype)
+        self._taking_part = objective.column_count(batch)
+        self._supervisor = _supervisor(objective, first_row, b, batch, labels, dtype, device, supervisor)
         self._sums = [RowSums.zeros(objective.depth, b, dtype, device) for _ in objective.slices]
         self.gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
-        width = block * len(objective.slices[0].columns)
-        self._panel_rows, self._strip_rows = tile_rows(b, width, objective.depth, device.type)
-        self._kernel: RecursiveKernel | StaticKernel | SparseKernel
-        if supervisor is not None:
-            assert objective.kind == "persistent"
-            assert block == batch
-            self._strip_rows = self._panel_rows
-            self._kernel = SparseKernel(objective, supervisor, dtype)
-        elif math.isinf(objective.temperatures[0]):
-            self._strip_rows = self._panel_rows  # works in the panel, without buffers
-            self._kernel = StaticKernel(objective, objective.column_count(batch), dtype, self._counts)
+        self._width = block * len(objective.slices[0].columns)
+        self._panel_rows, self._strip_rows = tile_rows(b, self._width, objective.depth, device.type)
+        self._kernel: Kernel
+        if objective.recursion == "in_batch":
+            shape = self._strip_rows, self._width
+            self._kernel = _recursive_kernel(objective, self._supervisor, shape, dtype, device, parts)
         else:
-            self._kernel = _recursive_kernel(objective, self._strip_rows, width, dtype, device, parts)
-        self.walks = (("maximum",) if self._kernel.shifts else ()) + self._kernel.walks
-        self._width = width
+            self._strip_rows = self._panel_rows  # works in the panel, without buffers
+            self._kernel = FixedKernel(objective, self._supervisor, self._taking_part, dtype)
+        self.walks: Sequence[Walk] = self._kernel.walks
 
-    def visit(self, walk: str, columns: Tensor, first_column: int, home: Tensor | None = None) -> None:
+    def fused(self, columns: Tensor, home: Tensor) -> None:
+        """The one visit of all columns at once (arguments as for `visit`)."""
+        self.visit(self._kernel.fused, columns, 0, home)
+
+    def differentiate(self, columns: Tensor, first_column: int, home: Tensor) -> None:
+        """The visit of a block after all walks (arguments as for `visit`)."""
+        self.visit(self._kernel.differentiate, columns, first_column, home)
+
+    def visit(self, walk: Walk, columns: Tensor, first_column: int, home: Tensor | None = None) -> None:
         """One visit of a block of columns.
 
         Args:
-            walk: "fused", one of `walks`, or "differentiate".
+            walk: one of `walks`.
             columns: (V, n, d) in the computing dtype, contiguous: n consecutive samples in each of the views
                 `objective.column_views`.
             first_column: index of the first of these samples in the global batch. The block holds either all
                 samples of the rows or none.
-            home: (V, n, d) in the computing dtype, contiguous; "fused" and "differentiate" add the gradient
-                of the columns to it.
+            home: (V, n, d) in the computing dtype, contiguous; the gradient of the columns is added to it by walks that
+                leave gradients behind.
         """
         for piece, sums in zip(self.objective.slices, self._sums, strict=True):
             if len(piece.columns) == len(columns):
@@ -203,7 +206,7 @@ class FieldRows:
         pieces = zip(self.objective.slices, self._sums, strict=True)
         found = [[p.weight * part.sum() for part in self._kernel.row_parts(sums)] for p, sums in pieces]
         totals = [torch.stack(values).sum() for values in zip(*found, strict=True)]
-        return dict(zip(self.objective.part_names, [*totals, self._at_uniform(totals[0])], strict=True))
+        return dict(zip(self.objective.part_names, [*totals, self._at_uniform()], strict=True))
 
     def clear_gradients(self) -> None:
         """Forget `gradients`, before "differentiate" visits begin again."""
@@ -217,50 +220,31 @@ class FieldRows:
         return torch.stack(inner).sum() / -self.objective.temperature
 
     def _visit(
-        self, piece: Slice, sums: RowSums, walk: str, columns: Tensor, first_column: int, home: Tensor | None
+        self, piece: Slice, sums: RowSums, walk: Walk, columns: Tensor, first_column: int, home: Tensor | None
     ) -> None:
-        rows, visit = self._rows[piece.rows], getattr(self._kernel, walk)
+        rows = self._rows[piece.rows]
         workspace = rows.new_empty(self._panel_rows, self._width)
         for start in range(0, self._b, self._panel_rows):
             stop = min(start + self._panel_rows, self._b)
+            # The affinity: another link than the cosine's x / tau acts on the panel here, and its slope dl / dx
+            # multiplies the panel before the two products below.
             panel = torch.mm(rows[start:stop] * self._kernel.scale, columns.T, out=workspace[: stop - start])
             for first in range(start, stop, self._strip_rows):
                 last = min(first + self._strip_rows, stop)
-                place = self._place(piece, first, last, first_column)
-                visit(panel[first - start : last - start], sums.rows(first, last), place)
+                place = Place(piece, first, self._first_row + first - first_column, first_column, self._block)
+                walk(panel[first - start : last - start], sums.rows(first, last), place)
             if home is not None:
                 scale = piece.weight * self._kernel.scale
                 self.gradients[piece.rows][start:stop].addmm_(panel, columns, alpha=scale)
                 home.addmm_(panel.T, rows[start:stop], alpha=scale)
 
-    def _place(self, piece: Slice, first: int, last: int, first_column: int) -> Place:
-        offset = self._first_row - first_column
-        positive = excluded = labels = counts = None
-        if 0 <= offset <= self._block - self._b:
-            positive = offset + first + piece.positive * self._block
-            if piece.excluded is not None:
-                excluded = offset + first + piece.excluded * self._block
-        if self._labels is not None and self._counts is not None:
-            rows = self._labels[self._first_row + first : self._first_row + last]
-            columns = self._labels[first_column : first_column + self._block].repeat(len(piece.columns))
-            labels, counts = (rows, columns), self._counts[first:last]
-        return Place(positive, excluded, labels, counts, first)
-
-    def _label_counts(self, labels: Tensor) -> Tensor:
-        """Columns with the label of each row, without the excluded one (b,)."""
-        _, which, counts = labels.unique(return_inverse=True, return_counts=True)
-        mine = counts[which[self._first_row : self._first_row + self._b]]
-        piece = self.objective.slices[0]
-        return mine * len(piece.columns) - int(piece.excluded is not None)
-
-    def _at_uniform(self, like: Tensor) -> Tensor:
-        if isinstance(self._kernel, SparseKernel):
-            return self._kernel.at_uniform(self._batch).sum()
-        if self._counts is None:
-            return torch.full_like(like, self._b * self.objective.at_uniform(self._batch))
-        counts = self._counts.tolist()
-        values = {n: self.objective.at_uniform(self._batch, n) for n in set(counts)}
-        return torch.full_like(like, sum(values[n] for n in counts))
+    def _at_uniform(self) -> Tensor:
+        """Sum of the row losses if every learned row were uniform: log N - H(p(t)), summed over levels."""
+        kept, total = 1.0, torch.zeros((), dtype=torch.float64, device=self._rows["u"].device)
+        for alpha in self.objective.couplings or (0.0,):
+            kept *= 1 - alpha
+            total += (math.log(self._taking_part) - self._supervisor.mixed_entropy(self._taking_part, kept)).sum()
+        return total
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -292,12 +276,45 @@ def _require_matching(rows_u: Tensor, rows_v: Tensor, columns_u: Tensor, columns
         raise ValueError(f"need at least one row and two samples, got {len(rows_u)} and {len(columns_u)}")
 
 
+def _supervisor(
+    objective: Objective,
+    first_row: int,
+    rows: int,
+    batch: int,
+    labels: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    given: Supervisor | None,
+) -> Supervisor:
+    """p(0) of consecutive rows; arguments as for `FieldRows`."""
+    taking_part, debias = objective.column_count(batch), objective.debias
+    if given is not None:
+        assert objective.supervisor == "rows", "only an objective whose supervisor is rows is given any"
+        return given
+    if objective.needs_labels and labels is not None:
+        piece = objective.slices[0]
+        columns = len(piece.columns), piece.excluded is not None
+        return SameLabel(labels, first_row, rows, columns, taking_part, debias, dtype)
+    if objective.supervisor in LISTED:
+        positions, weights = LISTED[objective.supervisor](
+            torch.arange(first_row, first_row + rows, device=device), batch
+        )
+        return Listed.of(positions, weights, taking_part, debias, dtype)
+    return Identity(rows, taking_part, debias, device)
+
+
 def _recursive_kernel(
-    objective: Objective, rows: int, columns: int, dtype: torch.dtype, device: torch.device, parts: bool
-) -> RecursiveKernel:
-    """The fused kernel where triton and a device for it are there, and the eager one otherwise."""
-    if (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and find_spec("triton") is not None:
+    objective: Objective,
+    supervisor: Supervisor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    parts: bool,
+) -> Kernel:
+    """The fused kernel where p(0) is the identity and triton and a device for it are there; else the eager one."""
+    fusible = objective.supervisor == "identity" and objective.debias == 0
+    if fusible and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and find_spec("triton"):
         from rkdo_dist.field.triton_kernels import TritonKernel
 
-        return TritonKernel(objective, rows, columns, dtype, device)
-    return RecursiveKernel(objective, rows, columns, dtype, device, parts)
+        return TritonKernel(objective, supervisor, *shape, dtype, device)
+    return RecursiveKernel(objective, supervisor, *shape, dtype, device, parts)

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rkdo_dist.field.kernels import Place, RowSums
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.field.strips import Place, RecursiveKernel, RowSums, gradient_coefficients
+from rkdo_dist.field.recursive_kernel import RecursiveKernel, gradient_coefficients
+from rkdo_dist.field.supervisors import Supervisor
 
 TILE = 2048  # levels times columns of a row in registers at a time: 4 warps hold it without spilling
 
@@ -111,12 +113,22 @@ class TritonKernel(RecursiveKernel):
     """`RecursiveKernel` whose `fused` is one launch; the walks over column blocks are inherited.
 
     Args:
-        objective, rows, columns, dtype, device: as for `RecursiveKernel`. The parts cost nothing here.
+        objective, supervisor, rows, columns, dtype, device: as for `RecursiveKernel`, with p(0) the identity. The parts
+            cost nothing here.
     """
 
-    def __init__(self, objective: Objective, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(objective, rows, columns, dtype, device, parts=True)
+    def __init__(
+        self,
+        objective: Objective,
+        supervisor: Supervisor,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(objective, supervisor, rows, columns, dtype, device, parts=True)
         depth, alpha = objective.depth, objective.couplings
+        self._depth = depth
         self._size = triton.next_power_of_2(depth + 1)
         table, share = torch.zeros(4, self._size, dtype=dtype), torch.zeros(self._size, self._size, dtype=dtype)
         table[0, : depth + 1] = torch.tensor(self._ratio, dtype=dtype)
@@ -137,10 +149,10 @@ class TritonKernel(RecursiveKernel):
         with torch.cuda.device_of(x):  # does nothing for a CPU tensor
             _field_rows[(rows,)](
                 x, found, self._kernel_table, self._share, x.stride(0), rows, columns,
-                place.positive, place.excluded if excludes else -1, self.objective.depth, self._tiny,
+                place.positive, place.excluded if excludes else -1, self._depth, self._tiny,
                 LEVELS=self._size, BLOCK=TILE // self._size, EXCLUDES=excludes, FLOWS=self.flows,
             )  # fmt: skip
-        depth, by_level = self.objective.depth, found[2:].unflatten(0, (3, self._size))
+        depth, by_level = self._depth, found[2:].unflatten(0, (3, self._size))
         sums.shift.copy_(found[0])
         sums.positive[0].copy_(found[1])
         sums.positive[1].copy_(found[1].exp())

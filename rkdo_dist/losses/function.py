@@ -121,7 +121,7 @@ def _walk(call: Call, field: FieldRows, own: Tensor) -> Tensor | None:
     block = columns.gather(own)
     if call.differentiable:
         home = torch.zeros_like(block)
-        field.visit("fused", block, 0, home)
+        field.fused(block, home)
         return home
     for walk in field.walks:
         field.visit(walk, block, 0)
@@ -134,7 +134,7 @@ def _gradients_home(call: Call, field: FieldRows, own: Tensor, home: Tensor | No
         field.clear_gradients()
 
         def visit(block: Tensor, first: int, gradient: Tensor) -> None:
-            field.visit("differentiate", block, first, gradient)
+            field.differentiate(block, first, gradient)
             gradient.mul_(scale)
 
         return call.columns.walk_home(own, visit)

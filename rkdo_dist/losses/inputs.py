@@ -89,7 +89,7 @@ def _local_problem(u: Tensor, v: Tensor, labels: Tensor | None, objective: Objec
     if not objective.needs_labels:
         return None
     if labels is None:
-        return "labels are missing: a supervised objective needs labels (b,)"
+        return f"labels are missing: objective {objective.name} needs labels (b,)"
     if labels.is_floating_point() or tuple(labels.shape) != (u.shape[0],) or labels.device != u.device:
         return (
             f"labels must be ({u.shape[0]},) integers on {u.device}, "

@@ -15,7 +15,7 @@ from torch import Tensor
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.columns import ExactColumns, GatheredColumns
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.field.persistent import Supervisor
+from rkdo_dist.field.persistent import Restricted
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.losses import FieldLoss
 from rkdo_dist.train.persistent import PersistentField, Views
@@ -80,7 +80,7 @@ def exact_field(
     dv = [r.rows_v + home["v"][i * m : (i + 1) * m] if "v" in home else r.rows_v for i, r in enumerate(results)]
     names = ["loss", *results[0].parts]
     reports = {n: torch.stack([(r.loss if n == "loss" else r.parts[n]).double() for r in results]) for n in names}
-    if memory is not None and objective.kind == "persistent":
+    if memory is not None and objective.recursion == "persistent":
         reports |= memory.recur(lanes, columns_v, objective)
     rows = len(columns_u)
     loss, parts, code = _lane_means(reports, stop, rows)
@@ -101,7 +101,7 @@ def averaged_field(
         lanes, objective, stop, memory, labels: as for `exact_field`.
         exchange: how columns travel, "gather" or "ring"; the columns of a persistent field are gathered.
     """
-    if memory is not None and objective.kind == "persistent":
+    if memory is not None and objective.recursion == "persistent":
         return _averaged_persistent(lanes, objective, memory, stop)
     u, v = (torch.cat([pair[k] for pair in lanes]).requires_grad_() for k in (0, 1))
     local, parts = FieldLoss(objective, exchange=exchange)(u, v, labels, parts=True)
@@ -115,7 +115,7 @@ def _averaged_persistent(
     lanes: Sequence[Views], objective: Objective, memory: PersistentField, stop: int
 ) -> FieldResult:
     """`averaged_field` with remembered supervisors."""
-    supervisor = Supervisor.cat(memory.supervisors(lanes))
+    supervisor = Restricted.cat(memory.supervisors(lanes))
     u, v = (torch.cat([pair[k] for pair in lanes]) for k in (0, 1))
     columns, b = GatheredColumns(), len(u)
     everyone = columns.gather(v[None])[0]
@@ -131,8 +131,8 @@ def _averaged_persistent(
 
 def _supervisors(
     lanes: Sequence[Views], objective: Objective, memory: PersistentField | None
-) -> Sequence[Supervisor | None]:
-    if memory is None or objective.kind != "persistent":
+) -> Sequence[Restricted | None]:
+    if memory is None or objective.recursion != "persistent":
         return [None] * len(lanes)
     return memory.supervisors(lanes)
 

@@ -144,7 +144,7 @@ class Job:
         """The line of metrics.jsonl for the step just done (collective: the batch's digest comes from every rank)."""
         digest = hashlib.sha256(group.all_gather_rows(self._lane_digests(batch)).cpu().numpy().tobytes())
         parts, objective = dict(result.parts), self.objective(self.position - 1)
-        self._early_stop.add(objective.kind, result.loss)
+        self._early_stop.add(objective.name, result.loss)
         replaced = messages.current().count_and_exchange(sum(lane.skipped for lane in batch.lanes))
         return {
             "step": self.position,
@@ -157,9 +157,9 @@ class Job:
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             **({"replaced_samples": replaced} if self.config.data.on_corrupt == "skip" else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "objective": objective.kind,
+            "objective": objective.name,
             "temperature": objective.temperatures[-1],
-            "coupling": objective.row_coupling if objective.kind == "persistent" else objective.couplings[-1],
+            "coupling": objective.coupling,
             "batch_digest": digest.hexdigest(),
             "seconds": round(seconds, 6),
             "pairs_per_second": round(self.config.train.global_batch / seconds, 3),

@@ -24,7 +24,7 @@ from rkdo_dist.data.order import EpochPlan
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.store import Fetch, RowStore, Shards
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.field.persistent import BatchColumns, Rows, Supervisor, recur_in_batch, recur_with_bank, restrict
+from rkdo_dist.field.persistent import BatchColumns, Restricted, Rows, recur_in_batch, recur_with_bank, restrict
 from rkdo_dist.field.tiled import computing_dtype
 
 Views = tuple[Tensor, Tensor]
@@ -57,7 +57,7 @@ class PersistentField:
         self._batch = BatchColumns(store.shards.samples, device)
         self._ahead: tuple[int, Tensor, Fetch] | None = None
         self._step, self._samples, self._rows = -1, torch.empty(0), list[Rows]()
-        self._restricted: list[Supervisor] = []
+        self._restricted: list[Restricted] = []
 
     def begin(self, step: int, samples: Tensor) -> None:
         """Begin to fetch the rows of a step, unless they are under way.
@@ -72,7 +72,7 @@ class PersistentField:
         first = group.rank() * len(samples)
         assert torch.equal(self._ahead[1][first : first + len(samples)], samples), "the batch is not the one planned"
 
-    def supervisors(self, lanes: Sequence[Views]) -> list[Supervisor]:
+    def supervisors(self, lanes: Sequence[Views]) -> list[Restricted]:
         """p of each of this rank's lanes (embeddings (m, d)), for the step that has begun."""
         assert self._ahead is not None
         (self._step, self._samples, fetch), self._ahead = self._ahead, None
@@ -91,7 +91,7 @@ class PersistentField:
         Args:
             lanes: embeddings of this rank's lanes, without graph.
             columns: view 2 of the global batch (B, d).
-            objective: of kind "persistent".
+            objective: with persistent recursion.
 
         Returns:
             What the rows were before, summed over each lane, float64 (lanes,): see `_report`.

@@ -108,7 +108,7 @@ class Step:
             NonFiniteError: on every rank, if the loss or the gradient is not finite on any.
         """
         at = Place(epoch, step, self._runtime.rank * len(lanes))
-        if self.strategy.memory is not None and objective.kind == "persistent":
+        if self.strategy.memory is not None and objective.recursion == "persistent":
             self.strategy.memory.begin(step, torch.cat([lane.ids for lane in lanes]))
         with phase(COMPUTE):
             embedded = self._first_pass(lanes, at)

@@ -17,8 +17,7 @@ from rkdo_dist import checkpoint, parts
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.evaluate import maps, scores, yardsticks
-from rkdo_dist.field import recursion
-from rkdo_dist.field.objectives import Objective, initial_supervisor
+from rkdo_dist.field.objectives import Objective, rows_of
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies.report.charts import pyplot, saved
 from rkdo_dist.studies.report.runs import Run
@@ -172,17 +171,8 @@ def field_maps(seen: Seen, objective: Objective) -> bytes:
         objective: of in-batch recursion or static; its first matrix of rows and columns is drawn.
     """
     order = torch.from_numpy(np.argsort(seen.labels[: len(seen.u)], kind="stable"))
-    views, rows = {"u": seen.u[order].double(), "v": seen.v[order].double()}, len(order)
-    piece = objective.slices[0]
-    columns = torch.cat([views[name] for name in piece.columns])
-    excluded = None
-    if piece.excluded is not None:
-        excluded = torch.zeros(rows, len(columns), dtype=torch.bool)
-        index = torch.arange(rows)
-        excluded[index, index + piece.excluded * rows] = True
-    initial = initial_supervisor(objective, piece, rows, None, excluded, torch.float64)
-    similarity = recursion.similarities(views[piece.rows], columns)
-    found = recursion.unroll(similarity, initial, list(objective.temperatures), objective.couplings, excluded)
+    u, v, labels = seen.u[order].double(), seen.v[order].double(), torch.from_numpy(seen.labels)[order]
+    found, _ = rows_of(objective, objective.slices[0], u, v, labels)
     learned = [log_q.exp() for log_q in found.log_q]
     return _heat(found.p, learned)
 

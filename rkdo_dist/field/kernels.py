@@ -1,0 +1,203 @@
+"""What turns a strip of similarities into gradients: the protocol of all kernels, and the kernel of fixed supervisors.
+
+A kernel is given scaled similarities x = <row, column> / tau(D) of few rows and many columns, and works on them in
+place. With all columns in the strip, `fused` turns x into the gradient in one go. With columns in blocks, the walks do
+the same in several visits of every block. What a row needs to know between the walks, and what its loss is made of,
+are sums over columns; they live in `RowSums`.
+
+Rows are unit-norm, so x is bounded by 1 / tau and exp(x) needs no running maximum (colder temperatures subtract the
+row's maximum first).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rkdo_dist.field.objectives import Objective, Slice
+from rkdo_dist.field.supervisors import Supervisor
+
+
+@dataclass
+class RowSums:
+    """What is known of b rows: sums over the columns seen so far, in scaled (and shifted) coordinates.
+
+    Attributes:
+        shift: the largest x of the row (b,), where temperatures are so low that exp(x) might overflow.
+        z: sum_j e_t (D+1, b), with e_t = exp(x tau(D) / tau(t)); the last is that of q(D).
+        mean: sum_j e_(t-1) x (D, b).
+        log_ratio: sum_j P_t rho_t (D, b), P_t proportional to p(t), rho_t = log p(t) - log q(t) + constant.
+        flow: sum_j e_(t-1) G_t (D, b), G_t the derivative of the loss by p(t), up to a constant.
+        total: sums of x and of G_1 (2, b), where every column has a share of p(0).
+        positive: `Supervisor.add_dot` of x, `add_mass` of e_D, `add_dot` of G_1 (3, b).
+    """
+
+    shift: Tensor
+    z: Tensor
+    mean: Tensor
+    log_ratio: Tensor
+    flow: Tensor
+    total: Tensor
+    positive: Tensor
+
+    @staticmethod
+    def zeros(depth: int, b: int, dtype: torch.dtype, device: torch.device) -> RowSums:
+        """No column seen yet."""
+        sums = [torch.zeros(n, b, dtype=dtype, device=device) for n in (depth + 1, depth, depth, depth, 2, 3)]
+        return RowSums(torch.full((b,), -math.inf, dtype=dtype, device=device), *sums)
+
+    def rows(self, start: int, stop: int) -> RowSums:
+        """Views of rows start..stop - 1."""
+        return RowSums(*(x[..., start:stop] for x in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a strip of r rows and n columns lies in the field.
+
+    Attributes:
+        piece: the matrix of rows and columns that it is part of.
+        first: number of the strip's first row among the b rows.
+        offset: the first row's sample minus the block's first; a block holds the samples of all b rows or of none.
+        first_column, block: the samples of the block of columns, the same in each of its views.
+    """
+
+    piece: Slice
+    first: int
+    offset: int
+    first_column: int
+    block: int
+
+    @property
+    def positive(self) -> int | None:
+        """Column of the first row's positive (the next row's is one further), None if it is not in this strip."""
+        return self._column(self.piece.positive)
+
+    @property
+    def excluded(self) -> int | None:
+        """The same for the excluded self column."""
+        return None if self.piece.excluded is None else self._column(self.piece.excluded)
+
+    def _column(self, view: int) -> int | None:
+        return self.offset + view * self.block if 0 <= self.offset < self.block else None
+
+
+Walk = Callable[[Tensor, RowSums, Place], None]
+
+
+class Kernel(Protocol):
+    """How a strip x (r, n) is worked on. Every visit overwrites x.
+
+    Attributes:
+        scale: 1 / tau(D), by which similarities are multiplied before a visit.
+    """
+
+    scale: float
+
+    @property
+    def walks(self) -> tuple[Walk, ...]:
+        """Visits of all blocks, one walk after the other, after which the sums are complete."""
+
+    def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """All columns at once: fill `sums` from x and turn x into d loss / d x."""
+
+    def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """Last walk, with complete `sums`: turn x into d loss / d x."""
+
+    def row_parts(self, sums: RowSums) -> list[Tensor]:
+        """Parts of every row's loss: kl_t, cross_entropy, entropy_p, positive_mass; each (b,) float64."""
+
+    def row_loss(self, sums: RowSums) -> Tensor:
+        """Every row's loss (b,) float64."""
+
+    def release(self) -> None:
+        """Give workspace back; a further visit takes it again."""
+
+
+def exponent_limit(dtype: torch.dtype) -> float:
+    """The largest |x| that needs no shift: exp(x) and the products made of it stay in range."""
+    return 0.35 * math.log(torch.finfo(dtype).max)
+
+
+def hide(x: Tensor, column: int | None, value: float) -> None:
+    """Give one column of every row of x (r, n) a harmless value: `column` of the first, the next of the next row."""
+    if column is not None:
+        x.diagonal(column).fill_(value)
+
+
+def note_maximum(x: Tensor, sums: RowSums, place: Place) -> None:
+    """The walk before the others where exp(x) might overflow: the largest x of every row."""
+    hide(x, place.excluded, -math.inf)
+    torch.maximum(sums.shift, x.amax(1), out=sums.shift)
+
+
+class FixedKernel:
+    """KL(p || q) with a fixed p, one level; see `Kernel`.
+
+    Args:
+        objective: without in-batch recursion.
+        supervisor: p of the b rows.
+        taking_part: N, the columns of a row that are not excluded.
+        dtype: float32 or float64.
+    """
+
+    def __init__(self, objective: Objective, supervisor: Supervisor, taking_part: int, dtype: torch.dtype) -> None:
+        self.scale = 1 / objective.temperatures[-1]
+        self._shifts = self.scale > exponent_limit(dtype)
+        self._supervisor, self._taking_part = supervisor, taking_part
+
+    @property
+    def walks(self) -> tuple[Walk, ...]:
+        """See `Kernel`."""
+        return (note_maximum, self.normalise) if self._shifts else (self.normalise,)
+
+    def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """See `Kernel`."""
+        for walk in self.walks:
+            walk(x, sums, place)
+        self._differentiate(x, sums, place)  # x is exp(x) already
+
+    def normalise(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """x <- exp(x), with what is needed of x and exp(x) noted."""
+        if self._shifts:
+            x.sub_(sums.shift[:, None])
+        hide(x, place.excluded, 0)
+        if self._supervisor.spreads:
+            sums.total[0].add_(x.sum(1))
+        self._supervisor.add_dot(sums.positive[0], x, place)
+        x.exp_()
+        hide(x, place.excluded, 0)
+        sums.z[-1].add_(x.sum(1))
+        self._supervisor.add_mass(sums.positive[1], x, place)
+
+    def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """See `Kernel`."""
+        if self._shifts:
+            x.sub_(sums.shift[:, None])
+        self._differentiate(x.exp_(), sums, place)
+
+    def row_parts(self, sums: RowSums) -> list[Tensor]:
+        """See `Kernel`."""
+        z = sums.z[-1].double()
+        cross = z.log() - self._supervisor.mean(sums.total[0], sums.positive[0])
+        entropy = self._supervisor.mixed_entropy(self._taking_part)
+        return [cross - entropy, cross, entropy, sums.positive[1].double() / z]
+
+    def row_loss(self, sums: RowSums) -> Tensor:
+        """See `Kernel`."""
+        return self.row_parts(sums)[0]
+
+    def release(self) -> None:
+        """See `Kernel`."""
+        self._supervisor.release()
+
+    def _differentiate(self, e: Tensor, sums: RowSums, place: Place) -> None:
+        """e <- q - p."""
+        e.div_(sums.z[-1][:, None])
+        self._supervisor.add(e, place, -1.0)
+        hide(e, place.excluded, 0)

@@ -1,0 +1,118 @@
+"""Named objectives: the three choices and the defaults of each. Without torch, so that `--help` answers at once.
+
+An objective is who supervises (p(0)), how closeness is measured (the affinity that q is the softmax of), and how p
+recurs. Everything that names objectives takes names, titles, labels and colours from `PRESETS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AFFINITIES = ("cosine",)
+RECURSIONS = ("none", "in_batch", "persistent")
+PAIRINGS = ("cross", "symmetric", "joint")
+SUPERVISOR_GRADIENTS = ("flow", "stop")
+CLOCKS = ("depth", "training")
+
+# Defaults of all objectives, those of the paper's released code; a preset may have its own.
+DEPTH, COUPLING, TEMPERATURE, COOLING = 3, 0.5, 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named objective.
+
+    Attributes:
+        label: its name in reports and figures.
+        title: one line for help.
+        colour: in figures, "#rrggbb".
+        supervisor: who supervises, p(0): "identity" (the other view), "labels" (all samples of the same label), "rows"
+            (rows that are given), or the name of a function in `field.supervisors.LISTED`.
+        recursion: how p recurs, one of `RECURSIONS`.
+        affinity: how closeness is measured, one of `AFFINITIES`.
+        temperature: where none is given.
+        pairing: where none is given, one of `PAIRINGS`.
+        fixes_pairing: whether another pairing would be another objective.
+        debias: uniform share of p(0) where none is given; None if the objective has none to set.
+        variant_of: the preset that becomes this one when p is to recur otherwise; "" for one chosen by its own name.
+    """
+
+    label: str
+    title: str
+    colour: str
+    supervisor: str = "identity"
+    recursion: str = "none"
+    affinity: str = "cosine"
+    temperature: float = TEMPERATURE
+    pairing: str = "cross"
+    fixes_pairing: bool = False
+    debias: float | None = None
+    variant_of: str = ""
+
+
+PRESETS: dict[str, Preset] = {
+    "rkdo": Preset(
+        label="RKDO",
+        title="the other view supervises, and p recurs within the step",
+        colour="#1f5fa8",
+        recursion="in_batch",
+    ),
+    "persistent": Preset(
+        label="RKDO, persistent",
+        title="rows of p live across training steps",
+        colour="#7b4fa3",
+        supervisor="rows",
+        recursion="persistent",
+        fixes_pairing=True,
+        variant_of="rkdo",
+    ),
+    "icon": Preset(
+        label="I-Con",
+        title="the other view supervises, with a uniform share",
+        colour="#c8541e",
+        debias=0.2,
+    ),
+    "infonce": Preset(
+        label="InfoNCE",
+        title="the other view supervises",
+        colour="#4a8c3f",
+    ),
+    "simclr": Preset(
+        label="SimCLR",
+        title="InfoNCE over the columns of both views (NT-Xent)",
+        colour="#2b8f8f",
+        pairing="joint",
+        fixes_pairing=True,
+    ),
+    "clip": Preset(
+        label="CLIP",
+        title="InfoNCE in both directions",
+        colour="#9a7d1e",
+        temperature=0.07,
+        pairing="symmetric",
+        fixes_pairing=True,
+    ),
+    "supcon": Preset(
+        label="SupCon",
+        title="samples of the same label supervise, over the columns of both views",
+        colour="#b0305c",
+        supervisor="labels",
+        temperature=0.1,
+        pairing="joint",
+        fixes_pairing=True,
+        debias=0.0,
+    ),
+}
+
+
+def named(objective: str, recursion: str = "in_batch") -> str:
+    """The name of what `field.objective` and `field.recursion` ask for: a variant of RKDO where p persists."""
+    for name, preset in PRESETS.items():
+        if preset.variant_of == objective and preset.recursion == recursion:
+            return name
+    return objective
+
+
+def choices() -> list[str]:
+    """Names that an objective is chosen by."""
+    return [name for name, preset in PRESETS.items() if not preset.variant_of]
