@@ -15,7 +15,7 @@ from rkdo_dist.data.index import ShardIndex, load_index
 from rkdo_dist.data.order import EpochPlan
 from rkdo_dist.data.source import Progress, open_source, shown
 from rkdo_dist.data.views import Views
-from rkdo_dist.encoders import Encoder
+from rkdo_dist.encoders import Encoder, is_code
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import coupling
 from rkdo_dist.sync_norm import synchronised
@@ -39,8 +39,10 @@ def check(config: Config) -> None:
 
 @functools.lru_cache
 def _check_encoder(section: EncoderConfig) -> None:
+    if section.backbone.startswith("timm/") or is_code(section.backbone):
+        return  # may not go with tensors that hold nothing; built, and refused, before the first step all the same
     with torch.random.fork_rng([]), torch.device("meta"):
-        _encoder(section)
+        _encoder(section, pretrained=False)
 
 
 @contextlib.contextmanager
@@ -140,26 +142,57 @@ def run_length(config: Config, index: ShardIndex) -> tuple[int, int]:
     return steps, total if train.max_steps is None else min(total, train.max_steps)
 
 
-def make_encoder(config: Config) -> Encoder:
-    """The encoder, with weights drawn from `run.seed`: the same on every rank."""
+def make_encoder(config: Config, *, pretrained: bool = True, code: bool = True) -> Encoder:
+    """The encoder, with weights drawn from `run.seed` or read from `encoder.weights`: the same on every rank.
+
+    Args:
+        pretrained: False leaves `encoder.weights` out, for an encoder that gets a checkpoint's weights anyway.
+        code: whether a backbone named by an import path may be imported: False for a configuration that the user
+            did not write but points at, such as that of a run.
+
+    Raises:
+        ValueError: as `Encoder`, or for code that must not be imported.
+    """
+    if not code and is_code(config.encoder.backbone):
+        raise ConfigError(
+            f"the run's encoder.backbone={config.encoder.backbone} is code, which is imported only where you name it: "
+            f"add encoder.backbone={config.encoder.backbone}"
+        )
     torch.manual_seed(config.run.seed)
-    return _encoder(config.encoder)
+    return _encoder(config.encoder, pretrained)
 
 
 @_named("encoder", EncoderConfig)
-def _encoder(section: EncoderConfig) -> Encoder:
-    encoder = Encoder(section.backbone, section.head, section.embedding_dim, section.stem)
+def _encoder(section: EncoderConfig, pretrained: bool) -> Encoder:
+    encoder = encoder_of(section, pretrained)
     if section.batch_norm == "sync":
         synchronised(encoder)
     return encoder
 
 
+def encoder_of(section: EncoderConfig, pretrained: bool = True) -> Encoder:
+    """The encoder that a section describes, with weights from torch's global generator or `encoder.weights`."""
+    return Encoder(
+        section.backbone,
+        section.head,
+        section.embedding_dim,
+        section.stem,
+        head_width=section.head_width,
+        head_depth=section.head_depth,
+        weights=section.weights if pretrained else "none",
+        freeze=section.freeze,
+    )
+
+
 def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all parameters of the encoder."""
+    """The optimizer over the encoder's parameters that are trained."""
     train = config.train
     options = {"momentum": 0.9} if train.optimizer == "sgd" else {}
     return _OPTIMIZERS[train.optimizer](
-        encoder.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay, **options
+        [p for p in encoder.parameters() if p.requires_grad],
+        lr=train.learning_rate,
+        weight_decay=train.weight_decay,
+        **options,
     )
 
 

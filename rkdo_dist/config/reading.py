@@ -179,7 +179,8 @@ def _coerce(key: str, kind: Any, value: Any) -> Any:
             raise ConfigError(_unknown(f"value {value!r} for {key}", str(value), [str(o) for o in options]))
         return value
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _coerce(key, next(o for o in options if o is not type(None)), value)
+        kinds = [o for o in options if o is not type(None)]
+        return None if value is None else _coerce(key, type(value) if type(value) in kinds else kinds[-1], value)
     if origin is tuple and Ellipsis in options:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{key} needs a list, e.g. {_EXAMPLES.get(options[0], '[name]')}, got {value!r}")

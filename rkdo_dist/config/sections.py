@@ -123,10 +123,20 @@ class ViewsConfig:
 class EncoderConfig:
     """Backbone and projection head (`rkdo_dist.encoders.Encoder`)."""
 
-    backbone: str = setting("resnet18", "a torchvision classifier, or a small ResNet such as cifar_resnet8")
+    backbone: str = setting(
+        "resnet18", "torchvision's NAME, timm/NAME, cifar_resnet8 and the like, or your package.module:factory"
+    )
     stem: Literal["imagenet", "cifar"] = setting("imagenet", "a ResNet's first layers, for large or for small images")
     head: Literal["released", "paper"] = setting("released", "projection head, without or with batch norm")
     embedding_dim: int = setting(64, "width d of the embeddings", "at least 1")
+    head_width: int | None = setting(None, "width of the head's hidden layers (none: the features')", "at least 1")
+    head_depth: int = setting(2, "linear layers of the head", "at least 1")
+    weights: str = setting(
+        "none", "what the backbone begins with: none, DEFAULT (the library's pretrained), a file, hf://OWNER/NAME"
+    )
+    freeze: int | str = setting(
+        "none", "what of the backbone is not trained: its first parts by number, all up to a part's name, or backbone"
+    )
     batch_norm: Literal["lane", "sync"] = setting("lane", "over a micro-batch, or over those of all processes")
 
 

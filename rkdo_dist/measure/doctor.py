@@ -59,6 +59,7 @@ def doctor(config: Config) -> int:
         _print(console, _launch_table(config, rt, ranks))
         _check_shards(config, index, console)
         encoder = parts.make_encoder(config).to(rt.device)
+        encoder.check_image_size(parts.make_views(config, index).size)
         shape = wire.shape_of(config, encoder, parts.make_objective(config, 0.0), rt.world, rt.launch)
         need = group.together(lambda: _memory(config, rt, index, encoder, shape), "measuring a forward pass")
         per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)

@@ -80,7 +80,7 @@ def _encoder_flops(section: EncoderConfig, image_size: int) -> tuple[float, floa
     found = []
     for backward in (False, True):
         with FakeTensorMode(), counter() as count:
-            encoder = Encoder(section.backbone, section.head, section.embedding_dim, section.stem)
+            encoder = parts.encoder_of(section, pretrained=False)
             out = encoder(torch.empty(2, 3, image_size, image_size))  # two, as batch norm asks
             if backward:
                 out.sum().backward()

@@ -53,6 +53,7 @@ class Job:
             check_shards(index, config.data.split)
         self.views = parts.make_views(config, index)
         self.encoder = parts.make_encoder(config).to(runtime.device)
+        self.encoder.check_image_size(self.views.size)
         self.optimizer = parts.make_optimizer(config, self.encoder)
         self.position = 0
         self._saved = 0

@@ -147,16 +147,16 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
             "only settings that do not change the run can be overridden here (evaluate.*, data.source, ...)"
         )
     with contextlib.closing(run), surroundings.entered(config.run.timeout) as around:
-        _evaluate(run, config, around)
+        _evaluate(run, config, around, any(o.partition("=")[0] == "encoder.backbone" for o in overrides))
 
 
-def _evaluate(run: RunDirectory, config: Config, around: Surroundings) -> None:
+def _evaluate(run: RunDirectory, config: Config, around: Surroundings, code: bool) -> None:
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
         around.peers.meet()
         group.together(lambda: run.lock() if rt.is_main else None, f"locking {run.path}")
         index = group.together(lambda: parts.open_index(config), "reading the index")
-        encoder = parts.make_encoder(config).to(rt.device)
+        encoder = parts.make_encoder(config, pretrained=False, code=code).to(rt.device)
         found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
         if found is None:
             raise RunError(f"{run.path} has no checkpoint yet: train it first")

@@ -62,7 +62,7 @@ def look(run: Run) -> Seen:
         raise ValueError(f"{run.path} has no checkpoint yet")
     config = run.config
     index = parts.open_index(config)
-    encoder = parts.make_encoder(config)
+    encoder = parts.make_encoder(config, pretrained=False, code=False)
     encoder.load_state_dict(found.model)
     encoder.eval()
     views = parts.make_views(config, index)

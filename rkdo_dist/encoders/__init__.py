@@ -1,0 +1,16 @@
+"""Encoders: a backbone (torchvision's, timm's or anybody's own), a projection head, and weights to begin with."""
+
+from rkdo_dist.encoders.backbones import CifarResNet, classification_backbones, is_code
+from rkdo_dist.encoders.encoder import HEADS, Encoder
+from rkdo_dist.encoders.weights import MODEL_FILE, hub_file, read_weights
+
+__all__ = [
+    "HEADS",
+    "MODEL_FILE",
+    "CifarResNet",
+    "Encoder",
+    "classification_backbones",
+    "hub_file",
+    "is_code",
+    "read_weights",
+]
