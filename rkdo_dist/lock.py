@@ -1,8 +1,8 @@
-"""One writer for a directory: a lock that the operating system keeps, and releases when its process dies.
+"""Directory lock, for one writer at a time: the operating system keeps it and releases it when the process dies.
 
 A POSIX record lock (`fcntl`) and not `flock`: it belongs to one process, so a loader worker that outlives its rank does
 not keep it; and it holds between the nodes of a network file system. The file `.lock` stays; only the lock counts, so a
-process that was killed blocks nobody. What the file says is for the message.
+process that was killed blocks nobody. The content of the file is for the message.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ class DirectoryLock:
         os.fsync(self._descriptor)  # a process on another node reads it
 
     def release(self) -> None:
-        """Let others write; nothing if that has been done."""
+        """Release the lock; a second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
 
 def holder(directory: Path) -> str | None:
-    """Who holds the lock of a directory, such as "process 71 on node3"; None if nobody does.
+    """The process that holds the lock of a directory, such as "process 71 on node3"; None if there is none.
 
-    Not for a process that holds it itself: looking would release it.
+    Not for the process that holds it itself: it would release its own lock.
     """
     try:
         descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -85,7 +85,7 @@ def holder(directory: Path) -> str | None:
 
 
 def _taken(descriptor: int) -> bool:
-    """Take the lock, or say that another process has it."""
+    """Take the lock; True if another process has it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -107,7 +107,7 @@ def test_when_none_is_whole_it_does_not_start_anew_silently(tmp_path: Path) -> N
         write(tmp_path, step)
     for step in (1, 2):
         os.truncate(tmp_path / str(step) / "model.safetensors", 9)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*/2 is damaged: model.*/1 is damaged"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* is complete: .*/2 is damaged: model.*/1 is damaged"):
         checkpoint.load_latest(tmp_path)
     with pytest.raises(CheckpointError, match=r"incomplete: it has no manifest.json"):
         checkpoint.load(tmp_path / "3")

@@ -1,6 +1,6 @@
 """The figure of the recursion study: differences from InfoNCE with their 95 % margins, read from the page's own tables.
 
-    python docs/figures/recursion_study.py        writes docs/figures/recursion_study.svg
+python docs/figures/recursion_study.py        writes docs/figures/recursion_study.svg
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified when read, keyed by global names. safetensors and JSON only, no pickle.
+"""Checkpoints: atomic, verified when read, keyed by global names. safetensors and JSON only, no pickle.
 
     checkpoints/
       latest                     the newest step, as text
@@ -10,11 +10,11 @@
         manifest.json            length and SHA-256 of every file above, and of itself
 
 A checkpoint is built under a temporary name, flushed to the disk and renamed; then `latest` is replaced; then older
-ones are removed. So whatever instant a save is ended at, the old or the new checkpoint loads. Nothing is keyed by
+ones are removed. So a save can be killed at any instant, and the old or the new checkpoint loads. Nothing is keyed by
 rank: another world size can load it.
 
-Inside: `manifest` knows when a directory is whole, `optimizer` turns an optimizer into names and tensors, `reading` and
-`writing` use both.
+`manifest` checks that a directory is complete, `optimizer` converts an optimizer's state to names and tensors, and
+`reading` and `writing` use both.
 """
 
 from rkdo_dist.checkpoint.manifest import CheckpointError

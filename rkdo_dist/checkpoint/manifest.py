@@ -1,4 +1,4 @@
-"""When a checkpoint's directory is whole: every file of its manifest is there, byte for byte as it was written."""
+"""Manifest of a checkpoint: its files with length and SHA-256, and their verification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rkdo_dist.files import sha256_of
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, PARTS = "model.safetensors", "optimizer.safetensors", "parts"
-_LONGEST = 1 << 26  # bytes; no longer manifest is parsed
+_LONGEST = 1 << 26  # bytes; a longer manifest is not parsed
 
 
 class CheckpointError(ValueError):
@@ -33,7 +33,7 @@ def manifest_of(root: Path, step: int) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON as all files of a checkpoint have it; floats come back bit by bit."""
+    """JSON in the form of all files of a checkpoint; floats are restored bit by bit."""
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
@@ -43,26 +43,28 @@ def _signed(manifest: dict[str, Any]) -> bytes:
 
 
 def verify(root: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint of which every file is as it was written.
+    """The manifest of a checkpoint, after verifying every file.
 
     Raises:
-        CheckpointError: if one is missing or is not, naming it.
+        CheckpointError: if a file is missing or has changed, naming it.
     """
     manifest = read_manifest(root)
     for name, facts in manifest["files"].items():
         if not _as_long_as(root / name, facts["bytes"]):
-            raise CheckpointError(f"the checkpoint {root} is damaged: {name} is missing or has another length")
+            raise CheckpointError(f"the checkpoint {root} is damaged: {name} is missing or has the wrong length")
         try:
             digest = sha256_of(root / name)
         except OSError as error:
             raise CheckpointError(f"the checkpoint {root} cannot be read: {name}: {error.strerror}") from error
         if digest != facts["sha256"]:
-            raise CheckpointError(f"the checkpoint {root} is damaged: {name} has another SHA-256 than when written")
+            raise CheckpointError(
+                f"the checkpoint {root} is damaged: {name} has changed since it was written (SHA-256)"
+            )
     return manifest
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest, provided no bit of it has changed.
+    """The manifest, after verifying its own digest.
 
     Raises:
         CheckpointError: if it is missing, has changed, or is of another version.
@@ -100,7 +102,7 @@ def plausible(root: Path) -> bool:
 
 
 def _as_long_as(path: Path, length: int) -> bool:
-    """Whether `path` is a regular file (no link, no device) of `length` bytes."""
+    """Whether `path` is a regular file (not a link or device) of `length` bytes."""
     try:
         found = path.lstat()
     except OSError:

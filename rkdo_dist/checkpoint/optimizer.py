@@ -1,7 +1,7 @@
 """The state of an optimizer as plain data keyed by parameter names, and back, bit by bit.
 
-torch numbers parameters in the order in which an optimizer got them; names hold when code, sharding or the
-number of ranks changes, and tensors with names need no pickle.
+torch numbers parameters in the order in which an optimizer received them; names remain valid when code, sharding or
+the number of ranks changes, and named tensors need no pickle.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OptimizerState:
             tensors are "#<group>.<name>".
         groups: per parameter group its hyper-parameters, JSON-able, and under "params" its parameters'
             names.
-        scalars: state that is no tensor, JSON-able, named like the tensors.
+        scalars: state that is not a tensor, JSON-able, named like the tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -90,7 +90,7 @@ def tensors_to_optimizer(saved: OptimizerState, optimizer: torch.optim.Optimizer
     if theirs != ours:
         differing = sorted({n for g in theirs for n in g} ^ {n for g in ours for n in g})
         what = f"parameters differ, the first is {differing[0]}" if differing else "parameter groups differ"
-        raise ValueError(f"the saved optimizer does not fit: {what}")
+        raise ValueError(f"the saved optimizer does not match: {what}")
     group_of = {name: group for group in optimizer.param_groups for name in (names[id(p)] for p in group["params"])}
     state: dict[str, dict[str, Any]] = {}
     for name, value in {**saved.tensors, **saved.scalars}.items():
@@ -98,7 +98,7 @@ def tensors_to_optimizer(saved: OptimizerState, optimizer: torch.optim.Optimizer
             continue
         owner, _, key = name.rpartition(".")
         if owner not in group_of:
-            raise ValueError(f"the saved optimizer does not fit: state {name} belongs to no parameter")
+            raise ValueError(f"the saved optimizer does not match: state {name} belongs to no parameter")
         if isinstance(value, Tensor):
             value = _placed(value, key, name, parameters[owner], group_of[owner])
         state.setdefault(owner, {})[key] = value
@@ -118,7 +118,7 @@ def _placed(value: Tensor, key: str, name: str, parameter: Tensor, group: dict[s
     """A copy of a saved state where torch keeps it: with its parameter, but step counters mostly on the CPU."""
     if key in _SHAPED and value.shape != parameter.shape:
         raise ValueError(
-            f"the saved optimizer does not fit: {name} has shape {tuple(value.shape)}, "
+            f"the saved optimizer does not match: {name} has shape {tuple(value.shape)}, "
             f"its parameter {tuple(parameter.shape)}"
         )
     on_cpu = key == "step" and not group.get("capturable") and not group.get("fused")

@@ -1,4 +1,4 @@
-"""Reading checkpoints: verified, and the newest whole one when the newest is not."""
+"""Reading of checkpoints: verified; if the newest is damaged, the newest one that is complete."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rkdo_dist.checkpoint.manifest import MODEL, OPTIMIZER, PARTS, STATE, Checkp
 from rkdo_dist.checkpoint.optimizer import OptimizerState
 
 LATEST = "latest"
-SET_ASIDE = ".replaced"  # ends the name of a checkpoint that another of the same step takes the place of
+SET_ASIDE = ".replaced"  # suffix of a checkpoint while another of the same step replaces it
 
 
 class CheckpointWarning(UserWarning):
-    """Another checkpoint than the newest is used, or an old one could not be removed."""
+    """An older checkpoint than the newest is used, or an old one could not be removed."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint.
+    """A complete checkpoint.
 
     Attributes:
         path: its directory.
@@ -58,9 +58,9 @@ class Checkpoint:
 
 
 def load_latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
-    """The newest whole checkpoint: the one that `latest` names, or else the newest before it that is whole.
+    """The newest complete checkpoint: the one that `latest` names, or else the newest complete one before it.
 
-    Using another than the one named is said in a `CheckpointWarning` that gives the reason.
+    If it is not the one that `latest` names, a `CheckpointWarning` gives the reason.
 
     Args:
         directory: the `checkpoints` directory; it need not exist.
@@ -69,7 +69,7 @@ def load_latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
         None if there is no checkpoint at all; the remains of an interrupted first save do not count.
 
     Raises:
-        CheckpointError: if there are checkpoints and none is whole.
+        CheckpointError: if there are checkpoints and none is complete.
     """
     root = Path(directory)
     steps = sorted(steps_in(root), reverse=True) if root.is_dir() else []
@@ -100,7 +100,7 @@ def load_latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
                 warnings.warn(f"{'; '.join(complaints)}. Using {path}", CheckpointWarning, stacklevel=2)
             return found
     raise CheckpointError(
-        f"no checkpoint in {root} is whole: {'; '.join(complaints)}. Restore one, or remove them to start anew"
+        f"no checkpoint in {root} is complete: {'; '.join(complaints)}. Restore one, or remove them to start over"
     )
 
 

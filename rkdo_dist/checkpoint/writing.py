@@ -1,4 +1,4 @@
-"""Writing checkpoints: built under a temporary name, flushed, renamed; then `latest`; then the oldest go."""
+"""Writing of checkpoints: built under a temporary name, flushed, renamed; then `latest`; then old ones are removed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def save(
 
 
 def begin(directory: str | os.PathLike[str], step: int) -> Path:
-    """Remove what an interrupted save has left and make the temporary directory of a new one; see `save`.
+    """Remove the remains of an interrupted save and make the temporary directory of a new one; see `save`.
 
     Returns:
         The temporary directory, for `write_part` and `commit`.
@@ -174,7 +174,7 @@ def _put_in_place(building: Path, final: Path) -> Path:
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    """Remove the oldest checkpoints below `step`, and those that are plainly incomplete, which do not count."""
+    """Remove the oldest checkpoints below `step`, and those that are incomplete, which do not count."""
     older = sorted((s for s in steps_in(root) if s < step), reverse=True)
     whole = [s for s in older if plausible(root / str(s))]
     for s in set(older) - set(whole[: keep - 1]):

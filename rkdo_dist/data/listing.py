@@ -63,7 +63,7 @@ class Listing:
         """The bytes of an image.
 
         Raises:
-            DataError: if it cannot be read or has another length than when it was listed.
+            DataError: if it cannot be read or has a length that has changed since it was listed.
         """
         try:
             with open(self.root if file.offset >= 0 else self.root / file.name, "rb") as stream:

@@ -1,7 +1,7 @@
 """The learned rows over ALL n samples, without an n-wide row: log-sum-exp and the K largest logits, tile by tile.
 
-A tile holds the embeddings of consecutive samples. Tiles can be visited in any order and by different owners: what is
-found is the same, bit for bit, because logits of a tile depend on nothing else, equal logits are ranked by sample, and
+A tile holds the embeddings of consecutive samples. Tiles can be visited in any order and by different owners: the
+result is the same, bit for bit, because logits of a tile depend on nothing else, equal logits are ranked by sample, and
 sums over tiles are formed at the end in the order of the tiles.
 """
 
@@ -17,7 +17,7 @@ ROWS = 512  # queries of a block: a block of logits stays near the cache, whatev
 
 @dataclass
 class Nearest:
-    """What is known of r learned rows from the tiles seen so far.
+    """Partial results of r learned rows, from the tiles seen so far.
 
     Attributes:
         samples: (r, K) int32, those of the largest logits, in no order; n where there are fewer.
@@ -75,7 +75,7 @@ class Nearest:
 def visit_tile(
     found: Nearest, queries: Tensor, embeddings: Tensor, seen: Tensor, first: int, tile: int, stored: Tensor
 ) -> None:
-    """Add a tile to what is known.
+    """Add a tile to the partial results.
 
     Args:
         found: of all r rows; filled in place.

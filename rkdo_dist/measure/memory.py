@@ -1,6 +1,6 @@
-"""How much memory a rank needs for a step, from what is countable and from two small forward passes.
+"""Memory of a rank for one step, from what can be counted and from two small forward passes.
 
-What autograd keeps of a forward is an affine function of the number of images: measured at two sizes, known at all.
+The bytes that autograd keeps of a forward pass are affine in the number of images, so two sizes are measured.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def lane_bytes(
 
 
 def step_memory(shape: StepShape, optimizer: str, lane: int, image_bytes: int, rows: int = 0) -> dict[str, int]:
-    """Bytes on a rank at the peak of a step, by what they are for; the library's own are not among them.
+    """Bytes on a rank at the peak of a step, by purpose; the library's own are not included.
 
     Args:
         optimizer: `train.optimizer`.
@@ -95,7 +95,7 @@ def cores() -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory of the device; on a CPU what the machine has left, for all ranks on it."""
+    """Memory of the device; on a CPU the memory that is available to all ranks of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     import psutil

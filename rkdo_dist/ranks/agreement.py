@@ -1,4 +1,4 @@
-"""Whether all ranks were started alike: compared before anything depends on it, naming what differs and the rank.
+"""Comparison of the ranks before training: code, settings and data must be the same, or the difference is named.
 
 Every rank calls these functions; each gathers, so no rank waits for one that has left, and all raise the same error.
 """
@@ -17,12 +17,12 @@ from rkdo_dist.config import Config
 from rkdo_dist.exchange import group
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# What may differ between nodes: paths, and what a rank does by itself.
+# Settings that may differ between nodes: paths, and what a rank does by itself.
 _OF_A_NODE = ("data.source", "data.shards", "data.allow_remote", "data.workers", "run.dir", "run.timeout")
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Refuse to go on when ranks differ in what decides the result (collective).
+    """Raise an error if ranks differ in what decides the result (collective).
 
     Args:
         facts: by name; small, the same names on every rank.
@@ -42,7 +42,7 @@ def agree(facts: dict[str, Any]) -> None:
 
 
 def same_request(config: Config) -> None:
-    """Refuse ranks that were given other settings or run other code (collective; before anything else is).
+    """Raise an error if ranks have different settings or run different code (collective; comes first of all).
 
     Raises:
         RankError: naming the setting or source file, and the ranks that differ from rank zero.

@@ -7,7 +7,7 @@ after an overflow, double after a number of steps without one. Scales are powers
 
 from __future__ import annotations
 
-SMALLEST = 2.0**-14  # an overflow below this scale is no matter of scale: the gradient itself is broken
+SMALLEST = 2.0**-14  # an overflow below this scale is not due to the scale: the gradient itself is broken
 
 
 class LossScale:
@@ -32,7 +32,7 @@ class LossScale:
         self._since = 0
 
     def update(self, overflow: bool) -> None:
-        """Follow a step that overflowed, or did not."""
+        """Adapt the scale after a step, with or without an overflow."""
         if overflow:
             self.scale *= self._backoff
             self._since = 0

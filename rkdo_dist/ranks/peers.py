@@ -1,8 +1,8 @@
-"""The other processes of a job, perhaps on other nodes: how to reach them, and what to say when one is lost.
+"""Peers: the other processes of a job, how to reach them, and the error when one is lost.
 
 Gloo listens on the address that the host's own name resolves to. On many machines that is 127.0.1.1, and two nodes
-then wait for each other in vain; so the interface that leads to the first node is chosen here, unless the user has
-chosen one (GLOO_SOCKET_IFNAME). NCCL looks at the interfaces themselves and rarely needs help.
+then wait for each other in vain; so the interface on the route to the first node is chosen here, unless the user has
+chosen one (GLOO_SOCKET_IFNAME). NCCL inspects the interfaces itself and rarely needs help.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Place:
 
 
 class Peers:
-    """The ranks of this job by place; empty until they have met.
+    """The ranks of this job and their hosts; empty until `meet`.
 
     Args:
         timeout: seconds after which a collective gives up (`run.timeout`), for the message.
@@ -76,7 +76,7 @@ class Peers:
         self._places, self._me = places, group.rank()
 
     def explain(self, error: BaseException) -> str | None:
-        """What a failed collective means for the user; None if the error is of another kind."""
+        """Explanation of a failed collective for the user; None if the error is of another kind."""
         text = str(error)
         if isinstance(error, group.RankError) or not (isinstance(error, dist.DistError) or "gloo/" in text):
             return None
@@ -99,7 +99,7 @@ class Peers:
         )
 
     def _suspects(self, text: str) -> str:
-        """The ranks that an error speaks of: those at the address it names, otherwise all others."""
+        """The ranks that an error can concern: those at the address it names, otherwise all others."""
         named = _ADDRESS.search(text)
         others = [rank for rank in range(len(self._places)) if rank != self._me]
         there = [rank for rank in others if named is not None and self._places[rank].address == named.group(1)]
@@ -124,11 +124,11 @@ def choose_interface() -> None:
 
 
 def own_address() -> str | None:
-    """The address of this machine on the way to the first node (MASTER_ADDR); None if there is no way."""
+    """The address of this machine on the route to the first node (MASTER_ADDR); None if there is no route."""
     master = os.environ.get("MASTER_ADDR", "localhost")
     address = _source_address(master, int(os.environ.get("MASTER_PORT") or 9))
     if address is not None and ipaddress.ip_address(address).is_loopback and not _means_loopback(master):
-        # The first node's own name leads to itself by the loopback: take the way to everywhere else.
+        # The first node's own name resolves to the loopback: take the default route instead.
         return _source_address(*_NOWHERE) or address
     return address
 

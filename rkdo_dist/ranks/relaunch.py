@@ -17,10 +17,10 @@ _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def missing_ranks() -> list[str] | None:
-    """The torchrun arguments that start the ranks the launcher promised; None if this process is all there is to be.
+    """The torchrun arguments that start the ranks the launcher promised; None if no rank is missing.
 
     Raises:
-        ValueError: if several ranks were promised but their number cannot be found out.
+        ValueError: if several ranks were promised but their number cannot be determined.
     """
     lone = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
     if not lone or "MASTER_PORT" not in os.environ or any(name in os.environ for name in _MPI):

@@ -1,4 +1,4 @@
-"""Requests to stop: a signal sets a flag, the loop acts on it at the end of a step, together with all ranks."""
+"""Stop requests: a signal sets a flag, and the loop acts on it at the end of a step, together with all ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1:
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `code` instead of ending the process.
 
-    A second SIGINT gets the usual KeyboardInterrupt, for whoever cannot wait for the end of the step; but not at once,
-    because a launcher passes on the SIGINT that the terminal has sent to the whole process group already.
+    A second SIGINT raises the usual KeyboardInterrupt, for users who cannot wait for the end of the step; but not at
+    once, because a launcher passes on the SIGINT that the terminal has already sent to the whole process group.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What surrounds a job: its peers, what it says to people, and the last word it leaves in the run directory."""
+"""Context of a job: its peers, its messages to people, and its status in the run directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Surroundings:
 
         Args:
             run: None on ranks other than zero.
-            step: tells the steps done.
+            step: returns the number of steps done.
         """
         self._run, self._step = run, step
         self._write("running")

@@ -1,8 +1,8 @@
 """Paired comparisons: two conditions run with the same seeds, compared seed by seed.
 
-Runs of one seed share their data order and initial weights, so the differences within seeds are what is tested. With
-few seeds the tests have little power, and that is said instead of hidden: with five seeds the smallest p-value of
-Wilcoxon's test is 1/16, and the t-test leans on normal differences.
+Runs of one seed share their data order and initial weights, so the differences within seeds are tested. With few seeds
+the tests have little power, and the output says so: with five seeds the smallest p-value of Wilcoxon's test is 1/16,
+and the t-test assumes normal differences.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _ENUMERATED = 13  # pairs with ties: 2^13 sign vectors, which scipy's default of
 
 @dataclass(frozen=True)
 class Paired:
-    """What n pairs (a, b) say about a - b. With fewer than two pairs only n and the means are numbers, the rest is NaN.
+    """Statistics of n pairs (a, b). With fewer than two pairs only n and the means are numbers, the rest is NaN.
 
     Attributes:
         n: pairs.
         mean_a, mean_b, sd_a, sd_b: of each side (sample standard deviations, n - 1).
         difference, sd_difference: mean and standard deviation of a - b.
-        t_p: two-sided p of the paired t-test; Wilcoxon's where all differences are the same. Accuracies are multiples
-            of 1/n, so a few seeds often differ by exactly the same amount, which Student's test takes for certainty.
+        t_p: two-sided p of the paired t-test; Wilcoxon's if all differences are the same. Accuracies are multiples
+            of 1/n, so a few seeds often differ by exactly the same amount, for which Student's p would be 0.
         wilcoxon_p: two-sided p of Wilcoxon's signed-rank test (see `wilcoxon`), zero differences left out.
         interval: 95 % percentile bootstrap interval of the mean difference (10,000 resamples of pairs, fixed seed).
-            With five pairs it covers less than 95 %: a resample cannot leave the range of what was seen.
+            With five pairs it covers less than 95 %: a resample cannot leave the range of the observed values.
         effect: Cohen's d_z, difference / sd_difference; infinite if all differences are the same and not zero.
     """
 
@@ -52,7 +52,7 @@ class Paired:
 
     @property
     def margin(self) -> float:
-        """Half of Student's 95 % interval of the mean difference: beyond difference +- margin all is excluded.
+        """Half of Student's 95 % interval of the mean difference: larger or smaller differences are excluded.
 
         Wider than the bootstrap's with few pairs, and the right one for "how large a difference may have been missed";
         NaN with fewer than two pairs.
@@ -73,7 +73,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or not len(x):
-        raise ValueError(f"need two lists of as many numbers, got {x.shape} and {y.shape}")
+        raise ValueError(f"need two lists of equally many numbers, got {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("paired values must be finite")
     n, nan, difference = len(x), math.nan, _differences(x, y)
@@ -151,7 +151,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(
     result: Paired, p: float | None = None, names: tuple[str, str] = ("first", "second"), level: float = LEVEL
 ) -> str:
-    """What a comparison says, in words.
+    """A comparison in words.
 
     Args:
         result: of `paired`.

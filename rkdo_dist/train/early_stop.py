@@ -1,4 +1,4 @@
-"""The paper's early stop: end a run when L(t) no longer falls (Martin 2025, section 6.2.4, item 3).
+"""The paper's early stopping: end a run when L(t) no longer falls (Martin 2025, section 6.2.4, item 3).
 
 The geometric decay of the loss flattens once L(t) comes near the least value that the model can attain, so the slope of
 L(t) says when to stop. The losses are the journal's: means over the global batch, the same on every rank, so every rank
@@ -26,7 +26,7 @@ class EarlyStop:
         self._losses: deque[float] = deque(maxlen=window)
 
     def add(self, kind: str, loss: float | None) -> None:
-        """Take note of a step: its objective and its loss, None for a step that was skipped.
+        """Record a step: its objective and its loss, None for a step that was skipped.
 
         Losses of different objectives are different functions, so a change of objective begins a new window.
         """
@@ -39,15 +39,15 @@ class EarlyStop:
 
     @property
     def reached(self) -> bool:
-        """Whether a whole window lies behind and the loss fell by less than the given slope per step in it."""
+        """Whether a whole window is recorded and the loss fell by less than the given slope per step in it."""
         return self._slope is not None and len(self._losses) == self._window and -slope(self._losses) < self._slope
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on with exactly the same decisions (numbers and text only)."""
+        """State for a checkpoint, to continue with exactly the same decisions (numbers and text only)."""
         return {"kind": self._kind, "losses": list(self._losses)} if self._slope is not None else {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self._kind = state.get("kind", "")
         self._losses = deque(state.get("losses", ()), maxlen=self._window)
 

@@ -1,7 +1,7 @@
 """Experiment trackers beside metrics.jsonl: TensorBoard and Weights & Biases, through Accelerate's tracker classes.
 
-Rank zero only. The step of the run is the step of every point, so a run that is continued writes on where it stopped:
-TensorBoard is told to forget what a killed run wrote after its last checkpoint, W&B continues the run of the same id.
+Rank zero only. The step of the run is the step of every point, so a continued run goes on where its checkpoint was:
+TensorBoard discards what a killed run wrote after its last checkpoint, W&B continues the run of the same id.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TrackerError(ValueError):
 
 
 def check(names: Sequence[str]) -> None:
-    """Whether these trackers can be used here.
+    """Check that these trackers can be used here.
 
     Raises:
         TrackerError: naming those that are not installed.
