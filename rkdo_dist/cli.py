@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rkdo_dist.addresses import Parser, shown, traceback_without_secrets
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -24,6 +26,8 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 lost a peer, 2 a mistake in the request, 75 pre-empted, 130 interrupted."""
+    if arguments is None:
+        sys.excepthook = traceback_without_secrets
     options = parsed(list(sys.argv[1:] if arguments is None else arguments))
     try:
         code = options.run(options)
@@ -65,7 +69,7 @@ def _is_users(error: BaseException) -> bool:
 def _say(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "rkdo: " if rank == "0" else f"rkdo [rank {rank}]: "
-    print(prefix + text, file=sys.stderr, flush=True)
+    print(prefix + shown(text), file=sys.stderr, flush=True)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -79,7 +83,7 @@ _WAYS = "values of run.reduction: some of exact, fast, ring (default: as the con
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rkdo",
         description="Recursive KL Divergence Optimization: prepare data, train, evaluate, compare.",
         epilog="Set RKDO_TRACEBACK=1 to see the traceback of an error.",
@@ -470,8 +474,8 @@ def _scale(options: argparse.Namespace) -> int:
     study = scaling.study(results, options.project, options.interconnect, options.device_speed)
     page = out / "scaling.html"
     write_page(study, draw(study, out), page)
-    for shown in terminal_tables(study):
-        console.print(shown)
+    for part in terminal_tables(study):
+        console.print(part)
     console.print(f"page: {page}", soft_wrap=True)
     return 0
 

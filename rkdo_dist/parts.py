@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import torch
 
+from rkdo_dist.addresses import shown
 from rkdo_dist.config import Config, ConfigError, EncoderConfig, FieldConfig, ViewsConfig
 from rkdo_dist.data.index import ShardIndex, load_index
 from rkdo_dist.data.order import EpochPlan
-from rkdo_dist.data.source import Progress, open_source, shown
+from rkdo_dist.data.source import Progress, open_source
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder, is_code
 from rkdo_dist.field.objectives import Objective
@@ -106,12 +107,6 @@ def require_source(config: Config) -> None:
             "data.source is not set: name a folder of images, or shards made by `rkdo prepare`, "
             "e.g. data.source=data/digits"
         )
-
-
-def without_secrets(config: Config) -> Config:
-    """The configuration as it may be written down: an address of data loses its query and password."""
-    data = dataclasses.replace(config.data, source=shown(config.data.source), shards=shown(config.data.shards))
-    return dataclasses.replace(config, data=data)
 
 
 def epoch_plan(config: Config, index: ShardIndex, epoch: int) -> EpochPlan:

@@ -25,6 +25,7 @@ from typing import Any
 
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
+from rkdo_dist.addresses import shown
 from rkdo_dist.files import write_atomic
 from rkdo_dist.lock import DirectoryLock
 
@@ -256,7 +257,7 @@ class RunDirectory:
         if self._saved is not None:
             status["checkpoint"] = self._saved
         if message:
-            status["message"] = message
+            status["message"] = shown(message)
         write_atomic(self.path / "status.json", json.dumps(status, indent=2) + "\n")
 
     def saved(self, step: int) -> None:

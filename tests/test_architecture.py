@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rkdo_dist"
 
 # Module prefix (longest match wins) -> floor. A module imports only lower floors, and its own folder.
 FLOORS = {
-    "config": 0,
+    "addresses": 0,
+    "config": 1,
     "files": 0,
     "lock": 0,
     "field": 1,

@@ -6,7 +6,7 @@ building it (`parts.check`); only what settings ask of each other is checked her
 """
 
 from rkdo_dist.config.former import digest_of_first_edition
-from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml
+from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml, without_secrets
 from rkdo_dist.config.rules import check, check_world
 from rkdo_dist.config.sections import (
     Config,
@@ -48,4 +48,5 @@ __all__ = [
     "listed",
     "load",
     "to_yaml",
+    "without_secrets",
 ]

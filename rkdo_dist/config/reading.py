@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from rkdo_dist import addresses
 from rkdo_dist.config.former import FORMER, rename, with_names_of_now
 from rkdo_dist.config.rules import check
 from rkdo_dist.config.sections import Config, ConfigError, flatten
@@ -46,7 +47,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path} is not a valid configuration: {error}") from error
+        raise ConfigError(f"{path} is not a valid configuration: {_reason(error)}") from None
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path}: expected sections (field:, data:, ...), found {type(tree).__name__}")
     try:
@@ -86,6 +87,13 @@ def _changed(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
     return tree
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong and where, without YAML's excerpt: it may begin in the middle of an address with a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+
+
 def _apply(tree: dict[Any, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
@@ -95,7 +103,7 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ConfigError) as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {_reason(error)}") from None
     if key.strip() in FORMER:
         rename(tree, key.strip(), value)
         return
@@ -206,7 +214,16 @@ def _scalar(key: str, kind: type, value: Any) -> Any:
     raise ConfigError(f"{key} must be {names[kind]}, got {value!r} ({type(value).__name__})")
 
 
+def without_secrets(config: Config) -> Config:
+    """The configuration as it may be written down: addresses have no password and no query (`rkdo_dist.addresses`)."""
+    sections = {}
+    for section, values in dataclasses.asdict(config).items():
+        hidden = {k: addresses.shown(v) for k, v in values.items() if isinstance(v, str) and addresses.shown(v) != v}
+        sections[section] = dataclasses.replace(getattr(config, section), **hidden)
+    return dataclasses.replace(config, **sections)
+
+
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, readable by `load`."""
-    tree = json.loads(json.dumps(dataclasses.asdict(config)))
+    """The resolved configuration as YAML, readable by `load`; addresses without their secret parts."""
+    tree = json.loads(json.dumps(dataclasses.asdict(without_secrets(config))))
     return yaml.safe_dump(tree, sort_keys=False)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from rkdo_dist import addresses
 from rkdo_dist.data.errors import DataError, Unreachable
 from rkdo_dist.files import sha256_of, sync_file
 
@@ -56,7 +57,8 @@ class Address:
     """A URL whose secret parts stay out of sight.
 
     Attributes:
-        url: with everything, only for the request itself.
+        url: with everything, only for the request itself; what was given without its secret parts gets them from the
+            environment (`rkdo_dist.addresses`).
         shown: scheme, host and path, for messages.
 
     Raises:
@@ -73,8 +75,8 @@ class Address:
                 f"addresses that begin with {parts.scheme}: are not supported, only "
                 f"{', '.join((*HTTP, *OBJECT_STORES))}"
             )
-        host = parts.netloc.rpartition("@")[2]
-        object.__setattr__(self, "shown", urlunsplit((parts.scheme, host, parts.path, "", "")))
+        object.__setattr__(self, "url", addresses.whole(self.url))
+        object.__setattr__(self, "shown", addresses.shown(self.url))
 
     @property
     def base(self) -> str:

@@ -20,7 +20,7 @@ from rkdo_dist.data import datasets
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.folder import folder_index
 from rkdo_dist.data.index import INDEX_NAME, ShardIndex, load_index
-from rkdo_dist.data.remote import Address, is_url
+from rkdo_dist.data.remote import is_url
 
 Progress = Callable[[int, int, str], None]
 _IMPORT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -70,14 +70,6 @@ def open_source(
         datasets.imported(source)
         return datasets.dataset_index(datasets.Opener(source, datasets.user_splits, source), workers=workers)
     return _local(source, allow_remote, on_corrupt, progress)
-
-
-def shown(source: str) -> str:
-    """A source without the secret parts of its address: what may be printed and stored."""
-    scheme, rest = _scheme(source)
-    if scheme == "shards" and is_url(rest):
-        return f"shards://{Address(rest).shown}"
-    return Address(source).shown if not scheme and is_url(source) else source
 
 
 def _local(source: str, allow_remote: bool, on_corrupt: str, progress: Progress | None) -> ShardIndex:

@@ -64,7 +64,7 @@ def measure(config: Config, ways: Sequence[str], steps: int, out: Path) -> None:
         index = group.together(lambda: parts.open_index(config), "reading the index")
         agree({"the shards' index (digest)": index.digest()})
         points = [_measured(asked[way], way, rt, index, steps) for way in ways]
-        settings = configuration.flatten(parts.without_secrets(config))
+        settings = configuration.flatten(configuration.without_secrets(config))
         facts = {"version": __version__, "settings": settings, "points": points}
         group.together(lambda: write_atomic(out, json.dumps(facts, indent=1)) if rt.is_main else None, f"writing {out}")
     finally:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rkdo_dist.addresses import shown
 from rkdo_dist.exchange import group
 
 _MOST = 100  # held at a time: a warning that differs at every step must not eat the memory
@@ -38,7 +39,7 @@ class Messages:
 
     def add(self, text: str) -> None:
         """One warning of this rank; a text that was added before is dropped."""
-        text = " ".join(text.split())
+        text = shown(" ".join(text.split()))
         if text in self._known:
             return
         self._known.add(text)

@@ -15,6 +15,7 @@ from typing import Any
 
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
+from rkdo_dist.addresses import shown
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.index import ShardIndex
@@ -55,7 +56,7 @@ class Request:
     @property
     def said(self) -> str:
         """The protocol and what was changed in it, for titles."""
-        return f"protocol {self.protocol}" + (f", changed: {', '.join(self.changes)}" if self.changes else "")
+        return f"protocol {self.protocol}" + (f", changed: {shown(', '.join(self.changes))}" if self.changes else "")
 
 
 def paper_config(request: Request, dataset: str, objective: str, seed: int, shards: str) -> Config:
@@ -147,8 +148,8 @@ def locations(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
 def missing(dataset: str, place: str, error: DataError) -> str:
     """What to do about a data set that is not there."""
     return (
-        f"{published.TITLES[dataset]} is left out: {error}\n"
-        f"  prepare it with: rkdo prepare {dataset} --out {place}   (--root DIR if its files are here already), "
+        f"{published.TITLES[dataset]} is left out: {shown(str(error))}\n"
+        f"  prepare it with: rkdo prepare {dataset} --out {shown(place)}   (--root DIR if its files are here already), "
         f"or name its place with --data {dataset}=DIR"
     )
 

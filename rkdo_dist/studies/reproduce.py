@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rkdo_dist.addresses import shown
 from rkdo_dist.config import ConfigError
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.index import load_index
@@ -107,7 +108,7 @@ def write(results: Results, notes: list[str], absent: list[str], console: Consol
         console.print(line, highlight=False, soft_wrap=True)
     facts: dict[str, Any] = {
         "protocol": results.request.protocol,
-        "changes": results.request.changes,
+        "changes": [shown(change) for change in results.request.changes],
         "seeds": results.request.seeds,
         "epochs": results.request.epochs,
         "datasets": results.request.datasets,

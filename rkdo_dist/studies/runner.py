@@ -19,6 +19,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from rkdo_dist import addresses
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.console import progress_bar
@@ -170,9 +171,11 @@ class _Process:
         other = holder(base)  # before its log is overwritten
         if other is not None:
             raise LockedError(f"{other} is working on it: wait for it, or end it")
-        write_atomic(file, configuration.to_yaml(planned.config))
+        write_atomic(file, configuration.to_yaml(planned.config))  # without secrets: they go through the environment
+        variables = environment(os.environ, place, accelerators())
+        variables = addresses.handed_on(variables, configuration.flatten(planned.config).values())
         with self.log.open("w", encoding="utf-8") as log:
-            self.process = start(["train", str(file)], environment(os.environ, place, accelerators()), log)
+            self.process = start(["train", str(file)], variables, log)
         self.task = bar.add_task(planned.name, total=planned.steps, note="")
         self._seen = 0
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rkdo_dist import addresses, parts
 from rkdo_dist import config as configuration
-from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.files import write_atomic
 from rkdo_dist.measure.ledger import sent_bytes
@@ -117,10 +117,19 @@ def _launch(plan: Plan, overrides: Sequence[str], world: int, file: Path) -> Non
     else:
         where = ["--config_file", str(plan.launch_config), "--num_processes", str(world), "--main_process_port", "0"]
         launcher = ["-m", "accelerate.commands.launch", *where]
-    command = [sys.executable, *launcher, "-m", "rkdo_dist", "measure", str(plan.config), *overrides]
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "rkdo_dist",
+        "measure",
+        str(plan.config),
+        *map(addresses.shown, overrides),
+    ]
     command += ["--steps", str(plan.steps), "--out", str(file)]
     command += ["--ways", ",".join(plan.ways)] if plan.ways else []
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    settings = configuration.flatten(configuration.load(plan.config, overrides))
+    environment = addresses.handed_on({"OMP_NUM_THREADS": "1", **os.environ}, settings.values())
     answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if answer.returncode or not file.is_file():
         own = [line for line in (answer.stderr + answer.stdout).splitlines() if line.startswith("rkdo")]

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
+from rkdo_dist.addresses import shown
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.rundir import SCORE_TITLES
 from rkdo_dist.studies import sheets
@@ -50,8 +51,8 @@ class Axis:
 
     @property
     def texts(self) -> list[str]:
-        """The values as a person would write them."""
-        return [value if isinstance(value, str) else json.dumps(value) for value in self.values]
+        """The values as a person would write them, addresses without their secret parts."""
+        return [shown(value if isinstance(value, str) else json.dumps(value)) for value in self.values]
 
     def changes(self, position: int) -> tuple[str, ...]:
         """What the value at a position sets, as "section.key=value"."""
@@ -140,7 +141,7 @@ def variants(texts: Sequence[str]) -> Axis:
             changes = shlex.split(words)
         except ValueError:  # a quotation without its end
             changes = []
-        if not colon or not name.strip() or not changes or not all("=" in change for change in changes):
+        if not colon or not name.strip() or "=" in name or not changes or not all("=" in change for change in changes):
             raise ConfigError(f"--variant {text!r} is not of the form 'NAME: section.key=value section.key=value'")
         decided = next((key for key in _DECIDED if any(change.startswith(key + "=") for change in changes)), None)
         if decided:
@@ -283,7 +284,7 @@ def _legend(axes: Sequence[Axis]) -> Iterator[str]:
     """What the named variants are."""
     for one in axes:
         if one.settings:
-            yield from (f"{name}: {' '.join(one.changes(i))}" for i, name in enumerate(one.texts))
+            yield from (f"{name}: {shown(' '.join(one.changes(i)))}" for i, name in enumerate(one.texts))
 
 
 def _for_programs(asked: Sweep, row: Row) -> dict[str, Any]:

@@ -81,8 +81,8 @@ def _set_up(config: Config, rt: Runtime, run: RunDirectory) -> Job:
     group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     agree({**job.facts(), **rt.launch})
     source = group.together(lambda: other_run(config), "looking at run.resume")
-    shown, data = parts.without_secrets(config), index.digest()
-    group.together(lambda: run.claim(shown, source, data) if rt.is_main else None, "claiming run.dir")
+    data = index.digest()
+    group.together(lambda: run.claim(config, source, data) if rt.is_main else None, "claiming run.dir")
     group.together(run.check_shared, "looking at run.dir")
     if config.run.resume != "never":
         group.together(job.restore, "loading the checkpoint")
@@ -103,7 +103,7 @@ def _set_up(config: Config, rt: Runtime, run: RunDirectory) -> Job:
 def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
     if not config.run.trackers:
         return None
-    settings = configuration.flatten(parts.without_secrets(config))
+    settings = configuration.flatten(configuration.without_secrets(config))
     return tracking.Trackers(config.run.trackers, job.run.path, job.position, settings)
 
 

@@ -1,0 +1,79 @@
+"""Addresses that may hold a secret: what of them may be shown, and how a process that we start gets the rest.
+
+A token stands before the host (user:password@host) or in the query (?token=...). Neither is written to a file, put into
+a name or among the arguments of a process, or shown: not even in the message that refuses the address. What a child
+process needs travels in its environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import NoReturn
+
+VARIABLE = "RKDO_ADDRESSES"  # whole addresses with blanks between them
+_SCHEME = r"[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2}"  # a pathlib.Path has lost the second /
+_OPTIONS = ("torchvision:", "imagefolder:")  # what stands in their query is no secret, and needed
+_ADDRESS = re.compile(rf"{_SCHEME}(?:(?!{_SCHEME})\S)*")
+_CLOSING = re.compile(r"[\]})>\"'`,;:.]*$")
+
+
+def shown(text: str) -> str:
+    """`text` with every address in it reduced to scheme, host and path."""
+    return _ADDRESS.sub(lambda found: _reduced(found[0]), text)
+
+
+def _reduced(address: str) -> str:
+    scheme = re.match(_SCHEME, address)
+    assert scheme is not None  # `_ADDRESS` begins with it
+    if scheme[0].startswith(_OPTIONS):
+        return address
+    rest = address[scheme.end() :]
+    closing = _CLOSING.search(rest)
+    closed = closing[0] if closing else ""
+    rest = rest.removesuffix(closed)
+    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host = place.partition("/")[0]
+    if "@" in host:
+        place = host.rpartition("@")[2] + place[len(host) :]
+    elif re.search(r":(?!\d*$)", host.rpartition("]")[2]):  # a password with / or ? in it: no port looks like that
+        place = re.split(r"[?#]", rest.rpartition("@")[2], maxsplit=1)[0] if "@" in rest else ""
+    return scheme[0] + place + closed
+
+
+def whole(address: str) -> str:
+    """The address with its secret parts, if the environment variable `RKDO_ADDRESSES` has it; otherwise as it is."""
+    if shown(address) != address:
+        return address
+    return next((known for known in os.environ.get(VARIABLE, "").split() if shown(known) == address), address)
+
+
+def handed_on(variables: Mapping[str, str], texts: Iterable[object]) -> dict[str, str]:
+    """The environment of a child process that is told only the shown forms of some addresses.
+
+    Args:
+        variables: the environment otherwise.
+        texts: settings; those that are addresses with a secret part are handed on.
+    """
+    found = [address for text in texts if isinstance(text, str) for address in _ADDRESS.findall(text)]
+    secret = [address for address in found if shown(address) != address]
+    if not secret:
+        return dict(variables)
+    return {**variables, VARIABLE: " ".join([*secret, *variables.get(VARIABLE, "").split()])}
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors quote what was asked for, addresses without their secret parts."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
+
+
+def traceback_without_secrets(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """A `sys.excepthook`: messages in a traceback may quote an address."""
+    print(shown("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr, flush=True)

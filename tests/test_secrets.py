@@ -1,0 +1,250 @@
+"""Tokens of addresses: in no file, name, process argument, figure, table or message of any command."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rkdo_dist import addresses
+from tests.jobs import ROOT, command, metrics
+
+PASSWORD, TOKEN = "p4ssw0rd-canary", "t0ken-canary"
+CANARIES = (PASSWORD, TOKEN)
+TINY = ["encoder.backbone=cifar_resnet8", "encoder.stem=imagenet", "train.max_steps=1", "data.workers=0"]
+
+
+class _Guarded(http.server.SimpleHTTPRequestHandler):
+    """Serves a directory to those who bring both the password and the token."""
+
+    def do_GET(self) -> None:
+        login = base64.b64encode(f"user:{PASSWORD}".encode()).decode()
+        if f"token={TOKEN}" not in self.path or self.headers.get("Authorization") != f"Basic {login}":
+            self.send_error(403)
+            return
+        self.path = self.path.partition("?")[0]
+        super().do_GET()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The digits behind a password and a token."""
+    monkeypatch.setenv("RKDO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Guarded, directory=str(digits)))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://user:{PASSWORD}@127.0.0.1:{server.server_port}/?token={TOKEN}"
+    server.shutdown()
+    server.server_close()
+
+
+class Arguments:
+    """While entered, what stands among the arguments of every process that this one starts."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        while not self._end.wait(0.02):
+            for child in psutil.Process().children(recursive=True):
+                try:
+                    self.seen.add(" ".join(child.cmdline()))
+                except psutil.Error:
+                    continue
+
+    def __enter__(self) -> Arguments:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def assert_silent(text: str, *folders: Path) -> None:
+    """No canary in what was printed, in the name of any file, or in one."""
+    for canary in CANARIES:
+        assert canary not in text
+        for path in (path for folder in folders for path in [folder, *folder.rglob("*")]):
+            assert canary not in str(path)
+            assert not path.is_file() or canary.encode() not in path.read_bytes(), path
+
+
+def config_of(small: list[str]) -> str:
+    return small[1]
+
+
+def test_train_evaluate_doctor_report_and_index(
+    small: list[str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    words = [config_of(small), *TINY, f"data.shards={url}", f"run.dir={run}"]
+    for arguments in (["doctor", *words], ["train", *words], ["report", str(run)]):
+        code, text = command(arguments)
+        assert code == 0, text
+        assert_silent(text, run, cache)
+    place, shard = addresses.shown(url), url.replace("/?", "/train-00000.tar?")
+    assert f"shards: {place}" in (run / "config.yaml").read_text()
+    code, text = command(["evaluate", str(run)])
+    assert code == 2  # without its secret parts the address leads nowhere
+    monkeypatch.setenv(addresses.VARIABLE, f"http://elsewhere/?token=x {url} {shard}")
+    for arguments in (
+        ["evaluate", str(run)],
+        ["train", str(run / "config.yaml"), "run.resume=auto"],
+        ["index", addresses.shown(shard), "--out", str(tmp_path / "index")],
+    ):
+        code, text = command(arguments)
+        assert code == 0, text
+        assert_silent(text, run, cache, *tmp_path.glob("index"))
+    monkeypatch.delenv(addresses.VARIABLE)
+    code, text = command(["index", shard, "--out", str(tmp_path / "again")])
+    assert code == 0, text
+    assert_silent(text, tmp_path / "again", cache)
+
+
+def test_a_sweep_over_addresses(small: list[str], url: str, digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    words = ["sweep", config_of(small), "--vary", f"data.shards='{url}','{digits}'", "--out", str(out)]
+    changes = [word for change in [*TINY, "evaluate.at_end=true", f"data.shards={url}"] for word in ("--set", change)]
+    with Arguments() as arguments:
+        code, text = command([*words, *changes, "--processes", "2"])
+    logs = "\n".join(path.read_text() for path in out.rglob("*.log"))
+    assert code == 0, text + logs
+    assert any("rkdo_dist train" in seen for seen in arguments.seen)
+    assert_silent(text + "\n".join(arguments.seen), out, tmp_path / "cache")
+    assert "127.0.0.1" in (out / "table.md").read_text()
+    one, other = (metrics(path.parent) for path in out.rglob("metrics.jsonl"))
+    assert one == other  # the child had the whole address
+    code, text = command([*words[:3], f"data.shards='{url}','{url}x'", "--out", str(tmp_path / "twice")])
+    assert code == 2
+    assert "a value is given twice" in text  # told apart by nothing that may be shown
+    assert_silent(text)
+
+
+def test_a_reproduction(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "reproduce"
+    words = ["reproduce", "--datasets", "cifar10", "--data", f"cifar10={url}", "--epochs", "1", "--seeds", "1"]
+    changes = [word for change in [*TINY[:2], TINY[3], "train.batches_per_epoch=1"] for word in ("--set", change)]
+    with Arguments() as arguments:
+        code, text = command([*words, *changes, "--out", str(out), "--processes", "2"])
+    logs = "\n".join(path.read_text() for path in out.rglob("*.log"))
+    assert code == 0, text + logs
+    assert any("rkdo_dist train" in seen for seen in arguments.seen)
+    assert_silent(text + "\n".join(arguments.seen), out, tmp_path / "cache")
+    code, text = command([*words[:4], f"cifar10={url.replace('/?', '/nowhere?')}", "--out", str(tmp_path / "none")])
+    assert code == 2
+    assert "is left out" in text
+    assert_silent(text)
+
+
+def test_a_scaling_study(small: list[str], url: str, tmp_path: Path) -> None:
+    out = tmp_path / "scale"
+    words = ["scale", config_of(small), *TINY[:2], TINY[3], "--world-sizes", "1", "--steps", "1", "--out", str(out)]
+    with Arguments() as arguments:
+        code, text = command([*words, f"data.source=shards://{url}"])
+    assert code == 0, text
+    assert any("rkdo_dist measure" in seen for seen in arguments.seen)
+    assert_silent(text + "\n".join(arguments.seen), out, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "CONFIG", "data.shards=[URL]"],
+        ["train", "CONFIG", "data.shards=URL: x"],
+        ["train", "CONFIG", "data.shards={a: 'URL'}"],
+        ["train", "CONFIG", "URL"],
+        ["train", "CONFIG", "data.split=URL", "data.shards=DIGITS", "run.dir=RUN"],
+        ["train", "CONFIG", "field.objective=URL"],
+        ["train", "CONFIG", "train.epochs=URL"],
+        ["train", "CONFIG", "--shards=URL"],
+        ["train", "URL"],
+        ["train", "CONFIG", "data.shards=NOWHERE", "run.dir=RUN"],
+        ["train", "CONFIG", "data.shards=ftp://user:p4ssw0rd-canary@h/x?t0ken-canary", "run.dir=RUN"],
+        ["train", "CONFIG", "data.shards=http://user:p4ssw0rd-canary@[::1/x?t0ken-canary", "run.dir=RUN"],
+        ["URL"],
+        ["doctor", "CONFIG", "data.shards=[URL]"],
+        ["evaluate", "URL"],
+        ["report", "URL"],
+        ["compare", "URL"],
+        ["status", "URL"],
+        ["index", "URL"],
+        ["index", "DIGITS", "URL"],
+        ["prepare", "URL", "--out", "RUN"],
+        ["sweep", "CONFIG", "--vary", "data.shards"],
+        ["sweep", "CONFIG", "--vary", "data.shards=[URL", "--out", "RUN"],
+        ["sweep", "CONFIG", "--vary", "data.shards=[URL,x]", "--out", "RUN"],
+        ["sweep", "CONFIG", "--vary", "run.dir=URL", "--out", "RUN"],
+        ["sweep", "CONFIG", "--variant", "data.shards=URL", "--out", "RUN"],
+        ["sweep", "CONFIG", "--seeds", "URL", "--vary", "field.depth=1"],
+        ["sweep", "CONFIG", "--vary", "field.depth=1", "--set", "field.depth=URL", "--out", "RUN"],
+        ["reproduce", "--set", "data.shards=URL", "--out", "RUN"],
+        ["reproduce", "--data", "cifar10=URL", "--datasets", "stl10", "--out", "RUN"],
+        ["scale", "CONFIG", "data.shards=[URL]", "--out", "RUN"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_no_message_echoes_a_token(words: list[str], small: list[str], url: str, digits: Path, tmp_path: Path) -> None:
+    nowhere = url.replace("/?", "/nowhere?")
+    places = {
+        "NOWHERE": nowhere,
+        "CONFIG": config_of(small),
+        "RUN": str(tmp_path / "out"),
+        "DIGITS": str(digits),
+        "URL": url,
+    }
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    code, text = command(words)
+    assert code not in (0, None), text
+    assert text
+    assert_silent(text, *tmp_path.glob("out"))
+
+
+@pytest.mark.parametrize(
+    ("text", "silent"),
+    [
+        ("http://user:P@host:80/a/b.tar?sig=T", "http://host:80/a/b.tar"),
+        ("https://T@host/a", "https://host/a"),
+        ("s3://bucket/a?T#T", "s3://bucket/a"),
+        ("http://u:pa/ss@h/x", "http://h/x"),
+        ("http://u:pa?ss@h/x?T", "http://h/x"),
+        ("http://[::1]:8000/x?T", "http://[::1]:8000/x"),
+        ("a ['http://u:P@h/x?T'] (list), http://i/y", "a ['http://h/x'] (list), http://i/y"),
+        ("http://a/x?T,http://u:P@b/y?T", "http://a/x,http://b/y"),
+        ("hf://datasets/name@revision/x", "hf://datasets/name@revision/x"),
+        ("cannot read http://127.0.0.1:8000: gone", "cannot read http://127.0.0.1:8000: gone"),
+        ("shards://http://u:P@h/x?T", "shards://http://h/x"),
+        ("torchvision://CIFAR10?root=a&download=true", "torchvision://CIFAR10?root=a&download=true"),
+        ("/a/b?c@d: no address", "/a/b?c@d: no address"),
+    ],
+)
+def test_what_is_shown_of_an_address(text: str, silent: str) -> None:
+    assert addresses.shown(text) == silent
+    assert addresses.shown(silent) == silent
+
+
+def test_what_a_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(addresses.VARIABLE, raising=False)
+    settings: list[Any] = [3, "plain", None, "http://h/open", "shards://http://u:P@h/x?T"]
+    assert addresses.handed_on({"A": "1"}, settings[:4]) == {"A": "1"}
+    told = addresses.handed_on({"A": "1", addresses.VARIABLE: "http://h/y?U"}, settings)
+    assert told == {"A": "1", addresses.VARIABLE: "http://u:P@h/x?T http://h/y?U"}
+    monkeypatch.setenv(addresses.VARIABLE, told[addresses.VARIABLE])
+    assert addresses.whole("http://h/x") == "http://u:P@h/x?T"
+    assert addresses.whole("http://h/y") == "http://h/y?U"
+    assert addresses.whole("http://h/z") == "http://h/z"
+    assert addresses.whole("http://h/x?other") == "http://h/x?other"  # what is given whole is left as it is
