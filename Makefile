@@ -4,7 +4,7 @@
 #   TORCH_INDEX=URL             another index for torch and torchvision, e.g. the CPU builds at
 #                               https://download.pytorch.org/whl/cpu
 #   VENV=.venv                  where the environment lives
-#   TESTERS=2                   processes of the fast tests, each with a pool of ranks of its own
+#   TESTERS=2                   processes of the tests
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,9 +12,10 @@ TORCH_INDEX ?=
 TESTERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST = $(BIN)/python -m pytest -q -p tests.cputime
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint fast slow docs bench lock clean
+.PHONY: help setup demo test lint fast nightly docs bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -31,18 +32,19 @@ $(READY): requirements.lock pyproject.toml tools/environment.py
 demo: $(READY)  ## shards, RKDO and I-Con on two ranks, a table and a figure (embedded digits; about two minutes)
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
-test: lint fast slow  ## everything CI runs
+test: lint  ## everything CI runs: lint and every test but the nightly ones (15 minutes on two cores)
+	$(PYTEST) -m 'not nightly' -n $(TESTERS) --dist worksteal --durations 12
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 
-fast: $(READY)  ## tests without whole jobs
-	$(BIN)/python -m pytest -m 'not slow' -q -n $(TESTERS) --dist loadfile --durations 12
+fast: $(READY)  ## the loop of daily work: no whole jobs
+	$(PYTEST) -m 'not slow and not nightly' -n $(TESTERS) --dist worksteal
 
-slow: $(READY)  ## whole jobs: real launches, kills and restarts
-	$(BIN)/python -m pytest -m slow -q --durations 12
+nightly: $(READY)  ## endurance: twenty kills, long runs, every command of README and docs, a browser (25 minutes)
+	$(PYTEST) -m nightly --durations 0
 
 docs: $(READY)  ## the documentation site, built strictly into site/; no page needs the network
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[docs]'

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,11 @@ def command(arguments: list[str]) -> tuple[int, str]:
         except SystemExit as end:
             code = end.code
     return code, text.getvalue()
+
+
+def run_of(arguments: list[str]) -> Path:
+    """The run directory that a command line names; the last word counts."""
+    return Path(next(a for a in reversed(arguments) if a.startswith("run.dir=")).removeprefix("run.dir="))
 
 
 def rank_command(rank: int, world: int, arguments: list[str]) -> tuple[int, str]:
@@ -82,6 +89,21 @@ def fingerprint(run: Path, step: int) -> dict[str, str]:
     files = sorted((run / "checkpoints" / str(step)).glob("*.safetensors"))
     assert files, f"no checkpoint {step} in {run}"
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def steps(run: Path) -> int:
+    """Whole lines of the journal."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(what: Callable[[], bool], alive: Callable[[], bool] = lambda: True, timeout: float = 120) -> None:
+    """Wait for something that other processes bring about; fail if they end before."""
+    deadline = time.monotonic() + timeout
+    while not what():
+        assert alive() or what(), "ended too early"
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.003)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -59,17 +59,12 @@ class Script:
             for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
+            psutil.wait_procs(family[1:], timeout=30)
         self.process.wait(30)
 
     def wait(self, timeout: float = 240) -> int:
         """Its exit code."""
         return self.process.wait(timeout)
-
-
-def steps(run: Path) -> int:
-    """Whole lines of the journal."""
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def wait_until(what: Callable[[], bool], *scripts: Script, timeout: float = 240) -> None:

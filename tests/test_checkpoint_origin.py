@@ -12,11 +12,7 @@ import pytest
 from rkdo_dist import config as configuration
 from rkdo_dist.checkpoint import manifest
 from rkdo_dist.data.prepare import prepare
-from tests.jobs import command, fingerprint, metrics
-
-
-def run_of(arguments: list[str]) -> Path:
-    return Path(arguments[-1].removeprefix("run.dir="))
+from tests.jobs import command, fingerprint, metrics, run_of
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_a_rank_with_another_index_is_refused_by_name(small: list[str], digits: 
         assert "rank 2 has" in text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_under_a_real_launcher(small: list[str]) -> None:
     answer = launch(2, [*doctor(small), "run.reduction=fast"])
     assert answer.returncode == 0, answer.stderr

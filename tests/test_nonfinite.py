@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rkdo_dist.train import job
-from tests.jobs import command, fingerprint, metrics
+from tests.jobs import command, fingerprint, metrics, run_of
 from tests.ranks import run_ranks
 
 BAD_LANE = 3  # the last rank's
@@ -37,7 +35,7 @@ def _poisoned(rank: int, world: int, arguments: list[str], kind: str, bad_steps:
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 @pytest.mark.parametrize("kind", ["embedding", "gradient"])
 def test_one_bad_lane_stops_all_ranks_and_is_named(small: list[str], kind: str, reduction: str) -> None:
-    run = Path(small[-1].removeprefix("run.dir="))
+    run = run_of(small)
     arguments = [*small, f"run.reduction={reduction}"]
     answers = run_ranks(_poisoned, 2, arguments, kind, [3])
     for code, text in answers:
@@ -53,7 +51,7 @@ def test_one_bad_lane_stops_all_ranks_and_is_named(small: list[str], kind: str, 
 
 @pytest.mark.parametrize("kind", ["embedding", "gradient"])
 def test_skipping_is_the_same_on_any_ranks_and_leaves_finite_numbers(small: list[str], kind: str) -> None:
-    run = Path(small[-1].removeprefix("run.dir="))
+    run = run_of(small)
     arguments = [*small, "train.skip_nonfinite=2"]
     assert _poisoned(0, 1, arguments, kind, [1, 2])[0] == 0
     two = run.with_name("two")
@@ -68,7 +66,7 @@ def test_skipping_is_the_same_on_any_ranks_and_leaves_finite_numbers(small: list
 
 
 def test_too_many_in_a_row_stop_the_run_also_across_a_restart(small: list[str]) -> None:
-    run = Path(small[-1].removeprefix("run.dir="))
+    run = run_of(small)
     arguments = [*small, "train.skip_nonfinite=2", "train.checkpoint_every=1"]
     assert _poisoned(0, 1, [*arguments, "train.max_steps=3"], "embedding", [1, 2])[0] == 0
     code, text = _poisoned(0, 1, [*arguments, "run.resume=auto"], "embedding", [1, 2, 3])

@@ -13,15 +13,11 @@ from pathlib import Path
 import pytest
 
 from rkdo_dist.lock import DirectoryLock, LockedError, holder
-from tests.jobs import command, environment, fingerprint, metrics, on_ranks
-from tests.launching import Script, steps, wait_until
+from tests.jobs import command, environment, fingerprint, metrics, on_ranks, run_of, steps
+from tests.launching import Script, wait_until
 from tests.runs import locked_elsewhere
 
 LONG = ["train.epochs=20", "train.batches_per_epoch=20", "train.checkpoint_every=2"]
-
-
-def run_of(arguments: list[str]) -> Path:
-    return Path(arguments[-1].removeprefix("run.dir="))
 
 
 def test_a_second_process_is_refused_with_host_and_process_of_the_first(small: list[str]) -> None:

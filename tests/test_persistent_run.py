@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +19,12 @@ from rkdo_dist.data.prepare import prepare
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import field_figure
-from tests.jobs import command, metrics, on_ranks, rank_command
+from tests.jobs import command, metrics, on_ranks, rank_command, run_of, steps, wait_for
 from tests.ranks import Ranks
 
 DIAGNOSTICS = ("row_positive", "row_entropy", "row_stored", "row_mass", "row_drift", "p_positive")
 # Two epochs of three steps: batches of neighbouring epochs overlap.
 FIELD = ["field.recursion=persistent", "field.stored=24", "train.epochs=2", "train.batches_per_epoch=3"]
-
-
-def run_of(arguments: list[str]) -> Path:
-    return Path(next(a for a in reversed(arguments) if a.startswith("run.dir=")).removeprefix("run.dir="))
 
 
 def everything(run: Path, step: int) -> dict[str, str]:
@@ -70,20 +65,13 @@ def test_killed_runs_continue_bit_for_bit_on_other_numbers_of_processes(small: l
     for world, goal in ((2, 1), (4, 3), (1, 4)):
         words = [*arguments, "run.resume=auto", "run.timeout=20"]
         with Ranks(rank_command, world, (words,), timeout=60) as ranks:
-            deadline = time.monotonic() + 60
-            while _steps(run) < goal and ranks.running() and time.monotonic() < deadline:
-                time.sleep(0.005)
+            wait_for(lambda goal=goal: steps(run) >= goal, ranks.running)
             ranks.kill(range(world))
             ranks.answers()
     answers = on_ranks(2, [*arguments, "run.resume=auto"])
     assert [code for code, _ in answers] == [0, 0], answers
     assert everything(run, 6) == everything(run_of(straight), 6)
     assert metrics(run) == metrics(run_of(straight))
-
-
-def _steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_ddp_agrees_with_exact(small: list[str]) -> None:

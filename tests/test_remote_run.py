@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import command, fingerprint, metrics
+from tests.jobs import command, fingerprint, metrics, run_of
 
 TOKEN = "s3cr3t-t0k3n"
 
@@ -42,7 +42,7 @@ def test_the_same_run_from_http_and_no_token_left_behind(
     small: list[str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RKDO_CACHE", str(tmp_path / "cache"))
-    run = Path(small[-1].removeprefix("run.dir="))
+    run = run_of(small)
     assert command(small)[0] == 0
     far = run.with_name("far")
     arguments = [*small, f"data.shards={url}?token={TOKEN}", f"run.dir={far}"]

@@ -2,27 +2,107 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import os
+import pkgutil
 import random
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.jobs import command, fingerprint, metrics, rank_command
+from tests.jobs import command, fingerprint, metrics, rank_command, run_of, steps
 from tests.ranks import Ranks
 
-STEPS, KILLS, WORLDS = 48, 20, (2, 4, 1, 2)
+
+def settings(epochs: int, batches: int) -> list[str]:
+    return [f"train.epochs={epochs}", f"train.batches_per_epoch={batches}", "train.evaluate_every=1",
+            "evaluate.at_end=true"]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_twenty_kills_change_nothing(small: list[str]) -> None:
-    settings = ["train.epochs=4", "train.batches_per_epoch=12", "train.evaluate_every=1", "evaluate.at_end=true"]
-    arguments = [*small, *settings]
-    run = Path(small[-1].removeprefix("run.dir="))
+def completed_like_one_that_was_never_broken(arguments: list[str], epochs: int, batches: int) -> None:
+    run = run_of(arguments)
     straight = run.with_name("straight")
     assert command([*arguments, f"run.dir={straight}"])[0] == 0
+    code, text = command([*arguments, "run.resume=auto"])
+    assert code == 0, text
+    assert fingerprint(run, epochs * batches) == fingerprint(straight, epochs * batches)
+    assert metrics(run) == metrics(straight)
+    names = {f"{epoch * batches}.json" for epoch in range(1, epochs + 1)}
+    assert {p.name for p in (run / "evaluations").iterdir()} == names
+    for name in names:
+        assert (run / "evaluations" / name).read_text() == (straight / "evaluations" / name).read_text()
 
+
+def journal_is_sound(run: Path) -> bool:
+    """Whole lines are the records 1, 2, 3, ... without gap or double."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+    return found == list(range(1, len(found) + 1))
+
+
+# --- seven kills at named points ----------------------------------------------------------------------------------
+
+# What is being done; the function that does it; at which call of it; ranks, and which of them are killed.
+POINTS = [
+    ("start-up", "rkdo_dist.encoders:Encoder.__init__", 1, 2, (0, 1)),
+    ("a step", "torch.optim:Adam.step", 4, 1, (0,)),
+    ("a restore", "rkdo_dist.checkpoint:tensors_to_optimizer", 1, 2, (0, 1)),
+    ("a save, all files written", "rkdo_dist.checkpoint.writing:_put_in_place", 2, 4, (0,)),
+    ("an evaluation", "rkdo_dist.evaluate.judge:gather_features", 1, 1, (0,)),
+    ("a step of one rank", "torch.optim:Adam.step", 5, 4, (2,)),
+    ("a step of all ranks", "torch.optim:Adam.step", 4, 2, (0, 1)),
+]
+
+
+def _killed_at(
+    rank: int, world: int, arguments: list[str], where: str, number: int, victims: tuple[int, ...]
+) -> tuple[int, str]:
+    """`rkdo train` that is killed as it calls a function for the n-th time."""
+    owner_name, _, name = where.rpartition("." if where.count(".", where.index(":")) else ":")
+    owner: Any = pkgutil.resolve_name(owner_name)
+    whole, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(whole)
+    def last(*words: Any, **options: Any) -> Any:
+        if rank in victims and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*words, **options)
+
+    setattr(owner, name, last)
+    return command(arguments)
+
+
+def test_seven_kills_at_named_points_change_nothing(small: list[str]) -> None:
+    arguments = [*small, *settings(4, 6)]
+    run = run_of(small)
+    for what, where, number, world, victims in POINTS:
+        words = [*arguments, "run.resume=auto", "run.timeout=20"]
+        with Ranks(_killed_at, world, (words, where, number, victims), timeout=60) as ranks:
+            answers = ranks.answers()  # the survivors end by themselves
+            for victim in victims:
+                ranks.processes[victim].join(30)
+                assert ranks.processes[victim].exitcode == -signal.SIGKILL, (what, answers)
+        assert all(answers[r][1][0] not in (0, None) for r in set(range(world)) - set(victims)), (what, answers)
+        assert journal_is_sound(run), what
+    assert 12 <= steps(run) < 24
+    completed_like_one_that_was_never_broken(arguments, 4, 6)
+
+
+# --- twenty at random ---------------------------------------------------------------------------------------------
+
+KILLS, WORLDS = 20, (2, 4, 1, 2)
+
+
+@pytest.mark.nightly
+def test_twenty_kills_at_random_change_nothing(small: list[str]) -> None:
+    arguments = [*small, *settings(4, 12)]
+    run = run_of(small)
     dice, kills, attempts, killed_at = random.Random(7), 0, 0, []
     while kills < KILLS:
         attempts += 1
@@ -31,24 +111,18 @@ def test_twenty_kills_change_nothing(small: list[str]) -> None:
             _wait_for_a_moment(run, dice, ranks)
             if not ranks.running():
                 break  # the run is complete
-            killed_at.append(_steps(run))
+            killed_at.append(steps(run))
             ranks.kill(range(world) if dice.random() < 0.5 else [dice.randrange(world)])
             ranks.answers()  # the survivors end by themselves
             kills += 1
-        assert _journal_is_sound(run)
+        assert journal_is_sound(run)
     assert kills >= 10, killed_at
-    code, text = command([*arguments, "run.resume=auto"])
-    assert code == 0, text
-    assert fingerprint(run, STEPS) == fingerprint(straight, STEPS)
-    assert metrics(run) == metrics(straight)
-    assert sorted(p.name for p in (run / "evaluations").iterdir()) == ["12.json", "24.json", "36.json", "48.json"]
-    for name in ("12.json", "24.json", "36.json", "48.json"):
-        assert (run / "evaluations" / name).read_text() == (straight / "evaluations" / name).read_text()
+    completed_like_one_that_was_never_broken(arguments, 4, 12)
 
 
 def _wait_for_a_moment(run: Path, dice: random.Random, ranks: Ranks) -> None:
     """Start-up, a save, a step, or any time: chosen by the dice."""
-    kind, goal = dice.choice(["start-up", "save", "step", "any"]), _steps(run) + dice.randint(1, 4)
+    kind, goal = dice.choice(["start-up", "save", "step", "any"]), steps(run) + dice.randint(1, 4)
     if kind == "start-up":
         time.sleep(dice.uniform(0.02, 0.5))
         return
@@ -56,19 +130,6 @@ def _wait_for_a_moment(run: Path, dice: random.Random, ranks: Ranks) -> None:
     while time.monotonic() < deadline and ranks.running():
         if kind == "save" and any(p.name.startswith(".") for p in (run / "checkpoints").glob("*")):
             return
-        if kind == "step" and _steps(run) >= goal:
+        if kind == "step" and steps(run) >= goal:
             return
         time.sleep(0.002)
-
-
-def _steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _journal_is_sound(run: Path) -> bool:
-    """Whole lines are the records 1, 2, 3, ... without gap or double."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    steps = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
-    return steps == list(range(1, len(steps) + 1))

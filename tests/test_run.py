@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
 from rkdo_dist.encoders import Encoder
-from tests.jobs import command, environment, fingerprint, launch, launch_words, metrics, on_ranks
+from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
 
 
-def run_of(arguments: list[str]) -> Path:
-    return Path(arguments[-1].removeprefix("run.dir="))
-
-
-def test_a_run_leaves_what_the_contract_says(small: list[str]) -> None:
-    code, text = command([*small, "evaluate.at_end=true"])
-    run = run_of(small)
-    assert code == 0, text
+def test_a_run_leaves_what_the_contract_says(reference: Path) -> None:
+    run = reference
     assert [r["step"] for r in metrics(run)] == [1, 2, 3, 4, 5, 6]
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     for name in (
@@ -57,11 +47,9 @@ def test_a_run_leaves_what_the_contract_says(small: list[str]) -> None:
     assert "objective: rkdo" in (run / "config.yaml").read_text()
 
 
-def test_the_same_run_on_two_and_four_ranks(small: list[str]) -> None:
-    run = run_of(small)
-    command([*small, "evaluate.at_end=true"])
+def test_the_same_run_on_two_and_four_ranks(small: list[str], reference: Path) -> None:
     for world in (2, 4):
-        other = run.with_name(f"run{world}")
+        other = run_of(small).with_name(f"run{world}")
         arguments = [
             *small[:-1],
             f"run.dir={other}",
@@ -71,44 +59,39 @@ def test_the_same_run_on_two_and_four_ranks(small: list[str]) -> None:
         ]
         answers = on_ranks(world, arguments)
         assert [code for code, _ in answers] == [0] * world, answers
-        assert fingerprint(other, 6) == fingerprint(run, 6)
-        assert metrics(other) == metrics(run)
-        assert (other / "evaluations" / "6.json").read_text() == (run / "evaluations" / "6.json").read_text()
+        assert fingerprint(other, 6) == fingerprint(reference, 6)
+        assert metrics(other) == metrics(reference)
+        assert (other / "evaluations" / "6.json").read_text() == (reference / "evaluations" / "6.json").read_text()
 
 
-def test_stopped_and_continued_on_other_ranks(small: list[str]) -> None:
+def test_stopped_and_continued_on_other_ranks(small: list[str], reference: Path) -> None:
     """Cut down to a checkpoint in the middle, with a journal that went on further: as after a kill."""
-    run = run_of(small)
-    command(small)
-    whole, journal = fingerprint(run, 6), metrics(run)
+    run = shutil.copytree(reference, run_of(small))
     shutil.rmtree(run / "checkpoints" / "6")
     (run / "checkpoints" / "latest").write_text("4\n")
     with (run / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 7, "half a li')
     answers = on_ranks(2, [*small, "run.resume=auto"])
     assert [code for code, _ in answers] == [0, 0], answers
-    assert fingerprint(run, 6) == whole
-    assert metrics(run) == journal
+    assert fingerprint(run, 6) == fingerprint(reference, 6)
+    assert metrics(run) == metrics(reference)
 
 
-def test_a_finished_run_is_left_alone(small: list[str]) -> None:
-    run = run_of(small)
-    command(small)
+def test_a_finished_run_is_left_alone(small: list[str], reference: Path) -> None:
+    run = shutil.copytree(reference, run_of(small))
     before = (run / "metrics.jsonl").read_bytes(), fingerprint(run, 6)
     assert command([*small, "run.resume=auto"])[0] == 0
     assert before == ((run / "metrics.jsonl").read_bytes(), fingerprint(run, 6))
 
 
-def test_a_run_can_grow_and_continue_elsewhere(small: list[str]) -> None:
+def test_a_run_can_grow_and_continue_elsewhere(small: list[str], reference: Path) -> None:
     run = run_of(small)
     command([*small[:-1], f"run.dir={run}", "train.max_steps=3"])
     elsewhere = run.with_name("elsewhere")
     code, text = command([*small[:-1], f"run.dir={elsewhere}", f"run.resume={run}"])
     assert code == 0, text
-    straight = run.with_name("straight")
-    command([*small[:-1], f"run.dir={straight}"])
-    assert fingerprint(elsewhere, 6) == fingerprint(straight, 6)
-    assert metrics(elsewhere) == metrics(straight)
+    assert fingerprint(elsewhere, 6) == fingerprint(reference, 6)
+    assert metrics(elsewhere) == metrics(reference)
 
 
 def test_resuming_with_other_settings_is_refused(small: list[str]) -> None:
@@ -227,10 +210,8 @@ def test_evaluate_judges_a_run_again_and_refuses_what_is_none(small: list[str], 
         assert word in " ".join(text.split())
 
 
-def test_compare_prints_a_table_and_saves_a_figure(small: list[str], tmp_path: Path) -> None:
-    run = run_of(small)
-    command([*small, "evaluate.at_end=true"])
-    code, text = command(["compare", str(run), "--figure", str(tmp_path / "loss.png")])
+def test_compare_prints_a_table_and_saves_a_figure(reference: Path, tmp_path: Path) -> None:
+    code, text = command(["compare", str(reference), "--figure", str(tmp_path / "loss.png")])
     assert code == 0
     assert "at uniform" in " ".join(text.split())
     assert (tmp_path / "loss.png").stat().st_size > 10_000
@@ -240,19 +221,7 @@ def test_compare_prints_a_table_and_saves_a_figure(small: list[str], tmp_path: P
 # --- real launchers and real signals ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_accelerate_launch_runs_on_two_ranks(small: list[str]) -> None:
-    run = run_of(small)
-    answer = launch(2, small)
-    assert answer.returncode == 0, answer.stderr
-    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    alone = run.with_name("alone")
-    assert command([*small[:-1], f"run.dir={alone}"])[0] == 0
-    assert fingerprint(run, 6) == fingerprint(alone, 6)
-    assert metrics(run) == metrics(alone)
-
-
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_thirty_steps_of_resnet18_are_one_run_on_one_two_and_four_ranks(small: list[str]) -> None:
     """Batch norm, Adam, float32; loader workers and recomputation differ too."""
     arguments = [*small[:-1], "encoder.backbone=resnet18", "train.batches_per_epoch=30", "train.checkpoint_every=1000"]
@@ -270,9 +239,8 @@ def test_thirty_steps_of_resnet18_are_one_run_on_one_two_and_four_ranks(small: l
     assert found[0] == found[1] == found[2]
 
 
-def test_fast_reduction_sees_the_same_batches(small: list[str]) -> None:
-    run, fast = run_of(small), run_of(small).with_name("fast")
-    command(small)
+def test_fast_reduction_sees_the_same_batches(small: list[str], reference: Path) -> None:
+    run, fast = reference, run_of(small)
     answers = on_ranks(2, [*small, "run.reduction=fast", f"run.dir={fast}"])
     assert [code for code, _ in answers] == [0, 0], answers
     exact, other = metrics(run), metrics(fast)
@@ -288,7 +256,7 @@ def test_exact_arithmetic_refuses_what_depends_on_the_ranks(small: list[str]) ->
         assert "run.reduction=fast" in " ".join(text.split())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_launcher_that_would_start_one_rank_starts_all(small: list[str]) -> None:
     """Without --multi_gpu Accelerate starts a single process on a CPU machine and says nothing."""
     accelerate = str(Path(sys.executable).with_name("accelerate"))
@@ -296,67 +264,3 @@ def test_a_launcher_that_would_start_one_rank_starts_all(small: list[str]) -> No
     answer = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert answer.returncode == 0, answer.stderr
     assert json.loads((run_of(small) / "environment.json").read_text())["world_size"] == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_stops_after_the_step_and_the_run_goes_on_later(small: list[str], number: int, code: int) -> None:
-    run = run_of(small)
-    arguments = [*small, "train.batches_per_epoch=40", "train.checkpoint_every=1000"]
-    straight = run.with_name("straight")
-    assert command([*arguments, f"run.dir={straight}"])[0] == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rkdo_dist", *arguments], stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    _wait_for_steps(run, 3, process)
-    process.send_signal(number)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == code, text
-    assert "Traceback" not in text
-    done = len(metrics(run))
-    assert 3 <= done < 40
-    assert (run / "checkpoints" / "latest").read_text().strip() == str(done)
-    assert command([*arguments, "run.resume=auto"])[0] == 0
-    assert fingerprint(run, 40) == fingerprint(straight, 40)
-    assert metrics(run) == metrics(straight)
-
-
-@pytest.mark.slow
-def test_killed_ranks_leave_a_run_that_continues_exactly(small: list[str]) -> None:
-    run = run_of(small)
-    arguments = [*small, "train.batches_per_epoch=40", "train.checkpoint_every=3"]
-    straight = run.with_name("straight")
-    assert command([*arguments, f"run.dir={straight}"])[0] == 0
-    process = subprocess.Popen(
-        launch_words(2, arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment(),
-    )
-    _wait_for_steps(run, 7, process)
-    _kill_all(process.pid)
-    process.wait(30)
-    assert len(metrics(run)) < 40
-    code, text = command([*arguments, "run.resume=auto"])
-    assert code == 0, text
-    assert fingerprint(run, 40) == fingerprint(straight, 40)
-    assert metrics(run) == metrics(straight)
-
-
-def _kill_all(pid: int) -> None:
-    """kill -9 of a launcher and everything it has started, and wait until they are gone."""
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(family[1:], timeout=30)
-
-
-def _wait_for_steps(run: Path, steps: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= steps:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError(f"no {steps} steps in time")

@@ -13,7 +13,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.field import schedules
 from rkdo_dist.train.early_stop import EarlyStop, slope
-from tests.jobs import command, fingerprint, metrics, on_ranks
+from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
 
 
 def config(**field: object) -> configuration.Config:
@@ -141,10 +141,6 @@ def test_its_state_goes_on_exactly() -> None:
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
-
-
-def run_of(arguments: list[str]) -> Path:
-    return Path(arguments[-1].removeprefix("run.dir="))
 
 
 def as_if_killed_at(run: Path, step: int) -> None:

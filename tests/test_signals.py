@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from rkdo_dist.ranks import signals
 from rkdo_dist.ranks.signals import StopRequest
-from tests.jobs import command, fingerprint, metrics, rank_command
+from tests.conftest import FORTY
+from tests.jobs import command, fingerprint, metrics, rank_command, run_of, steps, wait_for
 from tests.ranks import Ranks
 
 
@@ -37,27 +37,27 @@ def test_an_echo_of_the_first_interrupt_is_not_a_second(monkeypatch: pytest.Monk
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_pre_emption_of_one_rank_stops_all_with_one_checkpoint(small: list[str], rank: int) -> None:
-    run = Path(small[-1].removeprefix("run.dir="))
-    arguments = [*small, "train.batches_per_epoch=40", "train.checkpoint_every=1000"]
-    with Ranks(rank_command, 2, (arguments,), timeout=60) as ranks:
-        _wait_for_steps(run, 3)
-        os.kill(ranks.processes[rank].pid, signal.SIGUSR1)
-        at = len(metrics(run))
+@pytest.mark.parametrize(
+    ("world", "rank", "number", "code"),
+    [(1, 0, signal.SIGINT, 130), (1, 0, signal.SIGTERM, 75), (2, 0, signal.SIGUSR1, 75), (2, 1, signal.SIGUSR1, 75)],
+)
+def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_run_goes_on_later(
+    small: list[str], straight: Path, world: int, rank: int, number: int, code: int
+) -> None:
+    run = run_of(small)
+    arguments = [*small, *FORTY, "train.checkpoint_every=1000"]
+    with Ranks(rank_command, world, (arguments,), timeout=60) as ranks:
+        wait_for(lambda: steps(run) >= 3, ranks.running)
+        os.kill(ranks.processes[rank].pid, number)
+        at = steps(run)
         answers = ranks.answers()
-    assert [answer for answer, _ in (answers[r][1] for r in range(2))] == [75, 75], answers
+    codes, texts = zip(*(answers[r][1] for r in range(world)), strict=True)
+    assert list(codes) == [code] * world, texts
+    assert "Traceback" not in "".join(texts)
     done = len(metrics(run))
-    assert done <= at + 2
+    assert 3 <= done <= at + 2
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name != "latest"] == [str(done)]
-    straight = run.with_name("straight")
-    command([*arguments, f"run.dir={straight}"])
+    assert (run / "checkpoints" / "latest").read_text().strip() == str(done)
     assert command([*arguments, "run.resume=auto"])[0] == 0
     assert fingerprint(run, 40) == fingerprint(straight, 40)
-
-
-def _wait_for_steps(run: Path, steps: int) -> None:
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < steps:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    assert metrics(run) == metrics(straight)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.runtime import LaunchError
-from tests.jobs import command, environment, metrics
+from tests.jobs import command, environment, metrics, run_of, steps
+from tests.launching import Script, wait_until
 from tests.ranks import run_ranks
 from tests.strategies import ALL, ZERO, Task, gradients, launched, session, train
 
@@ -174,24 +172,18 @@ def test_strategies_that_are_not_run_are_refused_by_name(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_a_real_launch_is_killed_and_goes_on_in_one_process(small: list[str]) -> None:
+def test_a_real_launch_is_killed_and_goes_on_in_one_process(small: list[str], tmp_path: Path) -> None:
     """`accelerate launch --use_deepspeed --zero_stage 3` as users type it, kill -9, then plain `rkdo train`."""
-    run = Path(small[-1].removeprefix("run.dir="))
+    run = run_of(small)
     arguments = [*small, "train.batches_per_epoch=40", "train.checkpoint_every=2", "train.recompute=true"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--use_deepspeed"]
     words = [*accelerate, "--zero_stage", "3", "-m", "rkdo_dist", *arguments]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 5:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    facts = json.loads((run / "environment.json").read_text())
-    assert (facts["strategy"], facts["reduction"], facts["world_size"]) == ("zero-3", "fast", 2)
-    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        one.kill()
-    text = process.communicate()[0]
-    assert "run.reduction=fast is in effect" in " ".join(text.split())
+    with Script(words, tmp_path / "log", environment()) as launch:
+        wait_until(lambda: steps(run) >= 5, launch)
+        launch.kill()
+        facts = json.loads((run / "environment.json").read_text())
+        assert (facts["strategy"], facts["reduction"], facts["world_size"]) == ("zero-3", "fast", 2)
+        assert "run.reduction=fast is in effect" in launch.text
     code, text = command([*arguments, "run.resume=auto", "train.max_steps=12"])
     assert code == 0, text
     assert "strategy: zero-3 -> single" in " ".join(text.split())

@@ -12,14 +12,10 @@ import pytest
 
 from rkdo_dist.ranks import messages
 from rkdo_dist.train import tracking
-from tests.jobs import command, metrics, on_ranks, rank_command
+from tests.jobs import command, metrics, on_ranks, rank_command, run_of
 from tests.ranks import run_ranks
 
 pytest.importorskip("tensorboard")
-
-
-def run_of(arguments: list[str]) -> Path:
-    return Path(arguments[-1].removeprefix("run.dir="))
 
 
 def points(run: Path, tag: str) -> list[tuple[int, float]]:

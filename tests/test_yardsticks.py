@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from rkdo_dist.evaluate import yardsticks as common
 from rkdo_dist.field.objectives import Objective, dense
-from tests.jobs import command
+from tests.jobs import command, run_of
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -157,7 +157,7 @@ def test_every_evaluation_holds_them_and_the_pairs_do_not_depend_on_the_seed(sma
     """An encoder that is the same under two training seeds is measured by the same numbers."""
     code, text = command([*small, "evaluate.at_end=true", "train.max_steps=2"])
     assert code == 0, text
-    run = Path(small[-1].removeprefix("run.dir="))
+    run = run_of(small)
     first = json.loads((run / "evaluations" / "2.json").read_text())["yardsticks"]
     assert first["own_objective"] == "rkdo"
     assert {"infonce", "alignment", "uniformity", "effective_rank", "own_kl_3", "own_entropy_p"} <= set(first)
