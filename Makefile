@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 PYTEST = $(BIN)/python -m pytest -q -p tests.cputime
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint fast nightly docs bench lock clean
+.PHONY: help setup demo test lint fast nightly docs settings bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -50,6 +50,9 @@ docs: $(READY)  ## the documentation site, built strictly into site/; no page ne
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[docs]'
 	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
 	@echo "open site/index.html (its search needs a server: python -m http.server -d site)"
+
+settings: $(READY)  ## docs/settings.md, from the code
+	$(BIN)/python -m rkdo_dist settings --markdown > docs/settings.md
 
 bench: $(READY)  ## comparisons in one run; results go to benchmarks/results/
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[bench]'

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING
 from rkdo_dist.addresses import Parser, shown, traceback_without_secrets
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from rkdo_dist.config import Config
     from rkdo_dist.data.index import ShardIndex
 
-USER_ERROR = 2
-INTERRUPTED = 130
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,14 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say("interrupted")
         code = INTERRUPTED
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        if os.environ.get("RKDO_TRACEBACK"):
-            raise
-        if not _is_users(error):
+        if os.environ.get("RKDO_TRACEBACK") or not _is_users(error):
             raise
         _say(f"error: {error}")
         code = getattr(error, "exit_code", USER_ERROR)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    sys.stdout.flush()  # stderr is not buffered
     sys.exit(code)
 
 
@@ -66,6 +64,12 @@ def _is_users(error: BaseException) -> bool:
     return isinstance(error, ValueError | OSError | RankError | ArithmeticError)
 
 
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
 def _say(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "rkdo: " if rank == "0" else f"rkdo [rank {rank}]: "
@@ -77,7 +81,6 @@ def _say(text: str) -> None:
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]  # a parser's add_argument
 Command = Callable[[str, Run, str, str], Add]  # name, what it runs, what it does, an example
-_SOURCES = ("digits", "cifar10", "cifar100", "stl10", "imagefolder")
 _CONFIG = "a YAML file, such as configs/digits-rkdo.yaml"
 _WAYS = "values of run.reduction: some of exact, fast, ring (default: as the configuration says)"
 
@@ -95,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"example:\n  rkdo {name} {example}",
+            epilog=f"example:\n  rkdo {name} {example}" + (_settings_text() if name == "train" else ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run)
@@ -106,11 +109,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _settings_text() -> str:
+    from rkdo_dist.config import listing
+
+    text = listing.as_text(listing.settings(), shutil.get_terminal_size().columns)
+    return f"\n\nsettings and their defaults (rkdo settings PATTERN shows some of them):\n\n{text}"
+
+
 def _data_commands(command: Command) -> None:
     add = command(
         "prepare", _prepare, "turn a data set into WebDataset shards with an index", "digits --out data/digits"
     )
-    add("source", metavar="SOURCE", help=f"{', '.join(_SOURCES)}, or the path of an image folder or tar")
+    add("source", metavar="SOURCE", help="digits, cifar10, cifar100, stl10, imagefolder, or the path of images")
     add("--out", required=True, metavar="DIR", help="where the shards go")
     add("--root", metavar="PATH", help="files already there: torchvision's root, an image folder or a tar of one")
     add("--shard-size", type=int, metavar="N", help="samples per shard")
@@ -124,6 +134,10 @@ def _data_commands(command: Command) -> None:
 def _run_commands(command: Command) -> None:
     add = command("train", _train, "train an encoder", "configs/digits-rkdo.yaml train.epochs=5 run.dir=runs/five")
     _add_config(add)
+
+    add = command("settings", _settings, "every setting: its default, its range, what it does", "temperature")
+    add("pattern", nargs="?", default="", metavar="PATTERN", help="those with this in their name or explanation")
+    add("--markdown", action="store_true", help="all of them as docs/settings.md")
 
     add = command(
         "evaluate", _evaluate, "evaluate the newest checkpoint of a run", "runs/digits-rkdo evaluate.protocol=paper"
@@ -254,16 +268,11 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"needs whole numbers with commas, e.g. 1,2,4; got {text!r}") from None
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
 def _prepare(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from rkdo_dist.console import counting
     from rkdo_dist.data.prepare import prepare
 
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     with counting(console, f"preparing {options.source}") as progress:
         size, force = options.shard_size, options.force
         made = prepare(options.source, options.out, options.root, shard_size=size, force=force, progress=progress)
@@ -273,12 +282,10 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from rkdo_dist.console import counting
     from rkdo_dist.data.foreign import index_shards
 
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     source = options.shards[0] if len(options.shards) == 1 else options.shards
     with counting(console, "indexing") as progress:
         made = index_shards(source, out=options.out, progress=progress)
@@ -301,34 +308,41 @@ def _split_table(index: ShardIndex) -> Table:
 # -- runs, on the ranks that a launcher has started --------------------------------------------------------------------
 
 
-def _load(options: argparse.Namespace) -> Config:
-    """The configuration asked for, checked as far as it can be without data and other ranks."""
+def _load(options: argparse.Namespace, relaunch: bool = True) -> Config:
+    """The configuration asked for, checked as far as it can be without data; then all ranks that were promised."""
     from rkdo_dist import config
 
     loaded = config.load(options.config, options.overrides)
     from rkdo_dist import parts  # torch: after a misspelt key has been named
 
     parts.check(loaded)
+    if relaunch:
+        from rkdo_dist.ranks.relaunch import with_all_ranks
+
+        with_all_ranks(options.words)
     return loaded
-
-
-def _with_all_ranks(options: argparse.Namespace) -> None:
-    from rkdo_dist.ranks.relaunch import with_all_ranks
-
-    with_all_ranks(options.words)
 
 
 def _train(options: argparse.Namespace) -> int:
     config = _load(options)
-    _with_all_ranks(options)
     from rkdo_dist.train.main import train
 
     return train(config)
 
 
+def _settings(options: argparse.Namespace) -> int:
+    from rkdo_dist.config import listing
+
+    width = shutil.get_terminal_size().columns
+    print(listing.as_markdown() if options.markdown else listing.as_text(listing.settings(options.pattern), width))
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
-    _with_all_ranks(options)
+    from rkdo_dist.ranks.relaunch import with_all_ranks
     from rkdo_dist.train.main import evaluate_run
+
+    with_all_ranks(options.words)
 
     evaluate_run(options.directory, options.overrides)
     return 0
@@ -346,7 +360,6 @@ def _status(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     config = _load(options)
-    _with_all_ranks(options)
     from rkdo_dist.measure.doctor import doctor
 
     return doctor(config)
@@ -356,11 +369,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from rkdo_dist.studies.compare import comparison_table, loss_figure
 
-    console = Console()
+    console = _console()
     console.print(comparison_table(options.directories))
     if options.figure:
         loss_figure(options.directories, options.figure)
@@ -369,13 +380,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from rkdo_dist.studies.report.page import write_report
 
     runs = options.directories
     out = options.out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     with console.status("reading the runs") as status:
         write_report(runs, out, status.update)
     console.print(f"report: {out}", soft_wrap=True)
@@ -383,11 +392,9 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _field(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from rkdo_dist.studies.field_figure import write_figure
 
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     with console.status("drawing"):
         paths = write_figure(options.directory, options.out or options.directory)
     console.print(f"figure: {paths[0]}", soft_wrap=True)
@@ -442,7 +449,6 @@ def _verify_theory(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     config = _load(options)
-    _with_all_ranks(options)
     from rkdo_dist.measure.steps import measure
 
     measure(config, options.ways or (config.run.reduction,), options.steps, options.out)
@@ -450,14 +456,12 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _scale(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from rkdo_dist.studies import scaling
     from rkdo_dist.studies.links import interconnect
     from rkdo_dist.studies.scaling_figures import draw
     from rkdo_dist.studies.scaling_page import terminal_tables, write_page
 
-    console = Console()
+    console = _console()
     interconnect(options.interconnect)  # before anything is run
     if bool(options.source) == bool(options.config):
         raise scaling.ScalingError("give either a CONFIG to run, or --from DIR with measurements")
@@ -481,15 +485,13 @@ def _scale(options: argparse.Namespace) -> int:
 
 
 def _flops(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    config = _load(options)
+    config = _load(options, relaunch=False)
     size = options.image_size or config.data.image_size or 32
     if size < 1 or options.repeats < 0:
         raise ValueError(f"--image-size must be at least 1 and --repeats 0, got {size} and {options.repeats}")
     from rkdo_dist.studies.flops_table import cost_table
 
-    console = Console()
+    console = _console()
     with console.status("counting and timing"):
         table = cost_table(config, size, options.repeats)
     console.print(table)

@@ -31,13 +31,6 @@ def test_make_has_the_targets_that_the_readme_names() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in named)
 
 
-def test_the_settings_page_names_every_setting() -> None:
-    from rkdo_dist import config
-
-    words = set(re.findall(r"[a-z_]+", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")))
-    assert not [key for key in config.flatten(config.Config()) if key.split(".")[1] not in words]
-
-
 def test_files_that_the_readme_names_are_there() -> None:
     for name in re.findall(r"(?:configs|launch|benchmarks)/[\w./-]+\.\w+", README):
         assert (ROOT / name).exists(), name
