@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rkdo_dist import checkpoint
-from rkdo_dist.checkpoint import writing
+from rkdo_dist.checkpoint import store
 from tests.checkpoints import content, in_memory, quietly, whole, write
 
 
@@ -26,7 +26,7 @@ def tmp_path() -> Iterator[Path]:
 
 
 CALLS = [(os, name) for name in ("write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")]
-CALLS += [(writing, "save_file")]
+CALLS += [(store, "save_file")]
 
 
 class Countdown:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from rkdo_dist import checkpoint
-from rkdo_dist.checkpoint import CheckpointError, CheckpointWarning, manifest, writing
+from rkdo_dist.checkpoint import CheckpointError, CheckpointWarning, store
 from tests.checkpoints import in_memory, quietly, whole, write
 
 
@@ -117,7 +117,7 @@ def forge(root: Path, name: str, content: bytes) -> None:
     """Put a file into a checkpoint with a manifest that vouches for it."""
     (root / name).write_bytes(content)
     step = json.loads((root / "manifest.json").read_bytes())["step"]
-    (root / "manifest.json").write_bytes(manifest.manifest_of(root, step))
+    (root / "manifest.json").write_bytes(store.manifest_of(root, step))
 
 
 class Canary:
@@ -159,10 +159,10 @@ def test_a_manifest_reaches_nothing_outside_its_directory(tmp_path: Path) -> Non
     del honest["sha256"]
     for name in ("../secret", "/etc/passwd", "parts/../../secret", "parts/a/b", ".."):
         forged = {**honest, "files": {**honest["files"], name: {"bytes": 1, "sha256": "0" * 64}}}
-        (root / "manifest.json").write_bytes(manifest._signed(forged))
+        (root / "manifest.json").write_bytes(store._signed(forged))
         with pytest.raises(CheckpointError, match="not as it was written"):
             checkpoint.load(root)
-    (root / "manifest.json").write_bytes(manifest._signed(honest))
+    (root / "manifest.json").write_bytes(store._signed(honest))
     assert whole(checkpoint.load(root), 1)
     content = (root / "model.safetensors").read_bytes()
     (tmp_path / "elsewhere").write_bytes(content)
@@ -173,8 +173,7 @@ def test_a_manifest_reaches_nothing_outside_its_directory(tmp_path: Path) -> Non
 
 
 def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "FORMAT", 2)
-    monkeypatch.setattr(writing, "FORMAT", 2)
+    monkeypatch.setattr(store, "FORMAT", 2)
     write(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="has format 2; this version reads 1"):
@@ -183,7 +182,7 @@ def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 # --- a full or forbidden disk -----------------------------------------------------------------------------------
 
-CALLS = {"write": os, "fsync": os, "rename": os, "replace": os, "mkdir": os, "save_file": writing}
+CALLS = {"write": os, "fsync": os, "rename": os, "replace": os, "mkdir": os, "save_file": store}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
@@ -260,4 +259,4 @@ def test_a_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file"):
         write(tmp_path / "file", 1)
-    assert save_file is writing.save_file
+    assert save_file is store.save_file

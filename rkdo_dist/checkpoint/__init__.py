@@ -13,14 +13,23 @@ A checkpoint is built under a temporary name, flushed to the disk and renamed; t
 ones are removed. So a save can be killed at any instant, and the old or the new checkpoint loads. Nothing is keyed by
 rank: another world size can load it.
 
-`manifest` checks that a directory is complete, `optimizer` converts an optimizer's state to names and tensors, and
-`reading` and `writing` use both.
+`store` writes, reads and verifies; `optimizer` converts an optimizer's state to names and tensors. `latest` is kept for
+scripts, and to go back to an older checkpoint by hand: a loader follows it and says so where there are newer ones.
 """
 
-from rkdo_dist.checkpoint.manifest import CheckpointError
 from rkdo_dist.checkpoint.optimizer import OptimizerState, optimizer_to_tensors, tensors_to_optimizer
-from rkdo_dist.checkpoint.reading import Checkpoint, CheckpointWarning, load, load_latest, model_digest
-from rkdo_dist.checkpoint.writing import begin, commit, save, write_part
+from rkdo_dist.checkpoint.store import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWarning,
+    begin,
+    commit,
+    load,
+    load_latest,
+    model_digest,
+    save,
+    write_part,
+)
 
 __all__ = [
     "Checkpoint",

@@ -1,0 +1,466 @@
+"""A directory of checkpoints: written whole or not at all, verified when read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rkdo_dist.checkpoint.optimizer import OptimizerState
+from rkdo_dist.files import TEMPORARY, sha256_of, sync_directory, sync_file, write_atomic, write_synced
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+MODEL, OPTIMIZER, PARTS = "model.safetensors", "optimizer.safetensors", "parts"
+_LONGEST = 1 << 26  # bytes; a longer manifest is not parsed
+LATEST = "latest"
+_SET_ASIDE = ".replaced"  # suffix of a checkpoint while another of the same step replaces it
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the message names it and says what to do."""
+
+
+class CheckpointWarning(UserWarning):
+    """An older checkpoint than the newest is used, or an old one could not be removed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        path: its directory.
+        step: its step.
+        model: parameters and buffers by name, on the CPU.
+        optimizer: for `tensors_to_optimizer`; None if none was saved.
+        extra: what the caller added.
+        parts: names of the parts, for `part`.
+    """
+
+    path: Path
+    step: int
+    model: dict[str, Tensor]
+    optimizer: OptimizerState | None
+    extra: dict[str, Any]
+    parts: tuple[str, ...]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a part, on the CPU (read now; the checksum was verified when the checkpoint was
+        loaded).
+
+        Raises:
+            CheckpointError: if there is no such part.
+        """
+        if name not in self.parts:
+            raise CheckpointError(f"{self.path} has no part {name!r}, only {', '.join(self.parts) or 'none'}")
+        return _read_tensors(self.path / PARTS / f"{name}.safetensors")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    directory: str | os.PathLike[str],
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: OptimizerState | None = None,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 2,
+    parts: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Path:
+    """Write the checkpoint of a step, then point `latest` to it and remove all but the newest `keep`.
+
+    On one rank. Where several ranks write, call `begin` on one, `write_part` on the owners, and after a
+    barrier `commit` on the first again. If the step has a checkpoint already, an equal one is kept and
+    another replaced.
+
+    Args:
+        directory: the `checkpoints` directory; made if missing.
+        step: >= 0.
+        model: parameters and buffers by global name, on any device.
+        optimizer: from `optimizer_to_tensors`.
+        extra: JSON-able.
+        keep: how many to keep, >= 1.
+        parts: tensors by the part's name (letters, digits, `_`, `.`, `-`).
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: if it cannot be written (no space, no permission); earlier checkpoints are
+            untouched then.
+        ValueError: for a bad argument.
+    """
+    if keep < 1:
+        raise ValueError(f"at least one checkpoint must be kept, got keep={keep}")
+    building = begin(directory, step)
+    for name, tensors in (parts or {}).items():
+        write_part(building, name, tensors)
+    return commit(building, model, optimizer, extra, keep)
+
+
+def begin(directory: str | os.PathLike[str], step: int) -> Path:
+    """Remove the remains of an interrupted save and make the temporary directory of a new one; see `save`.
+
+    Returns:
+        The temporary directory, for `write_part` and `commit`.
+
+    Raises:
+        CheckpointError: if that is impossible.
+    """
+    if step < 0:
+        raise ValueError(f"the step of a checkpoint must not be negative, got {step}")
+    root = Path(directory)
+    building = root / f".{step}{TEMPORARY}"
+    with _explained(building, "begun"):
+        root.mkdir(parents=True, exist_ok=True)
+        sync_directory(root.parent)
+        for entry in list(root.iterdir()):
+            left = entry.name.startswith(".") and entry.name.endswith(TEMPORARY)
+            replaced = entry.name.endswith(_SET_ASIDE) and (root / entry.name.removesuffix(_SET_ASIDE)).is_dir()
+            if left or replaced:
+                _remove(entry)
+        building.mkdir()
+        (building / PARTS).mkdir()
+    return building
+
+
+def write_part(building: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write one part of a checkpoint that `begin` has begun, flushed to the disk; on the part's owner.
+
+    Args:
+        building: from `begin`.
+        name: a global name, the same whatever the world size; letters, digits, `_`, `.`, `-`.
+        tensors: by name, on any device.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+        ValueError: for an impossible name.
+    """
+    if not _PART.fullmatch(name):
+        raise ValueError(f"a part's name has letters, digits, '_', '.' and '-' only, got {name!r}")
+    with _explained(building, "written"):
+        _write_tensors(building / PARTS / f"{name}.safetensors", tensors)
+
+
+def commit(
+    building: Path,
+    model: Mapping[str, Tensor],
+    optimizer: OptimizerState | None = None,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Complete the checkpoint that `begin` has begun, after all parts are written; arguments as `save`."""
+    root, step = building.parent, int(building.name[1:].removesuffix(TEMPORARY))
+    with _explained(building, "written"):
+        _write_tensors(building / MODEL, model)
+        if optimizer is not None:
+            _write_tensors(building / OPTIMIZER, optimizer.tensors)
+        state = {"format": FORMAT, "step": step, "extra": dict(extra or {})}
+        state["optimizer"] = None if optimizer is None else {"groups": optimizer.groups, "scalars": optimizer.scalars}
+        write_synced(building / STATE, to_json(state))
+        sync_directory(building / PARTS)
+        write_synced(building / MANIFEST, manifest_of(building, step))
+        sync_directory(building)
+        final = _put_in_place(building, root / str(step))
+        sync_directory(root)
+        write_atomic(root / LATEST, f"{step}\n")
+    _prune(root, step, keep)
+    return final
+
+
+def _put_in_place(building: Path, final: Path) -> Path:
+    """Rename; a checkpoint of the same step is kept if it is whole and equal, and otherwise replaced.
+
+    A directory cannot be replaced in one operation: the old one is set aside first, where `load_latest`
+    finds it.
+    """
+    aside = final.with_name(final.name + _SET_ASIDE)
+    if final.is_dir():
+        try:
+            equal = verify(final) == verify(building)
+        except CheckpointError:
+            equal = False
+        if equal:
+            _remove(building)
+            return final
+        _remove(aside)
+        os.rename(final, aside)
+    os.rename(building, final)
+    _remove(aside)
+    return final
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Remove the oldest checkpoints below `step`, and those that are incomplete, which do not count."""
+    older = sorted((s for s in _steps_in(root) if s < step), reverse=True)
+    whole = [s for s in older if _plausible(root / str(s))]
+    for s in set(older) - set(whole[: keep - 1]):
+        try:
+            _remove(root / str(s))
+            _remove(root / f"{s}{_SET_ASIDE}")
+        except OSError as error:
+            warnings.warn(f"cannot remove the old checkpoint {root / str(s)}: {error}", CheckpointWarning, stacklevel=4)
+
+
+def _remove(path: Path) -> None:
+    """Remove what is at `path`, a directory under a temporary name: no half of it must look like a checkpoint."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        doomed = path
+        if not path.name.endswith(TEMPORARY):
+            doomed = path.with_name(f".{path.name}.removed{TEMPORARY}")
+            os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write and flush. Tensors that share memory are written apart: each name has its own values."""
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; a checkpoint's {path.name} holds tensors only")
+        value = tensor.detach().cpu().contiguous()
+        if value.numel() and value.untyped_storage().data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        plain[name] = value
+    save_file(plain, path)
+    sync_file(path)
+
+
+@contextmanager
+def _explained(building: Path, done: str) -> Iterator[None]:
+    """Turn errors of the file system into a CheckpointError that says what to do, and leave nothing half-done."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))  # how the safetensors library reports them
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        shutil.rmtree(building, ignore_errors=True)
+        advice = {
+            errno.ENOSPC: "free some space on its disk or keep fewer checkpoints",
+            errno.EDQUOT: "free some of your quota or keep fewer checkpoints",
+            errno.EACCES: "make the directory writable",
+            errno.EPERM: "make the directory writable",
+            errno.EROFS: "choose a directory on a disk that is not read-only",
+        }.get(number or 0, "check the disk")
+        why = os.strerror(number) if number else str(error)
+        step = building.name[1:].removesuffix(TEMPORARY)
+        raise CheckpointError(
+            f"the checkpoint of step {step} cannot be {done} in {building.parent}: {why}; {advice}. "
+            "Earlier checkpoints are untouched."
+        ) from error
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load_latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
+    """The newest complete checkpoint: the one that `latest` names, or else the newest complete one before it.
+
+    If it is not the one that `latest` names, a `CheckpointWarning` gives the reason.
+
+    Args:
+        directory: the `checkpoints` directory; it need not exist.
+
+    Returns:
+        None if there is no checkpoint at all; the remains of an interrupted first save do not count.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none is complete.
+    """
+    root = Path(directory)
+    steps = sorted(_steps_in(root), reverse=True) if root.is_dir() else []
+    if not steps:
+        return None
+    named, complaints = _pointer(root)
+    if named is None or named not in steps:
+        if named is not None:
+            complaints.append(f"{root / LATEST} names step {named}, which is not there")
+        order = steps
+    else:
+        newer = [s for s in steps if s > named]
+        if newer:
+            complaints.append(f"{root / LATEST} names step {named}, though there are newer: {newer[::-1]}")
+        order = [named, *(s for s in steps if s < named), *newer]
+    for step in order:
+        for path in (root / str(step), root / f"{step}{_SET_ASIDE}"):
+            if not path.is_dir():
+                continue
+            try:
+                found = load(path)
+                if found.step != step:
+                    raise CheckpointError(f"the checkpoint {path} is of step {found.step}")
+            except CheckpointError as error:
+                complaints.append(str(error))
+                continue
+            if complaints:
+                warnings.warn(f"{'; '.join(complaints)}. Using {path}", CheckpointWarning, stacklevel=2)
+            return found
+    raise CheckpointError(
+        f"no checkpoint in {root} is complete: {'; '.join(complaints)}. Restore one, or remove them to start over"
+    )
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint's directory, after verifying the checksum of every file.
+
+    Raises:
+        CheckpointError: if it is missing, incomplete or damaged, naming the file.
+    """
+    root = Path(path)
+    manifest = verify(root)
+    try:
+        state = json.loads((root / STATE).read_bytes())
+        model = _read_tensors(root / MODEL)
+        optimizer = None
+        if OPTIMIZER in manifest["files"]:
+            optimizer = OptimizerState(_read_tensors(root / OPTIMIZER), **state["optimizer"])
+        parts = tuple(Path(n).name.removesuffix(".safetensors") for n in manifest["files"] if n.startswith(f"{PARTS}/"))
+        return Checkpoint(root, manifest["step"], model, optimizer, state["extra"], parts)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint {root} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def model_digest(directory: str | os.PathLike[str], step: int) -> str | None:
+    """SHA-256 (hex) of the weights of a step's checkpoint, as its manifest has it; None if there is no checkpoint."""
+    for name in (str(step), f"{step}{_SET_ASIDE}"):
+        try:
+            return read_manifest(Path(directory) / name)["files"][MODEL]["sha256"]
+        except CheckpointError:
+            continue
+    return None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The file's tensors, copied: the library maps the file, which may be pruned while they live."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _steps_in(root: Path) -> set[int]:
+    """The steps that have a checkpoint, whole or not, in place or set aside."""
+    names = (entry.name.removesuffix(_SET_ASIDE) for entry in root.iterdir() if entry.is_dir())
+    return {int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,17}", name)}
+
+
+def _pointer(root: Path) -> tuple[int | None, list[str]]:
+    """The step that `latest` names, or None and why not."""
+    try:
+        with open(root / LATEST, "rb") as file:
+            text = file.read(32)
+    except OSError as error:
+        return None, [f"{root / LATEST} cannot be read: {error.strerror}"]
+    if not re.fullmatch(rb"(0|[1-9][0-9]{0,17})\n", text):
+        return None, [f"{root / LATEST} is damaged"]
+    return int(text), []
+
+
+# -- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def manifest_of(root: Path, step: int) -> bytes:
+    """The manifest for the files in `root`, of which it reads every byte.
+
+    Raises:
+        OSError: if one cannot be read.
+    """
+    paths = [p for p in root.rglob("*.safetensors") if not p.name.startswith(".")] + [root / STATE]
+    files = {p.relative_to(root).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(paths)}
+    return _signed({"format": FORMAT, "step": step, "files": files})
+
+
+def to_json(value: Any) -> bytes:
+    """JSON in the form of all files of a checkpoint; floats are restored bit by bit."""
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _signed(manifest: dict[str, Any]) -> bytes:
+    """The manifest's bytes, with the digest of all the rest at its end."""
+    return to_json({**manifest, "sha256": hashlib.sha256(to_json(manifest)).hexdigest()})
+
+
+def verify(root: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after verifying every file.
+
+    Raises:
+        CheckpointError: if a file is missing or has changed, naming it.
+    """
+    manifest = read_manifest(root)
+    for name, facts in manifest["files"].items():
+        if not _as_long_as(root / name, facts["bytes"]):
+            raise CheckpointError(f"the checkpoint {root} is damaged: {name} is missing or has the wrong length")
+        try:
+            digest = sha256_of(root / name)
+        except OSError as error:
+            raise CheckpointError(f"the checkpoint {root} cannot be read: {name}: {error.strerror}") from error
+        if digest != facts["sha256"]:
+            raise CheckpointError(
+                f"the checkpoint {root} is damaged: {name} has changed since it was written (SHA-256)"
+            )
+    return manifest
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest, after verifying its own digest.
+
+    Raises:
+        CheckpointError: if it is missing, has changed, or is of another version.
+    """
+    try:
+        if (root / MANIFEST).stat().st_size > _LONGEST:
+            raise ValueError("too long")
+        content = (root / MANIFEST).read_bytes()
+        manifest = json.loads(content)
+        digest = manifest.pop("sha256")
+        whole = _signed(manifest) == content and len(digest) == 64
+        files = manifest["files"]
+        safe = {MODEL, STATE} <= set(files) and all(
+            re.fullmatch(rf"({PARTS}/)?[\w-][\w.-]*", name) and set(facts) == {"bytes", "sha256"}
+            for name, facts in files.items()
+        )
+    except FileNotFoundError as error:
+        raise CheckpointError(f"the checkpoint {root} is incomplete: it has no {MANIFEST}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the checkpoint {root} is damaged: {MANIFEST} cannot be read: {error}") from error
+    if not whole or not safe:
+        raise CheckpointError(f"the checkpoint {root} is damaged: {MANIFEST} is not as it was written")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"the checkpoint {root} has format {manifest['format']}; this version reads {FORMAT}")
+    return manifest
+
+
+def _plausible(root: Path) -> bool:
+    """Whether a checkpoint has its manifest and files of the right lengths, without reading them."""
+    try:
+        manifest = read_manifest(root)
+    except CheckpointError:
+        return False
+    return all(_as_long_as(root / name, facts["bytes"]) for name, facts in manifest["files"].items())
+
+
+def _as_long_as(path: Path, length: int) -> bool:
+    """Whether `path` is a regular file (not a link or device) of `length` bytes."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == length
