@@ -64,3 +64,19 @@ def test_what_a_page_would_fetch_is_found(tmp_path: Path, name: str, text: str, 
     spec.loader.exec_module(hooks)
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert bool(hooks.remote_loads(tmp_path)) == remote
+
+
+def test_settings_that_the_pages_name_exist() -> None:
+    from rkdo_dist import config
+
+    known = set(config.flatten(config.Config()))
+    sections = "|".join(sorted({key.partition(".")[0] for key in known}))
+    found = {
+        f"{page.name}: {name}"
+        for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+        if page.parent.name != "log"
+        and page.name not in ("log.md", "settings.md")  # the log keeps the names of its day
+        for name in re.findall(rf"(?<![\w/.-])(?:{sections})\.[a-z_]+\b(?![\w/(.*])", page.read_text(encoding="utf-8"))
+        if name not in known and not name.endswith((".py", ".md"))
+    }
+    assert not found

@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         head_depth: number of the head's linear layers (2 in both named heads; 1: no hidden layer).
         weights: what the backbone begins with: "none" (random), "DEFAULT" (the pretrained weights that torchvision or
             timm recommends; downloaded unless cached), a `.safetensors` or torch file, a directory with
-            `model.safetensors`, or "hf://OWNER/NAME[@REVISION][/FILE]". Classifier weights are ignored; everything
+            `model.safetensors`, or `hf://OWNER/NAME[@REVISION][/FILE]`. Classifier weights are ignored; everything
             else must fit. Pretrained weights expect images normalised as in their training: see `views.mean`.
         freeze: how much of the backbone is not trained, from its first layer on: a number of its children (2), or the
             name of the last frozen part ("layer2", "blocks.5"), or "backbone" for all of it; "none" or 0 for nothing.
