@@ -1,4 +1,4 @@
-"""Addresses that may hold a secret: what of them may be shown, and how a process that we start gets the rest.
+"""Addresses that may contain a secret: their public part, and how a child process gets the rest.
 
 A token stands before the host (user:password@host) or in the query (?token=...). Neither is written to a file, put into
 a name or among the arguments of a process, or shown: not even in the message that refuses the address. What a child

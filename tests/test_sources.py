@@ -289,7 +289,7 @@ def test_data_sets_from_python(tmp_path: Path) -> None:
         ("my_numbers:nothing", "cannot be imported: AttributeError"),
         ("my_numbers:BROKEN", "is int, not a function"),
         ("my_numbers:number", "gives int for split 'train', not a data set"),
-        ("my_numbers:shuffled", "is another one when it is read again: take random transforms out"),
+        ("my_numbers:shuffled", "differs when it is read again: take random transforms out"),
     ],
 )
 def test_wrong_sources_are_one_clear_line(source: str, message: str, module: None) -> None:

@@ -1,4 +1,4 @@
-"""All settings for people: `rkdo settings`, the help of `rkdo train`, and docs/settings.md."""
+"""List of all settings: for `rkdo settings`, the help of `rkdo train`, and docs/settings.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Setting:
 
 
 def settings(pattern: str = "") -> list[Setting]:
-    """The settings whose key or explanation holds `pattern` (any case), in the order of the sections.
+    """The settings whose key or explanation contains `pattern` (in any case), in the order of the sections.
 
     Raises:
         ConfigError: if there is none, with the nearest key.

@@ -1,4 +1,4 @@
-"""YAML and dotted overrides to a checked configuration, and back."""
+"""Configuration from YAML and dotted overrides, checked, and back to YAML."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _changed(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong and where, without YAML's excerpt: it may begin in the middle of an address with a secret."""
+    """The error and its place, without YAML's excerpt, which may begin in the middle of an address with a secret."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error)
     return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"

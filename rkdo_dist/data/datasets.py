@@ -73,7 +73,7 @@ class Opener:
 
 @dataclass(frozen=True)
 class ItemRun:
-    """Consecutive items of the drawn order: what a shard is elsewhere."""
+    """Consecutive items of the drawn order, in the role of a shard."""
 
     opener: Opener
     split: str
@@ -111,7 +111,7 @@ class OpenItems:
         return None if label is None or label < 0 else str(label).encode()
 
     def where(self, position: int) -> str:
-        """How errors call an item."""
+        """Name of an item in errors."""
         return f"{self._run.opener.name}: item {self._run.items[position]} of split {self._run.split!r}"
 
     def check_unchanged(self) -> None:
@@ -210,7 +210,7 @@ def _probe(opener: Opener, split: str, item: int) -> tuple[str, tuple[int, int]]
         size = (pixels.shape[1], pixels.shape[2])
     if digests[0] != digests[1]:
         raise DataError(
-            f"{opener.name}: item {item} of split {split!r} is another one when it is read again: take random "
+            f"{opener.name}: item {item} of split {split!r} differs when it is read again: take random "
             "transforms out of the data set (views.* draws the views)"
         )
     return digests[0], size
@@ -250,7 +250,7 @@ def _image(image: Any, where: str) -> Image.Image:
         if array.shape[-1] == 1:
             array = array[..., 0]
         elif array.shape[-1] not in (3, 4):
-            raise DataError(f"{where} has {array.shape[-1]} channels: 1, 3 or 4 are understood")
+            raise DataError(f"{where} has {array.shape[-1]} channels: 1, 3 or 4 are supported")
     return Image.fromarray(np.ascontiguousarray(array))
 
 

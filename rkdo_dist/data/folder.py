@@ -1,4 +1,4 @@
-"""A folder of images (or a plain tar of one) read as it is: no conversion, the same promises as for shards.
+"""A folder of images (or a plain tar of one) read as it is: no conversion, the same guarantees as for shards.
 
 An index of the folder is made once, which reads every file: length, SHA-256 and the header of each image. It is kept in
 the cache (`remote.default_cache`), so only files that are new or changed are read again. The images are put into a
@@ -36,7 +36,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class _Entry:
-    """What is known of a file's content: SHA-256 (hex), (height, width); or why it is not a readable image."""
+    """Facts of a file's content: SHA-256 (hex), (height, width); or why it is not a readable image."""
 
     digest: str
     size: tuple[int, int]
@@ -45,7 +45,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class ImageRun:
-    """Consecutive images of the drawn order: what a shard is elsewhere.
+    """Consecutive images of the drawn order, in the role of a shard.
 
     Attributes:
         listing: where they are.
@@ -96,7 +96,7 @@ class OpenRun:
         return None if label < 0 else str(label).encode()
 
     def where(self, position: int) -> str:
-        """How errors call an image."""
+        """Name of an image in errors."""
         return self._run.listing.where(self._run.files[position])
 
     def check_unchanged(self) -> None:
@@ -169,7 +169,7 @@ def _runs(
 
 
 def _notes(listing: Listing, broken: Sequence[ImageFile]) -> Iterator[str]:
-    """What a user should know of this folder before training on it."""
+    """Remarks on this folder for the user, before training on it."""
     if listing.classes:
         shown = ", ".join(listing.classes[:5]) + (", ..." if len(listing.classes) > 5 else "")
         yield f"{listing.root}: {len(listing.files)} images in {len(listing.classes)} classes by folder ({shown})"
@@ -240,7 +240,7 @@ def _cache_file(place: str) -> Iterator[Path | None]:
 
 
 def _cached(path: Path | None) -> dict[str, tuple[tuple[int, int], _Entry]]:
-    """What the cache knows; nothing if there is none or it cannot be understood."""
+    """Entries of the cache; none if there is no cache or it cannot be read."""
     if path is None:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""The image files of a folder or of a tar of one: which split and which class each belongs to. Nothing is opened.
+"""Image files of a folder or of a tar of one, with split and class of each. No file is opened.
 
 Rules, for a tree and for a tar alike (one folder around everything is taken off first; hidden names are left out):
 
@@ -43,7 +43,7 @@ class Listing:
         root: the folder or tar.
         files: sorted by name.
         classes: names in order; empty without labels.
-        ignored: names of the files that are no images.
+        ignored: names of the files that are not images.
     """
 
     root: Path
@@ -56,7 +56,7 @@ class Listing:
         return tuple(file for file in self.files if file.split == name)
 
     def where(self, file: ImageFile) -> str:
-        """How messages call an image."""
+        """Name of an image in messages."""
         return f"{self.root}: {file.name}" if file.offset >= 0 else str(self.root / file.name)
 
     def read(self, file: ImageFile) -> bytes:

@@ -1,6 +1,6 @@
-"""Where training data comes from: a path, or an address whose scheme says what lies there.
+"""Data sources: a path, or an address whose scheme names the kind of source.
 
-| source | what it is |
+| source | content |
 |---|---|
 | a directory with index.json, `shards://DIR_OR_URL`, a URL | prepared or indexed WebDataset shards (`index`) |
 | any other directory, a tar, `imagefolder://PATH` | images as they are (`folder`); `?labels=none` leaves classes out |
@@ -87,7 +87,7 @@ def _local(source: str, allow_remote: bool, on_corrupt: str, progress: Progress 
 
 
 def _scheme(source: str) -> tuple[str, str]:
-    """What lies there, and the rest of the address; "" for a path or another kind of URL."""
+    """The kind of source, and the rest of the address; "" for a path or another kind of URL."""
     scheme, separator, rest = source.partition("://")
     if separator and scheme in ("shards", "imagefolder", "torchvision"):
         return scheme, rest
@@ -99,7 +99,7 @@ def _scheme(source: str) -> tuple[str, str]:
 
 
 def _options(source: str, rest: str, allowed: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """The part before the question mark, and what is asked for after it."""
+    """The part before the question mark, and the options after it."""
     place, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     unknown = [name for name in options if name not in allowed]

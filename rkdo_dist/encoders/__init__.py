@@ -1,4 +1,4 @@
-"""Encoders: a backbone (torchvision's, timm's or anybody's own), a projection head, and weights to begin with."""
+"""Encoders: a backbone (torchvision's, timm's or the user's own), a projection head, and initial weights."""
 
 from rkdo_dist.encoders.backbones import CifarResNet, classification_backbones, is_code
 from rkdo_dist.encoders.encoder import HEADS, Encoder

@@ -1,4 +1,4 @@
-"""Backbones by name: torchvision's, timm's, small ResNets for 32x32 images, and anybody's own.
+"""Backbones by name: torchvision's, timm's, small ResNets for 32x32 images, and the user's own.
 
 Random weights are drawn from torch's global generator by each library's own rules; nothing is downloaded here.
 """
@@ -24,20 +24,20 @@ _CIFAR_RESNET = re.compile(r"cifar_resnet(\d+)(?:x(\d+))?")
 _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 # A class count that no layer width equals, so that it marks the classifier wherever a backbone keeps it.
 _MARK = 1009
-# Classifiers inside the two Inceptions, for training with labels, which self-supervision has not.
+# Auxiliary classifiers of the two Inceptions, for training with labels, which self-supervision does not have.
 _AUXILIARY = ("aux1", "aux2", "AuxLogits")
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network without its classifier, and what is known of it.
+    """A network without its classifier, and facts about it.
 
     Attributes:
         network: images (n, 3, H, W) to features (n, f).
         width: f.
-        name: what messages call it.
-        classifier: names of the modules that a whole model has and this one has not; their weights are ignored.
-        pretrained: fetches the weights that its library calls its default ones; None if there are none.
+        name: its name in messages.
+        classifier: names of the modules that were removed with the classifier; their weights are ignored.
+        pretrained: fetches the default weights of its library; None if there are none.
     """
 
     network: nn.Module
@@ -142,7 +142,7 @@ def _of_timm(name: str) -> Backbone:
 
 
 def _made_by(path: str) -> nn.Module:
-    """What the factory at an import path makes; modules in the working directory are found too."""
+    """The module that the factory at an import path returns; the working directory is searched too."""
     module_name, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -168,7 +168,7 @@ def _made_by(path: str) -> nn.Module:
 
 
 def _width(network: nn.Module, name: str) -> int:
-    """f of somebody's own network: its attribute `feature_dim` or `num_features`, or from one small forward pass."""
+    """f of a user's network: its attribute `feature_dim` or `num_features`, or from one small forward pass."""
     for attribute in ("feature_dim", "num_features"):
         if isinstance(value := getattr(network, attribute, None), int):
             return value
@@ -188,7 +188,7 @@ def _width(network: nn.Module, name: str) -> int:
 
 @torch.no_grad()
 def probe(network: nn.Module, side: int) -> Any:
-    """What `network` makes of one black image of side x side, in evaluation mode; it is left as it was."""
+    """The output of `network` for one black image of side x side, in evaluation mode; its state is restored."""
     parameter = next(network.parameters(), torch.empty(0))
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -254,7 +254,7 @@ def _remove_classifier(model: nn.Module, name: str) -> tuple[int, str]:
             continue
         setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], nn.Identity())
         return width, path
-    raise ValueError(f"backbone {name!r} has no classifier that can be taken off; use another")
+    raise ValueError(f"backbone {name!r} has no classifier that can be removed; use another")
 
 
 def _use_cifar_stem(model: nn.Module, name: str) -> None:

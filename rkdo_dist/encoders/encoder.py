@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         return self
 
     def check_image_size(self, size: int) -> None:
-        """Whether the backbone takes images of size x size and gives features (n, f), by one forward pass.
+        """Check that the backbone takes images of size x size and gives features (n, f), by one forward pass.
 
         Raises:
             ValueError: saying what it answered.

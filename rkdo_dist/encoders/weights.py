@@ -1,4 +1,4 @@
-"""Weights from elsewhere: tensors out of a file or from the Hugging Face Hub, and whether they fit."""
+"""Initial weights from a file or the Hugging Face Hub, and the check that they match."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], name: str, source
     unexpected = [k for k in given if k not in own]
     shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
     if missing or unexpected or shapes:
-        raise ValueError(f"weights={source} does not fit {name}: {_misfit(missing, unexpected, shapes, own, given)}")
+        raise ValueError(f"weights={source} does not match {name}: {_misfit(missing, unexpected, shapes, own, given)}")
     network.load_state_dict(given, strict=False)
 
 

@@ -1,1 +1,1 @@
-"""Floor 2: everything that travels between ranks (torch.distributed only)."""
+"""Communication between ranks: sums in a fixed order, columns of the field, rows by owner."""

@@ -1,4 +1,4 @@
-"""How the columns of the field reach the rows, and how their gradients travel back to the ranks that own them.
+"""Exchange of the field's columns: from their owners to the rows of every rank, and their gradients back.
 
 The field is sharded by row: each of W ranks holds b rows and needs all B = W b columns. A block of columns is a tensor
 (V, n, d): n consecutive samples in V views, which travel in one collective. Ways, the same numbers:

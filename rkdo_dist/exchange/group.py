@@ -181,7 +181,7 @@ def exact_all_reduce(flat: Tensor, group: Group = None) -> Tensor:
 
 
 def _small_tensor_device(group: Group = None) -> torch.device:
-    """Where a few numbers must lie to travel between ranks: NCCL only moves what is on the GPU."""
+    """The device for small messages between ranks: NCCL only moves tensors on the GPU."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -219,7 +219,7 @@ def gather_objects(value: object, group: Group = None) -> list[object]:
 
 
 def from_rank_zero(value: T) -> T:
-    """Rank zero's `value`, on every rank, so that all take the same decision."""
+    """Rank zero's `value`, on every rank, so that all make the same decision."""
     return gather_objects(value)[0]  # type: ignore[return-value]
 
 

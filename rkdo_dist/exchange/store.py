@@ -66,7 +66,7 @@ class Shards:
 
 
 class Fetch:
-    """Rows under way to the rank that has asked for them."""
+    """Rows in transit to the rank that asked for them."""
 
     def __init__(self, work: dist.Work | None, received: Tensor, order: Tensor, store: RowStore) -> None:
         self._work, self._received, self._order, self._store = work, received, order, store
@@ -118,7 +118,7 @@ class RowStore:
         self._writes: list[tuple[dist.Work, Tensor, Tensor, Tensor, Tensor]] = []
 
     def fetch(self, batch: Tensor) -> Fetch:
-        """Begin to bring this rank's rows of a global batch here.
+        """Begin to fetch this rank's rows of a global batch.
 
         Args:
             batch: (B,) int64 on the CPU, the samples of all ranks in rank order; b = B / W of them are this rank's.
@@ -150,7 +150,7 @@ class RowStore:
             self._writes.append((work, incoming, leaving, outgoing, batch))
 
     def finish(self, batch: Tensor | None = None) -> None:
-        """Wait for rows under way to their owners.
+        """Wait for rows in transit to their owners.
 
         Args:
             batch: only if one of these samples' rows may be under way; None: in any case. The same on every rank.
@@ -201,7 +201,7 @@ class RowStore:
         return found
 
     def load(self, tile: int, tensors: dict[str, Tensor]) -> None:
-        """Take a tile as `tensors` has given it.
+        """Restore a tile from the result of `tensors`.
 
         Raises:
             ValueError: if it has other shapes or dtypes than here.
@@ -230,7 +230,7 @@ class RowStore:
         return Rows(columns, numbers[:, :k].contiguous(), numbers[:, k].contiguous(), self.shards.samples)
 
     def _brought_home(self, found: Nearest) -> Nearest:
-        """Every query's findings on all ranks, put together on the query's rank."""
+        """Every query's results from all ranks, merged on the query's rank."""
         world = self.shards.world
         if world > 1:
             b = len(found.logits) // world
@@ -273,7 +273,7 @@ class RowStore:
         self.rows.rest[places] = rows.rest
 
     def _wire(self) -> torch.device:
-        """Where tensors must lie to travel: NCCL moves what is on the GPU, gloo what is on the CPU."""
+        """The device for messages: NCCL moves tensors on the GPU, gloo those on the CPU."""
         if self.shards.world == 1:
             return self._device
         nccl = dist.get_backend(self._group) == "nccl"
