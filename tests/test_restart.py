@@ -53,7 +53,7 @@ POINTS = [
     ("start-up", "rkdo_dist.encoders:Encoder.__init__", 1, 2, (0, 1)),
     ("a step", "torch.optim:Adam.step", 4, 1, (0,)),
     ("a restore", "rkdo_dist.checkpoint:tensors_to_optimizer", 1, 2, (0, 1)),
-    ("a save, all files written", "rkdo_dist.checkpoint.writing:_put_in_place", 2, 4, (0,)),
+    ("a save, all files written", "rkdo_dist.checkpoint.store:_put_in_place", 2, 4, (0,)),
     ("an evaluation", "rkdo_dist.evaluate.judge:gather_features", 1, 1, (0,)),
     ("a step of one rank", "torch.optim:Adam.step", 5, 4, (2,)),
     ("a step of all ranks", "torch.optim:Adam.step", 4, 2, (0, 1)),
