@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rkdo_dist.addresses import Parser, shown, traceback_without_secrets
+from rkdo_dist.export.commands import output_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added.add_argument
 
-    for add in (_data_commands, _run_commands, _reading_commands, _study_commands, _cost_commands):
+    for add in (_data_commands, _run_commands, output_commands, _reading_commands, _study_commands, _cost_commands):
         add(command)
     return parser
 

@@ -28,6 +28,7 @@ FLOORS = {
     "parts": 5,
     "ranks": 5,
     "evaluate": 6,
+    "export": 7,
     "train": 7,
     "measure": 8,
     "studies": 9,
@@ -36,18 +37,18 @@ FLOORS = {
     "__init__": 11,
 }
 # A room of floors 1 to 5 gets plain arguments: only what stands between a run and its user reads the configuration.
-CONFIG_READERS = ("rundir", "parts", "ranks", "evaluate.judge", "train", "measure", "studies", "cli")
+CONFIG_READERS = ("rundir", "parts", "ranks", "evaluate.judge", "export", "train", "measure", "studies", "cli")
 HOMES = {
     "accelerate": ("ranks.runtime", "ranks.relaunch", "train.tracking"),
     "deepspeed": ("train.zero", "ranks.runtime"),
     "webdataset": ("data",),
     "torchvision": ("data", "encoders"),
     "sklearn": ("evaluate.scores", "evaluate.maps", "data.sources"),
-    "rich": ("console", "evaluate.judge", "train", "measure", "cli", "studies"),
+    "rich": ("console", "evaluate.judge", "export.embed", "train", "measure", "cli", "studies"),
     "matplotlib": ("studies",),
     "scipy": ("studies.statistics", "studies.cost"),
     "yaml": ("config.reading",),
-    "safetensors": ("checkpoint", "encoders.weights"),
+    "safetensors": ("checkpoint", "encoders.weights", "export"),
     "timm": ("encoders.backbones",),
 }
 

@@ -88,6 +88,12 @@ def classification_backbones() -> list[str]:
     return models.list_models(module=models)
 
 
+def backbone_state(name: str) -> dict[str, Tensor]:
+    """Names and shapes of the weights that a library's model has besides its classifier (the values are random)."""
+    with torch.random.fork_rng([]):
+        return dict(make_backbone(name).network.state_dict())
+
+
 def nearest(name: str, names: Sequence[str], otherwise: str) -> str:
     """A hint at the nearest of `names`, or `otherwise` if none is near."""
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)

@@ -94,6 +94,7 @@ def _set_up(config: Config, rt: Runtime, run: RunDirectory) -> Job:
             "device": str(rt.device),
             **rt.launch,
             "threads": config.run.threads,
+            "image_size": job.views.size,
             "code": code_digest(),
             "started_at_step": job.position,
         })  # fmt: skip

@@ -1,0 +1,1 @@
+"""What leaves a run: its encoder as a module, as files that other libraries load, and features of images."""
