@@ -340,7 +340,7 @@ def test_theorem_3_geometric_decay_when_q_is_kept() -> None:
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="between 1 and 5"):
         identity(torch.arange(5), 5, 6)
-    with pytest.raises(ValueError, match="sample 3 is in one global batch twice"):
+    with pytest.raises(ValueError, match="sample 3 occurs twice in one global batch"):
         BatchColumns(5).set(torch.tensor([1, 3, 3]))
     with pytest.raises(ValueError, match="coupling"):
         Objective.persistent(1.5)

@@ -1,4 +1,4 @@
-"""What turns a strip of similarities into gradients: the protocol of all kernels, and the kernel of fixed supervisors.
+"""Kernels, which turn a strip of similarities into gradients: their protocol, and the kernel of fixed supervisors.
 
 A kernel is given scaled similarities x = <row, column> / tau(D) of few rows and many columns, and works on them in
 place. With all columns in the strip, `fused` turns x into the gradient in one go. With columns in blocks, the walks do
@@ -25,7 +25,7 @@ from rkdo_dist.field.supervisors import Supervisor
 
 @dataclass
 class RowSums:
-    """What is known of b rows: sums over the columns seen so far, in scaled (and shifted) coordinates.
+    """Partial results of b rows: sums over the columns seen so far, in scaled (and shifted) coordinates.
 
     Attributes:
         shift: the largest x of the row (b,), where temperatures are so low that exp(x) might overflow.
@@ -58,7 +58,7 @@ class RowSums:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a strip of r rows and n columns lies in the field.
+    """Position in the field of a strip of r rows and n columns.
 
     Attributes:
         piece: the matrix of rows and columns that it is part of.
@@ -116,7 +116,7 @@ class Kernel(Protocol):
         """Every row's loss (b,) float64."""
 
     def release(self) -> None:
-        """Give workspace back; a further visit takes it again."""
+        """Release the workspace; a further visit allocates it again."""
 
 
 def exponent_limit(dtype: torch.dtype) -> float:

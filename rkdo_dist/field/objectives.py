@@ -354,7 +354,7 @@ def dense(
 
 @dataclass(frozen=True)
 class Initial:
-    """Where the recursion of a matrix begins.
+    """Start of the recursion of one matrix.
 
     Attributes:
         p: p(0), (B, N).

@@ -1,4 +1,4 @@
-"""Supervisory rows that live across training iterations: equations 1 to 3 of the paper as they are written.
+"""Supervisory rows that persist across training iterations: equations 1 to 3 of the paper as they are written.
 
 A row p(.|i) is a distribution over all n training samples. It is kept as its K largest entries and a remainder that is
 spread evenly over the other columns. A visit of a row, at a step with global batch S:
@@ -93,7 +93,7 @@ class Rows:
 
 
 def identity(samples: Tensor, n: int, stored: int, dtype: torch.dtype = torch.float32) -> Rows:
-    """Rows as they begin: all mass on the sample itself, which stands for its other view.
+    """Initial rows: all mass on the sample itself, which stands for its other view.
 
     Args:
         samples: (r,) integers in [0, n).
@@ -113,7 +113,7 @@ def identity(samples: Tensor, n: int, stored: int, dtype: torch.dtype = torch.fl
 
 
 class BatchColumns:
-    """Where each of the n samples stands in a global batch.
+    """Position of each of the n samples in a global batch.
 
     Args:
         n: number of samples; the table of 8 n bytes is kept from batch to batch.
@@ -134,7 +134,7 @@ class BatchColumns:
         self.samples = samples
         if not torch.equal(self._table[samples], torch.arange(len(samples), device=samples.device)):
             twice = samples[self._table[samples] != torch.arange(len(samples), device=samples.device)]
-            raise ValueError(f"sample {int(twice[0])} is in one global batch twice")
+            raise ValueError(f"sample {int(twice[0])} occurs twice in one global batch")
 
     def positions(self, columns: Tensor) -> Tensor:
         """Positions of samples in the batch, int64, -1 for those outside (and for empty slots)."""
@@ -143,7 +143,7 @@ class BatchColumns:
 
 @dataclass(frozen=True)
 class Restricted(Listed):
-    """Rows restricted to a global batch and divided by their mass there: what a step's learned rows are fitted to.
+    """Rows restricted to a global batch and divided by their mass there: the supervisor of a step.
 
     Attributes:
         positions, extra, share, entropy: see `Listed`.
@@ -156,7 +156,7 @@ class Restricted(Listed):
 
 
 def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -> Restricted:
-    """The supervisor that rows are in a global batch.
+    """The supervisor that rows give in a global batch.
 
     A row without any mass in the batch has no opinion on it: the supervisor is then the identity.
 

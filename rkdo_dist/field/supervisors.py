@@ -1,4 +1,4 @@
-"""Who supervises: the rows p(0) that learned rows are fitted to, as kernels use them.
+"""Supervisors: the rows p(0) that learned rows are fitted to, as kernels use them.
 
 Over the N columns that take part, p(0)(j|i) = share(i) + extra(j|i), and extra is not 0 at few columns only: at the
 positive (`Identity`), at the columns of the same label (`SameLabel`), or at listed ones (`Listed`). Kernels never see
@@ -46,7 +46,7 @@ class Supervisor(Protocol):
         """Entropy of kept p + (1 - kept) / N (b,) float64."""
 
     def release(self) -> None:
-        """Give workspace back."""
+        """Release the workspace."""
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ class FieldRows:
             self._visit(piece, sums, walk, flat, first_column, flat_home)
 
     def release(self) -> None:
-        """Give the workspace of the visits back; a further visit takes it again."""
+        """Release the workspace of the visits; a further visit allocates it again."""
         self._kernel.release()
 
     def loss(self) -> Tensor:
