@@ -238,9 +238,6 @@ def _cost_commands(command: Command) -> None:
     add("--accelerate-config", type=Path, metavar="FILE", help="start through `accelerate launch` with this file")
     add("--out", type=Path, metavar="DIR", help="where results, figures and page go (default: --from's folder)")
     add("--from", dest="source", type=Path, metavar="DIR", help="an earlier study, or files of `rkdo measure`")
-    add("--project", type=_numbers, default=(), metavar="N,N", help="numbers of devices to project to, e.g. 8,64,512")
-    add("--interconnect", default="nvlink+ib400", metavar="A+B", help="links inside and between nodes")
-    add("--device-speed", type=float, default=1.0, metavar="X", help="of the projection, here = 1")
 
     add = command(
         "flops",
@@ -370,24 +367,30 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from rkdo_dist.studies.compare import comparison_table, loss_figure
+    from rkdo_dist.studies import sheets
+    from rkdo_dist.studies.report.charts import write_loss_chart
+    from rkdo_dist.studies.report.groups import overview, read_groups
 
-    console = _console()
-    console.print(comparison_table(options.directories))
-    if options.figure:
-        loss_figure(options.directories, options.figure)
+    groups, remarks = read_groups(options.directories)
+    console = sheets.console()
+    sheets.show(console, [overview(groups)])
+    for remark in remarks:
+        console.print(remark, soft_wrap=True)
+    if options.figure and write_loss_chart(groups, options.figure):
         console.print(f"figure: {options.figure}", soft_wrap=True)
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
+    from rkdo_dist.studies import sheets
     from rkdo_dist.studies.report.page import write_report
 
     runs = options.directories
     out = options.out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     console = _console(stderr=True)
     with console.status("reading the runs") as status:
-        write_report(runs, out, status.update)
+        table = write_report(runs, out, status.update)
+    sheets.show(sheets.console(), [table])
     console.print(f"report: {out}", soft_wrap=True)
     return 0
 
@@ -408,7 +411,8 @@ def _field(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from rkdo_dist import config as configuration
     from rkdo_dist.studies import sheets
-    from rkdo_dist.studies.sweep import Sweep, axis, only, sweep, variants
+    from rkdo_dist.studies.grid import Sweep, axis, only, variants
+    from rkdo_dist.studies.sweep import sweep
 
     if not options.vary and not options.variant:
         raise ValueError("say what to vary: --vary KEY=V1,V2, or --variant 'NAME: KEY=VALUE ...' at least twice")
@@ -457,13 +461,9 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _scale(options: argparse.Namespace) -> int:
-    from rkdo_dist.studies import scaling
-    from rkdo_dist.studies.links import interconnect
-    from rkdo_dist.studies.scaling_figures import draw
-    from rkdo_dist.studies.scaling_page import terminal_tables, write_page
+    from rkdo_dist.studies import scaling, scaling_tables, sheets
 
     console = _console()
-    interconnect(options.interconnect)  # before anything is run
     if bool(options.source) == bool(options.config):
         raise scaling.ScalingError("give either a CONFIG to run, or --from DIR with measurements")
     if not (options.out or options.source):
@@ -476,11 +476,11 @@ def _scale(options: argparse.Namespace) -> int:
         plan = scaling.Plan(options.config, settings, options.world_sizes, weak, options.steps, options.ways, launch)
         with console.status("starting") as status:
             results = scaling.run(plan, out, status.update)
-    study = scaling.study(results, options.project, options.interconnect, options.device_speed)
-    page = out / "scaling.html"
-    write_page(study, draw(study, out), page)
-    for part in terminal_tables(study):
-        console.print(part)
+    study = scaling.study(results)
+    page = scaling_tables.write(study, out)
+    sheets.show(console, scaling_tables.tables(study))
+    for note in scaling_tables.notes(study):
+        console.print(f"- {note}")
     console.print(f"page: {page}", soft_wrap=True)
     return 0
 

@@ -27,6 +27,7 @@ from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.addresses import shown
 from rkdo_dist.files import write_atomic
+from rkdo_dist.history import History
 from rkdo_dist.lock import DirectoryLock
 
 
@@ -51,7 +52,7 @@ YARDSTICK_TITLES = {
     "uniformity": "uniformity (lower: more spread)",
     "effective_rank": "effective rank of the embeddings",
     "own_loss": "own objective, held-out pairs",
-    "own_loss_attained": "share of its way attained",
+    "own_loss_attained": "attained share of it",
 }
 # May grow when a run is continued, provided nothing in the run depends on the total number of steps.
 _LENGTH = {"train.epochs", "train.max_steps"}
@@ -306,10 +307,17 @@ class RunDirectory:
         found = sorted((self.path / "rows").glob("*.json"), key=lambda p: int(p.stem))
         return [json.loads(path.read_text(encoding="utf-8")) for path in found]
 
-    def last_evaluation(self) -> dict[str, Any] | None:
-        """The evaluation of the largest step, if there is one."""
-        found = sorted(self.evaluations.glob("*.json"), key=lambda p: int(p.stem)) if self.evaluations.is_dir() else []
-        return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+    def history(self) -> History:
+        """All that the run has left, also of one that has only begun.
+
+        Raises:
+            RunError: if it is not a run directory.
+        """
+        files = sorted(self.evaluations.glob("*.json"), key=lambda p: int(p.stem)) if self.evaluations.is_dir() else []
+        evaluations = {int(p.stem): json.loads(p.read_text(encoding="utf-8")) for p in files}
+        file = self.path / "environment.json"
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return History(self.path, self.config(), list(self.steps()), evaluations, facts)
 
 
 def _differences(before: configuration.Config, now: configuration.Config) -> str:

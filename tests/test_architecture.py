@@ -24,6 +24,7 @@ FLOORS = {
     "batch_norm": 3,
     "sync_norm": 3,
     "checkpoint": 3,
+    "history": 3,
     "rundir": 4,
     "parts": 5,
     "ranks": 5,
@@ -37,7 +38,18 @@ FLOORS = {
     "__init__": 11,
 }
 # A room of floors 1 to 5 gets plain arguments: only what stands between a run and its user reads the configuration.
-CONFIG_READERS = ("rundir", "parts", "ranks", "evaluate.judge", "export", "train", "measure", "studies", "cli")
+CONFIG_READERS = (
+    "history",
+    "rundir",
+    "parts",
+    "ranks",
+    "evaluate.judge",
+    "export",
+    "train",
+    "measure",
+    "studies",
+    "cli",
+)
 HOMES = {
     "accelerate": ("ranks.runtime", "ranks.relaunch", "train.tracking"),
     "deepspeed": ("train.zero", "ranks.runtime"),
@@ -45,8 +57,8 @@ HOMES = {
     "torchvision": ("data", "encoders"),
     "sklearn": ("evaluate.scores", "evaluate.maps", "data.sources"),
     "rich": ("console", "evaluate.judge", "export.embed", "train", "measure", "cli", "studies"),
-    "matplotlib": ("studies",),
-    "scipy": ("studies.statistics", "studies.cost"),
+    "matplotlib": ("studies.plots",),
+    "scipy": ("studies.statistics",),
     "yaml": ("config.reading",),
     "safetensors": ("checkpoint", "encoders.weights", "export"),
     "timm": ("encoders.backbones",),

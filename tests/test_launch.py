@@ -157,7 +157,7 @@ def test_local_is_the_run_of_one_process_on_two_ranks_and_prints_nothing_but_it(
 )
 def test_the_recursion_study_asks_for_settings_that_exist(name: str, rows: str, tmp_path: Path) -> None:
     """The script with a stand-in for rkdo that writes down its words; what they ask for is then checked for real."""
-    from rkdo_dist.studies.sweep import Sweep, only, variants
+    from rkdo_dist.studies.grid import Sweep, only, variants
 
     (tmp_path / "rkdo").write_text(f'#!/bin/sh\nfor word in "$@"; do echo "$word"; done > {tmp_path}/words\n')
     (tmp_path / "rkdo").chmod(0o755)

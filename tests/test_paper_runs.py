@@ -19,9 +19,9 @@ import pytest
 
 from rkdo_dist import lock
 from rkdo_dist.data.prepare import prepare
+from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import reproduce, runner
 from rkdo_dist.studies.paper import Results
-from rkdo_dist.studies.records import read
 from tests.jobs import command, environment, metrics
 from tests.runs import Forked, locked_elsewhere
 
@@ -88,12 +88,12 @@ def test_cifar100_and_stl10_run_where_their_data_is(
     assert facts["runs"] == [f"{d}-{o}-7" for d in ("cifar100", "stl10") for o in ("icon", "rkdo")]
     assert (facts["protocol"], facts["changes"]) == ("paper", list(TINY))
     for dataset, batch in (("cifar100", 64), ("stl10", 32)):
-        record = read(tmp_path / "paper" / "runs" / f"{dataset}-rkdo-7")
+        record = RunDirectory(tmp_path / "paper" / "runs" / f"{dataset}-rkdo-7").history()
         assert record.config.train.global_batch == batch
-        assert sorted(record.evaluations) == [1, 2]
-        assert record.evaluations[2]["subset_samples"] == (60 if dataset == "cifar100" else 40)
+        assert sorted(record.evaluations) == [2, 4]
+        assert record.after_epoch(2)["subset_samples"] == (60 if dataset == "cifar100" else 40)
         row = next(r for r in facts["tables"]["table1"] if (r["dataset"], r["epochs"]) == (dataset, 2))
-        assert row["rkdo"] == pytest.approx(record.losses[1])
+        assert row["rkdo"] == pytest.approx(record.epochs[1].loss)
         assert not math.isnan(row["rkdo_away"])
     assert len(list((tmp_path / "paper" / "figures").iterdir())) == 10
     monkeypatch.setattr(reproduce, "all_figures", _no_figures)

@@ -15,9 +15,9 @@ from rkdo_dist.data.index import load_index
 from rkdo_dist.data.prepare import prepare
 from rkdo_dist.evaluate import judge
 from rkdo_dist.studies import paper, paper_figures, paper_tables, published, runner
-from rkdo_dist.studies.figures import pyplot, save
 from rkdo_dist.studies.paper import Request, Results
-from rkdo_dist.studies.records import complete
+from rkdo_dist.studies.plots import save
+from rkdo_dist.studies.runner import Planned, complete
 from tests.jobs import command
 from tests.runs import made_up
 
@@ -66,7 +66,7 @@ def test_a_longer_run_that_is_there_serves(tmp_path: Path) -> None:
     made_up(longer, [1.9] * 10, lambda epoch: {})
     short = paper.paper_config(request(tmp_path, epochs=(1, 2)), "cifar10", "rkdo", 1, "shards")
     assert short.train.epochs == 10
-    assert complete(Path(short.run.dir), 22)
+    assert complete(Planned(short, 22))
 
 
 # --- the published numbers ----------------------------------------------------------------------------------------
@@ -169,8 +169,8 @@ def test_agreement_counts_cells_within_two_published_deviations(results: Results
 
 def test_scores_of_another_protocol_do_not_count(results: Results) -> None:
     other = Results(results.request)
-    for record in other.records.values():
-        record.evaluations[1]["protocol"] = "full"
+    for run in other.runs.values():
+        run.evaluations[11]["protocol"] = "full"
     assert other.score("cifar10", 1, "nmi").seeds == 0
     assert other.score("cifar10", 2, "nmi").seeds == 5
 
@@ -180,7 +180,7 @@ def test_figures_are_drawn_and_the_same_again(results: Results, tmp_path: Path) 
     assert [p.name for p in paths] == [f"figure{n}.{kind}" for n in range(1, 6) for kind in ("png", "svg")]
     for path in paths:
         assert path.stat().st_size > 5000
-    again = save(paper_figures._improvement(pyplot(), results), tmp_path / "again", "figure1")
+    again = save(paper_figures._improvement(results), tmp_path / "again", "figure1")
     assert again[1].read_bytes() == paths[1].read_bytes()
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from rkdo_dist.evaluate import maps
 from rkdo_dist.rundir import RunError
+from rkdo_dist.studies.html import Element, tag
 from rkdo_dist.studies.report import words
-from rkdo_dist.studies.report.html import Element, tag
+from rkdo_dist.studies.report.groups import last_common_epoch, read_groups
 from rkdo_dist.studies.report.page import write_report
-from rkdo_dist.studies.report.runs import grouped, read
 from tests.jobs import command
 from tests.reports import fake_run, scores_of
 
@@ -27,7 +27,7 @@ SEEDS = (42, 123, 456, 789, 101)
 
 
 def groups_of(*paths: Path):  # type: ignore[no-untyped-def]
-    return grouped([read(path) for path in paths])[0]
+    return read_groups(paths)[0]
 
 
 def study(folder: Path, shift: float = 0.0, noise: float = 0.01) -> list[Path]:
@@ -52,23 +52,23 @@ def test_the_gap_is_taken_apart(tmp_path: Path) -> None:
     first, second = groups_of(*study(tmp_path))
     text = " ".join(words.loss_gap(first, second))
     assert "the mean loss of RKDO is 1.6000 and that of I-Con 2.3200: RKDO is 31.0% lower" in text
-    assert "An encoder that knows nothing scores 2.1396 and 2.8472: 24.9% lower before any training" in text
-    assert "0.7075 of the gap of 0.7200 (98%) was there before training; the other 0.0125 came with it" in text
-    assert "RKDO has come 38.9% of the way and I-Con 34.4%" in text
+    assert "An untrained encoder scores 2.1396 and 2.8472: 24.9% lower before any training" in text
+    assert "0.7075 of the gap of 0.7200 (98%) existed before training; training added the other 0.0125" in text
+    assert "RKDO has attained 38.9% and I-Con 34.4%" in text
     assert " ".join(words.loss_gap(second, first)) == text, "the order of the runs does not matter"
 
 
 def test_a_gap_that_training_has_made_and_one_that_it_has_narrowed(tmp_path: Path) -> None:
     one = groups_of(fake_run(tmp_path / "a", "icon", 1, [1.5]), fake_run(tmp_path / "b", "rkdo", 1, [2.0]))
-    assert "the whole gap of 0.5000 has come with training" in " ".join(words.loss_gap(*one))
+    assert "training made the whole gap of 0.5000" in " ".join(words.loss_gap(*one))
     two = groups_of(fake_run(tmp_path / "c", "icon", 1, [1.9]), fake_run(tmp_path / "d", "rkdo", 1, [1.8]))
-    assert "more than the whole gap of 0.1000 was there before training (0.7075)" in " ".join(words.loss_gap(*two))
+    assert "the gap before training was larger (0.7075) than the 0.1000 now" in " ".join(words.loss_gap(*two))
     same = groups_of(
         fake_run(tmp_path / "e", "rkdo", 1, [1.9]),
         fake_run(tmp_path / "f", "rkdo", 1, [1.8], None, "train.learning_rate=0.1"),
     )
     assert [group.label for group in same] == ["RKDO (learning_rate 0.001)", "RKDO (learning_rate 0.1)"]
-    assert "the same value for an encoder that knows nothing" in " ".join(words.loss_gap(*same))
+    assert "the same value for an untrained encoder" in " ".join(words.loss_gap(*same))
 
 
 def test_noise_is_no_evidence_and_a_real_difference_is(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_one_seed_and_no_common_seed_and_no_common_step_are_said(tmp_path: Path)
     assert "nothing can be tested" in " ".join(words.evidence(*one, found))
     assert "no seed in common" in " ".join(words.evidence(*groups_of(a, c), words.comparisons(groups_of(a, c))))
     assert "no evaluation at the same step" in " ".join(words.evidence(*groups_of(a, d), []))
-    assert words.last_common_epoch(one) == 0
+    assert last_common_epoch(one) == 0
 
 
 def test_runs_of_one_configuration_form_a_group_and_twins_are_left_out(tmp_path: Path) -> None:
     paths = [fake_run(tmp_path / str(n), "rkdo", seed, [1.9]) for n, seed in enumerate((7, 3, 7))]
-    groups, remarks = grouped([read(path) for path in paths])
+    groups, remarks = read_groups(paths)
     assert [[run.seed for run in group.runs] for group in groups] == [[3, 7]]
     assert len(remarks) == 1
     assert "same configuration and seed" in remarks[0]

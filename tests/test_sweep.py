@@ -15,25 +15,25 @@ from rich.console import Console
 
 from rkdo_dist import config as configuration
 from rkdo_dist.config import ConfigError
-from rkdo_dist.studies import runner, sweep
+from rkdo_dist.studies import grid, runner, sweep
 from rkdo_dist.studies.runner import Planned
 from rkdo_dist.studies.sweep_figures import _values, figures
 from tests.jobs import command, metrics
 from tests.runs import Forked, made_up
 
-DEPTH, COUPLING = sweep.axis("field.depth=1,3,5"), sweep.axis("field.coupling=0.1,0.5")
+DEPTH, COUPLING = grid.axis("field.depth=1,3,5"), grid.axis("field.coupling=0.1,0.5")
 
 
-def asked(out: Path, *axes: sweep.Axis, seeds: tuple[int, ...] = (1, 2, 3), metric: str = "nmi") -> sweep.Sweep:
+def asked(out: Path, *axes: grid.Axis, seeds: tuple[int, ...] = (1, 2, 3), metric: str = "nmi") -> grid.Sweep:
     base = configuration.from_tree({"train": {"epochs": 2, "batches_per_epoch": 4}})
-    return sweep.Sweep(base, axes, seeds, out, metric)
+    return grid.Sweep(base, axes, seeds, out, metric)
 
 
 def test_axes() -> None:
-    assert sweep.axis("field.depth=1, 3,5") == sweep.Axis("field.depth", (1, 3, 5))
-    assert sweep.axis("views.crop_scale=[0.2,1],[0.5,1]").values == ([0.2, 1], [0.5, 1])
-    assert sweep.axis("field.supervisor_grad=flow,stop").texts == ["flow", "stop"]
-    assert sweep.axis("train.max_steps=null,5").texts == ["null", "5"]
+    assert grid.axis("field.depth=1, 3,5") == grid.Axis("field.depth", (1, 3, 5))
+    assert grid.axis("views.crop_scale=[0.2,1],[0.5,1]").values == ([0.2, 1], [0.5, 1])
+    assert grid.axis("field.supervisor_grad=flow,stop").texts == ["flow", "stop"]
+    assert grid.axis("train.max_steps=null,5").texts == ["null", "5"]
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_axes() -> None:
 )
 def test_axes_that_cannot_be_meant(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
-        sweep.axis(text)
+        grid.axis(text)
 
 
 def test_every_combination_has_its_own_directory_whatever_the_order_of_the_axes(tmp_path: Path) -> None:
-    places = sweep.axis("data.split=a/b,a_b,a:b")
+    places = grid.axis("data.split=a/b,a_b,a:b")
     one, other = asked(tmp_path, DEPTH, places), asked(tmp_path, places, DEPTH)
     first = {one.directory(c, s) for c in one.combinations() for s in one.seeds}
     assert len(first) == 3 * 3 * 3
@@ -67,20 +67,20 @@ def test_every_combination_has_its_own_directory_whatever_the_order_of_the_axes(
 def test_a_combination_changes_the_configuration_and_a_mistake_names_it(tmp_path: Path) -> None:
     config = asked(tmp_path, DEPTH, COUPLING).config((2, 1), 9)
     assert (config.field.depth, config.field.coupling, config.run.seed, config.run.resume) == (5, 0.5, 9, "auto")
-    wrong = asked(tmp_path, DEPTH, sweep.axis("field.coupling=0.5,1.5"))
+    wrong = asked(tmp_path, DEPTH, grid.axis("field.coupling=0.5,1.5"))
     with pytest.raises(ConfigError, match=r"field.depth=1, field.coupling=1.5: field.coupling must lie in"):
         [wrong.config(combination, 1) for combination in wrong.combinations()]
 
 
 def test_variants_are_one_axis_of_several_settings_each(tmp_path: Path) -> None:
     bank = "bank 0.1: field.recursion=persistent  field.columns=bank field.coupling=0.1"
-    arms = sweep.variants(["InfoNCE: field.objective=infonce", bank])
+    arms = grid.variants(["InfoNCE: field.objective=infonce", bank])
     assert arms.texts == ["InfoNCE", "bank 0.1"]
     wanted = asked(tmp_path, arms)
     one, other = (wanted.config(combination, 1) for combination in wanted.combinations())
     assert (one.field.objective, other.field.objective, other.field.coupling) == ("infonce", "rkdo", 0.1)
     assert (one.field.recursion, other.field.recursion, other.field.columns) == ("in_batch", "persistent", "bank")
-    rows = sweep.results(wanted, runs_of(wanted, lambda c, seed: 0.3 + 0.1 * c[0] + 0.01 * seed))
+    rows = grid.results(wanted, runs_of(wanted, lambda c, seed: 0.3 + 0.1 * c[0] + 0.01 * seed))
     sheet = sweep.table(wanted, rows)
     assert [row[0] for row in sheet.rows] == arms.texts
     assert "bank 0.1: field.recursion=persistent field.columns=bank field.coupling=0.1." in sheet.caption
@@ -92,23 +92,23 @@ def test_variants_are_one_axis_of_several_settings_each(tmp_path: Path) -> None:
 )
 def test_variants_that_cannot_be_meant(text: str) -> None:
     with pytest.raises(ConfigError, match="--variant"):
-        sweep.variants([text])
+        grid.variants([text])
     with pytest.raises(ConfigError, match="twice"):
-        sweep.variants(["a: field.depth=1", "a: field.depth=2"])
+        grid.variants(["a: field.depth=1", "a: field.depth=2"])
 
 
 def test_some_of_the_variants_alone_keep_their_settings_and_directories(tmp_path: Path) -> None:
-    arms = sweep.variants(["a: field.depth=1", "b: field.depth=2", "c: field.depth=3"])
-    some = sweep.only(arms, ("c", "a"))
+    arms = grid.variants(["a: field.depth=1", "b: field.depth=2", "c: field.depth=3"])
+    some = grid.only(arms, ("c", "a"))
     assert (some.texts, some.changes(1)) == (["a", "c"], ("field.depth=3",))
     assert asked(tmp_path, some).directory((1,), 7) == asked(tmp_path, arms).directory((2,), 7)
     with pytest.raises(ConfigError, match="--only d: no --variant has this name; choose from a, b, c"):
-        sweep.only(arms, ("a", "d"))
+        grid.only(arms, ("a", "d"))
 
 
 def test_a_table_and_figures_for_every_metric(tmp_path: Path) -> None:
     wanted = dataclasses.replace(asked(tmp_path, DEPTH), more_metrics=("linear_accuracy", "yardsticks.infonce"))
-    rows = sweep.results(wanted, runs_of(wanted, lambda c, seed: 0.3 + 0.01 * seed))
+    rows = grid.results(wanted, runs_of(wanted, lambda c, seed: 0.3 + 0.01 * seed))
     sweep.write(wanted, rows, Console(file=io.StringIO()))
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*") if "runs" not in path.parts}
     assert {"table.md", "table-linear_accuracy.csv", "figures-yardsticks.infonce/field.depth.png"} <= names
@@ -117,7 +117,7 @@ def test_a_table_and_figures_for_every_metric(tmp_path: Path) -> None:
         sweep.write(wrong, rows, Console(file=io.StringIO()))
 
 
-def runs_of(wanted: sweep.Sweep, nmi: Any, missing: tuple[Any, ...] = ()) -> list[Planned]:
+def runs_of(wanted: grid.Sweep, nmi: Any, missing: tuple[Any, ...] = ()) -> list[Planned]:
     planned = []
     for combination in wanted.combinations():
         for seed in wanted.seeds:
@@ -133,8 +133,8 @@ def test_the_table_has_a_row_per_combination_and_tests_against_the_first(tmp_pat
     wanted = asked(tmp_path, DEPTH)
     nmi = {0: [0.30, 0.31, 0.32], 1: [0.41, 0.42, 0.44], 2: [0.29, 0.32, 0.33]}
     planned = runs_of(wanted, lambda c, seed: nmi[c[0]][seed - 1], missing=(((2,), 3),))
-    rows = sweep.results(wanted, planned)
-    assert [len(row.records) for row in rows] == [3, 3, 2]
+    rows = grid.results(wanted, planned)
+    assert [len(row.runs) for row in rows] == [3, 3, 2]
     sheet = sweep.table(wanted, rows)
     assert "protocol full" in sheet.title
     assert [row[0] for row in sheet.rows] == ["1", "3", "5"]
@@ -146,8 +146,8 @@ def test_the_table_has_a_row_per_combination_and_tests_against_the_first(tmp_pat
     assert sheet.rows[1][-2] == f"+0.1133 ± {sheet.data[1]['difference_margin']:.4f}"
     assert sheet.data[1]["bootstrap_low"] <= sheet.data[1]["difference"] <= sheet.data[1]["bootstrap_high"]
     assert sheet.data[1]["holm_p"] == pytest.approx(2 * sheet.data[1]["t_p"])
-    assert sweep.score(rows[0].records[1], "yardsticks.infonce") == 2.5
-    assert sweep.score(rows[0].records[1], "yardsticks.nothing") is None
+    assert grid.score(rows[0].runs[1], "yardsticks.infonce") == 2.5
+    assert grid.score(rows[0].runs[1], "yardsticks.nothing") is None
 
 
 def test_figures_for_one_key_two_and_three(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_figures_for_one_key_two_and_three(tmp_path: Path) -> None:
         ("two", (DEPTH, COUPLING), ["field.depth-field.coupling.png"]),
         (
             "three",
-            (DEPTH, COUPLING, sweep.axis("field.supervisor_grad=flow,stop")),
+            (DEPTH, COUPLING, grid.axis("field.supervisor_grad=flow,stop")),
             [
                 "field.depth-field.coupling.png",
                 "field.depth-field.supervisor_grad.png",
@@ -166,7 +166,7 @@ def test_figures_for_one_key_two_and_three(tmp_path: Path) -> None:
     ):
         wanted = asked(tmp_path / name, *axes, seeds=(1, 2))
         planned = runs_of(wanted, lambda c, seed: 0.3 + 0.05 * sum(c) + 0.01 * seed)
-        rows = sweep.results(wanted, planned)
+        rows = grid.results(wanted, planned)
         paths = figures(wanted, rows, tmp_path / name / "figures", "Sweep")
         assert [path.name for path in paths] == files
         assert all(p.stat().st_size > 5000 and p.with_suffix(".svg").stat().st_size > 5000 for p in paths)

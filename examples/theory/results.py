@@ -14,6 +14,7 @@ from examples.theory import statements
 from examples.theory.conditions import FALSE, Finding
 from examples.theory.statements import Tally
 from rkdo_dist.files import write_atomic
+from rkdo_dist.studies.plots import colour, panels, save
 
 
 def statement_table(tallies: list[Tally]) -> Table:
@@ -68,8 +69,7 @@ def write_results(out: Path, tallies: list[Tally], findings: list[Finding]) -> l
         "findings": [{**vars(finding), "numbers": _finite(finding.numbers)} for finding in findings],
     }
     write_atomic(out / "theory.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
-    figure(out / "theory")
-    return [out / f"theory.{ending}" for ending in ("json", "png", "svg")]
+    return [out / "theory.json", *save(figure(), out, "theory")]
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -80,35 +80,23 @@ def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def figure(path: Path) -> None:
-    """Bound against measurement, four panels; saved as `path`.png and `path`.svg."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    chart, axes = plt.subplots(2, 2, figsize=(11.5, 8.4), constrained_layout=True)
-    _lemma_panel(axes[0, 0])
-    _theorem_panel(axes[0, 1])
-    _capacity_panel(axes[1, 0])
-    _error_panel(axes[1, 1])
-    for panel in axes.flat:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8.5)
-    chart.savefig(path.with_suffix(".png"), dpi=150)
-    chart.savefig(path.with_suffix(".svg"))
-    plt.close(chart)
+def figure() -> Any:
+    """Bound against measurement, four panels."""
+    drawing, axes = panels(2, 2, (11.5, 8.4))
+    for draw, panel in zip((_lemma_panel, _theorem_panel, _capacity_panel, _error_panel), axes, strict=True):
+        draw(panel)
+        panel.legend(frameon=False)
+    return drawing
 
 
 def _lemma_panel(panel: Any) -> None:
     draw = np.random.default_rng(2)
     alphas = np.linspace(0, 1, 41)
-    for colour, (a, b) in enumerate(((0.03, 1.0), (0.3, 1.0), (1.0, 1.0), (10.0, 10.0))):
+    for number, (a, b) in enumerate(((0.03, 1.0), (0.3, 1.0), (1.0, 1.0), (10.0, 10.0))):
         p, q = draw.dirichlet(np.full(16, a), 32), draw.dirichlet(np.full(16, b), 32)
         first = statements.loss(p, q)
         shares = [statements.loss(statements.supervisor(p, q, alpha), q) / first for alpha in alphas]
-        panel.plot(alphas, shares, color=f"C{colour}", label=f"p from Dirichlet({a:g}), q from Dirichlet({b:g})")
+        panel.plot(alphas, shares, color=colour(number), label=f"p from Dirichlet({a:g}), q from Dirichlet({b:g})")
     panel.plot(alphas, 1 - alphas, "k--", linewidth=1, label="bound: 1 - alpha")
     panel.plot(alphas, (1 - alphas) ** 2, "k:", linewidth=1, label="(1 - alpha)$^2$: p close to q")
     panel.set(xlabel="alpha", ylabel="loss after the supervisor's step / before", title="Lemma 1")
@@ -118,14 +106,14 @@ def _theorem_panel(panel: Any) -> None:
     draw, alpha = np.random.default_rng(3), 0.5
     p = np.eye(16)[np.arange(16)]
     steps = np.arange(13)
-    for colour, family in enumerate(statements.families(draw, p.shape)):
+    for number, family in enumerate(statements.families(draw, p.shape)):
         trace = statements.recurse(p, family.member(draw, p.shape), family.fit, alpha, steps[-1])
         losses = np.array(trace.losses) / trace.losses[0]
         losses[losses < 1e-16] = np.nan  # 0 has no place on this axis
-        panel.plot(steps, losses, "o-", markersize=3.5, color=f"C{colour}", label=family.name + _ended(losses))
+        panel.plot(steps, losses, "o-", markersize=3.5, color=colour(number), label=family.name + _ended(losses))
     frozen = statements.recurse(p, draw.dirichlet(np.ones(16), 16), None, alpha, steps[-1])
     panel.plot(
-        steps, np.array(frozen.losses) / frozen.losses[0], "s-", markersize=3.5, color="C5", label="q never fitted"
+        steps, np.array(frozen.losses) / frozen.losses[0], "s-", markersize=3.5, color=colour(5), label="q never fitted"
     )
     panel.plot(steps, (1 - alpha) ** steps, "k--", linewidth=1, label="bound: (1 - alpha)$^t$")
     panel.set(yscale="log", xlabel="t", ylabel="L(t) / L(0)", title="Theorem 3, one-hot p(0), alpha = 1/2")
@@ -144,8 +132,8 @@ def _capacity_panel(panel: Any) -> None:
     panel.plot(steps, trace.losses, "o-", markersize=3.5, label="L(t)")
     floor = statements.loss(p, family.fit(p))
     panel.plot(steps, [0.7**t * trace.losses[0] for t in steps], "k--", linewidth=1, label="(1 - alpha)$^t$ L(0)")
-    panel.plot(steps, trace.static, "^-", markersize=3.5, color="C3", label="loss against p(0)")
-    panel.axhline(floor, color="C2", linestyle=":", label="L* of p(0): L(t) goes through it")
+    panel.plot(steps, trace.static, "^-", markersize=3.5, color=colour(3), label="loss against p(0)")
+    panel.axhline(floor, color=colour(2), linestyle=":", label="L* of p(0): L(t) goes through it")
     panel.set(xlabel="t", ylabel="loss", title="Eq. 14: rows constant on blocks of 4, alpha = 0.3", ylim=(0, None))
 
 
@@ -155,12 +143,12 @@ def _error_panel(panel: Any) -> None:
         ("eps = 0.1 / t (not summable)", lambda t: 0.1 / t),
         ("eps = 0.05", lambda t: 0.05),
     )
-    for colour, (name, error) in enumerate(schedules):
+    for number, (name, error) in enumerate(schedules):
         losses = statements.with_errors(error, 0.5, 150)
         bounds = [losses[0]]
         for t, before in enumerate(losses[:-1], start=1):
             bounds.append(0.5 * before + error(t))
-        panel.plot(range(1, len(losses)), losses[1:], color=f"C{colour}", label=name)
-        panel.plot(range(1, len(losses)), bounds[1:], color=f"C{colour}", linestyle="--", linewidth=1)
+        panel.plot(range(1, len(losses)), losses[1:], color=colour(number), label=name)
+        panel.plot(range(1, len(losses)), bounds[1:], color=colour(number), linestyle="--", linewidth=1)
     panel.plot([], [], "k--", linewidth=1, label="bound of the step (eq. 15)")
     panel.set(xscale="log", yscale="log", xlabel="t", ylabel="L(t)", title="Eq. 15: errors met exactly, alpha = 1/2")

@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from rkdo_dist.data.views import uniforms
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.history import attained_share
 from rkdo_dist.losses import FieldLoss
 
 SEED, EPOCH = 20_250_501, 0  # key the held-out views, apart from every training seed
@@ -163,7 +164,7 @@ def _placed(name: str, loss: float, objective: Objective, batch: int) -> dict[st
         name: loss,
         f"{name}_at_uniform": uniform,
         f"{name}_at_ideal": ideal,
-        f"{name}_attained": None if uniform == ideal else (uniform - loss) / (uniform - ideal),
+        f"{name}_attained": attained_share(loss, uniform, ideal),
     }
 
 

@@ -189,7 +189,7 @@ def _about(run: RunDirectory, config: Config, found: checkpoint.Checkpoint) -> d
             for section, values in dataclasses.asdict(config).items()
             if section in ("field", "views", "encoder", "train")
         },
-        "evaluation": run.last_evaluation(),
+        "evaluation": run.history().last or None,
     }
 
 

@@ -70,10 +70,6 @@ class Ledger:
         self.payload, self.calls = Counter(), Counter()
         return taken
 
-    def sent(self, world: int) -> dict[Entry, float]:
-        """Bytes that a rank sends, by entry (the mean over ranks for `gather`)."""
-        return {entry: sent_bytes(entry[1], payload, world) for entry, payload in self.payload.items()}
-
 
 def sent_bytes(operation: str, payload: int, world: int) -> float:
     """Bytes that a rank sends for a payload on `world` ranks, by the table of this module."""
@@ -84,13 +80,6 @@ def sent_bytes(operation: str, payload: int, world: int) -> float:
     if operation == "all_reduce":
         return 2 * (world - 1) * payload / world
     return float(payload if world > 1 else 0)
-
-
-def rounds(operation: str, world: int) -> int:
-    """Messages that a rank sends one after another in a collective: what latency multiplies."""
-    if operation == "send":
-        return 1 if world > 1 else 0
-    return (2 if operation == "all_reduce" else 1) * (world - 1)
 
 
 @contextlib.contextmanager

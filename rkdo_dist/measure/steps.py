@@ -23,14 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn import functional
 
 from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.exchange import group
-from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.files import write_atomic
 from rkdo_dist.measure import ledger, memory, wire
 from rkdo_dist.measure.ledger import Ledger
@@ -39,7 +37,7 @@ from rkdo_dist.ranks.agreement import agree, same_request
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.train.job import Job
-from rkdo_dist.train.stopwatch import DATA, EXCHANGE, FIELD, Stopwatch, phase, running
+from rkdo_dist.train.stopwatch import DATA, EXCHANGE, Stopwatch, phase, running
 
 WARM_UP = 2  # steps that are made but not measured: DDP orders its buckets anew after the first
 
@@ -79,7 +77,6 @@ def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: i
     wanted = WARM_UP + steps
     job = group.together(lambda: _job(config, rt, index, wanted), "building the run")
     shape = wire.shape_of(config, job.encoder, job.objective(0), rt.world, rt.launch)
-    probe = _field_probe(job)
     records = list(_steps(job, Stopwatch(rt.device), wanted))
     facts = _combined(records[WARM_UP:])
     ranks: list[Any] = group.gather_objects({
@@ -97,7 +94,6 @@ def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: i
         "threads": config.run.threads,
         "precision": rt.precision,
         "shape": dataclasses.asdict(shape),
-        "field_probe": probe,
         **facts,
         "phases": {name: statistics.fmean(r["phases"][name] for r in ranks) for name in ranks[0]["phases"]},
         "peak_bytes": [r["peak_bytes"] for r in ranks],
@@ -114,23 +110,6 @@ def _job(config: Config, rt: Runtime, index: ShardIndex, steps: int) -> Job:
             "raise train.epochs or train.max_steps"
         )
     return job
-
-
-def _field_probe(job: Job, rows: int = 512, columns: int = 4096) -> dict[str, float]:
-    """The field alone on drawn embeddings, large enough that its entries cost more than its calls.
-
-    A step's own field may be far too small to tell what an entry costs, and projections need just that.
-    """
-    device, d = job.runtime.device, job.config.encoder.embedding_dim
-    generator = torch.Generator().manual_seed(0)
-    u, v = (functional.normalize(torch.randn(columns, d, generator=generator), dim=1).to(device) for _ in range(2))
-    watch, found = Stopwatch(device), []
-    for _ in range(4):
-        watch.split()
-        with watch.phase(FIELD):
-            value_and_gradient(job.objective(0), u[:rows], v[:rows], u, v, 0)
-        found.append(watch.split()[FIELD])
-    return {"rows": rows, "columns": columns, "seconds": statistics.median(found[1:])}
 
 
 def _steps(job: Job, watch: Stopwatch, steps: int) -> Iterator[dict[str, Any]]:

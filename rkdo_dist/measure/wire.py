@@ -21,6 +21,8 @@ gathers parameters for every forward and backward instead) and cannot be counted
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,25 +92,6 @@ class StepShape:
         """Samples per rank, b."""
         return self.batch // self.world
 
-    @property
-    def passes(self) -> int:
-        """How often a rank goes over its b x B part of the field."""
-        return self.walks + 1 if self.exchange == "ring" else 1
-
-    @property
-    def visits(self) -> int:
-        """Calls of the field's kernel on a rank: what its fixed cost multiplies."""
-        if self.reduction == "exact":
-            return self.lanes // self.world
-        return self.passes * (self.world if self.exchange == "ring" else 1)
-
-    def at(self, world: int, lanes: int) -> StepShape:
-        """The same step on another number of ranks, with another number of lanes."""
-        strategy = self.strategy
-        if strategy in ("single", "ddp"):
-            strategy = "single" if world == 1 else "ddp"
-        return dataclasses.replace(self, world=world, lanes=lanes, strategy=strategy)
-
 
 def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: int, launch: dict[str, str]) -> StepShape:
     """The shape of a run's steps.
@@ -156,6 +139,20 @@ def step_payloads(shape: StepShape) -> Ledger:
     book.note((SMALL, "all_gather"), local)  # finite embeddings
     book.note((SMALL, "all_gather"), local * _DIGEST)
     return book
+
+
+def bytes_agree(shape: StepShape, wire: Iterable[Sequence[Any]]) -> bool | None:
+    """Whether `step_payloads` gives exactly what the ledger has counted, purpose by purpose.
+
+    None where it cannot: DeepSpeed's own traffic is not counted, and what rows of a persistent field send depends on
+    the samples that meet.
+
+    Args:
+        wire: (purpose, operation, payload, calls) as `rkdo measure` writes them.
+    """
+    if shape.strategy.startswith("zero") or shape.persistent:
+        return None
+    return dict(step_payloads(shape).payload) == {(purpose, operation): size for purpose, operation, size, _ in wire}
 
 
 def _exact(book: Ledger, shape: StepShape) -> None:

@@ -15,7 +15,7 @@ from rkdo_dist.data.order import Window
 from rkdo_dist.data.samples import Cursor, Reading
 from rkdo_dist.parts import open_index
 from rkdo_dist.rundir import RunDirectory, RunError
-from rkdo_dist.studies.figures import pyplot, save
+from rkdo_dist.studies.plots import DARK, GOOD, GREY, colour, pyplot, save
 
 SHOWN_ROWS, SHOWN_STEPS, SHOWN_NEIGHBOURS = 3, 5, 6
 CURVES = {
@@ -25,7 +25,6 @@ CURVES = {
     "row_mass": "mass in the batch (m)",
     "row_drift": "drift: total variation in a visit",
 }
-SAME, OTHER = "#2f7d32", "#b0b0b0"
 
 Array = NDArray[Any]
 
@@ -62,7 +61,7 @@ def evolution(path: Path) -> Evolution:
         ValueError: if the run has no persistent field, or its shards cannot be read.
     """
     run = RunDirectory(path)
-    config, snapshots = run.config(), run.rows()
+    history, snapshots = run.history(), run.rows()
     if not snapshots:
         raise RunError(f"{path} has no snapshots of rows: they are written at every checkpoint of a persistent field")
     shown = [snapshots[k] for k in _spread(len(snapshots), SHOWN_STEPS)]
@@ -70,12 +69,11 @@ def evolution(path: Path) -> Evolution:
     rows = [[snapshot["rows"][k] for snapshot in shown] for k in which]
     wanted = {row["sample"] for watched in rows for row in watched}
     wanted |= {sample for watched in rows for row in watched for sample, _ in neighbours(row)}
-    return Evolution(
-        [snapshot["step"] for snapshot in shown],
-        rows,
-        pictures_of(open_index(config), config.data.split, config.data.image_size, sorted(wanted)),
-        _curves(run),
-    )
+    config = history.config
+    pictures = pictures_of(open_index(config), config.data.split, config.data.image_size, sorted(wanted))
+    curves = {key: history.curve(key) for key in (*CURVES, "row_entropy")}
+    drawn = {key: (list(curve), list(curve.values())) for key, curve in curves.items()}
+    return Evolution([snapshot["step"] for snapshot in shown], rows, pictures, drawn)
 
 
 def neighbours(row: dict[str, Any]) -> list[tuple[int, float]]:
@@ -138,11 +136,11 @@ def write_figure(path: Path, out: Path) -> list[Path]:
 
 def _draw_curves(panels: Any, shown: Evolution) -> None:
     left, right = panels
-    for key, label in CURVES.items():
-        left.plot(*shown.curves[key], label=label, linewidth=1.2)
+    for number, (key, label) in enumerate(CURVES.items()):
+        left.plot(*shown.curves[key], color=colour(number), label=label, linewidth=1.2)
     left.set(xlabel="step", ylim=(-0.02, 1.02), title="rows of the batch, means")
     left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)  # hides no curve
-    right.plot(*shown.curves["row_entropy"], color="#555555", linewidth=1.2)
+    right.plot(*shown.curves["row_entropy"], color=DARK, linewidth=1.2)
     right.set(xlabel="step", title="entropy of the rows (nats)")
 
 
@@ -152,15 +150,9 @@ def _draw_image(panel: Any, picture: Picture, text: str, label: int | None) -> N
     panel.set(xticks=[], yticks=[])
     panel.grid(False)
     panel.set_xlabel(text, fontsize=6, labelpad=1)
-    colour = "black" if label is None else SAME if picture.label == label and label >= 0 else OTHER
+    frame = DARK if label is None else GOOD if picture.label == label and label >= 0 else GREY
     for spine in panel.spines.values():
-        spine.set(color=colour, linewidth=1.8)
-
-
-def _curves(run: RunDirectory) -> dict[str, tuple[list[int], list[float]]]:
-    records = [record for record in run.steps() if "row_positive" in record]
-    keys = [*CURVES, "row_entropy"]
-    return {key: ([r["step"] for r in records], [r[key] for r in records]) for key in keys}
+        spine.set(visible=True, color=frame, linewidth=1.8)
 
 
 def _spread(count: int, most: int) -> list[int]:

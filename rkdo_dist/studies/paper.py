@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from rkdo_dist.addresses import shown
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.field.presets import PRESETS
+from rkdo_dist.history import History
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import published
-from rkdo_dist.studies.records import Record, mean_sd, read
 from rkdo_dist.studies.runner import Planned
+from rkdo_dist.studies.sheets import mean_sd
 from rkdo_dist.studies.statistics import Paired, paired
 
 OBJECTIVES = ("rkdo", "icon")
-NAMES = {"rkdo": "RKDO", "icon": "I-Con"}
-PROTOCOLS = ("paper", "full")
+NAMES = {name: PRESETS[name].label for name in OBJECTIVES}
 _BATCH = {"cifar10": 64, "cifar100": 64, "stl10": 32}
 _SIZE = {"cifar10": None, "cifar100": None, "stl10": 64}  # the released code resizes STL-10
 
@@ -196,21 +197,31 @@ class Results:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.records: dict[tuple[str, str, int], Record] = {}
+        self.runs: dict[tuple[str, str, int], History] = {}
         for dataset in request.datasets:
             for objective in OBJECTIVES:
                 for seed in request.seeds:
                     directory = request.directory(dataset, objective, seed)
-                    if (directory / "metrics.jsonl").is_file() and (directory / "metrics.jsonl").stat().st_size:
-                        self.records[dataset, objective, seed] = read(directory)
+                    if (directory / "metrics.jsonl").is_file():
+                        history = RunDirectory(directory).history()
+                        if history.epochs:
+                            self.runs[dataset, objective, seed] = history
+
+    def of(self, dataset: str, objective: str) -> dict[int, History]:
+        """The runs of a data set and objective by seed."""
+        return {seed: run for (d, o, seed), run in self.runs.items() if (d, o) == (dataset, objective)}
+
+    def longest(self, dataset: str) -> int:
+        """Epochs of the longest run of a data set."""
+        return max((len(run.epochs) for (d, _, _), run in self.runs.items() if d == dataset), default=0)
 
     def loss(self, dataset: str, epochs: int, attained: bool = False) -> Cell:
-        """Mean loss of an epoch (Table 1), or the share of its way from uniform to ideal that it has come."""
+        """Mean loss of an epoch (Table 1), or its attained share."""
 
-        def value(record: Record) -> float | None:
-            series = record.attained if attained else record.losses
-            whole = record.steps >= epochs * record.steps_per_epoch
-            return series[epochs - 1] if whole and len(series) >= epochs else None
+        def value(run: History) -> float | None:
+            if len(run.epochs) < epochs or run.steps < epochs * run.steps_per_epoch:
+                return None
+            return run.epochs[epochs - 1].attained if attained else run.epochs[epochs - 1].loss
 
         row = None if attained else published.TABLE_1.get((dataset, epochs))
         return self._cell(dataset, value, value, row)
@@ -223,29 +234,35 @@ class Results:
         elif later is None and epochs == published.TABLE_4_EPOCHS:
             row = published.TABLE_4.get((dataset, metric))
 
-        def after(when: int) -> Any:
-            return lambda record: self._judged(record, when).get(metric)
+        def after(epoch: int) -> Callable[[History], float | None]:
+            def value(run: History) -> float | None:
+                scores = run.after_epoch(epoch)
+                return scores.get(metric) if scores.get("protocol") == self.request.protocol else None
+
+            return value
 
         return self._cell(dataset, after(epochs), after(later or epochs), row)
 
     def at_uniform(self, dataset: str) -> tuple[float, float] | None:
-        """Both objectives' values for an encoder that knows nothing; None without runs."""
-        values = [
-            next((r.at_uniform[0] for (d, o, _), r in self.records.items() if (d, o) == (dataset, objective)), None)
+        """Both objectives' values for an untrained encoder; None without runs."""
+        first, second = (
+            next((run.epochs[0].at_uniform for run in self.of(dataset, objective).values()), None)
             for objective in OBJECTIVES
-        ]
-        return None if None in values else (values[0], values[1])  # type: ignore[return-value]
+        )
+        return None if first is None or second is None else (first, second)
 
-    def _judged(self, record: Record, epochs: int) -> dict[str, Any]:
-        scores = record.evaluations.get(epochs, {})
-        return scores if scores.get("protocol") == self.request.protocol else {}
-
-    def _cell(self, dataset: str, of_rkdo: Any, of_icon: Any, row: published.Row | None) -> Cell:
+    def _cell(
+        self,
+        dataset: str,
+        of_rkdo: Callable[[History], float | None],
+        of_icon: Callable[[History], float | None],
+        row: published.Row | None,
+    ) -> Cell:
         a, b = [], []
+        first, second = (self.of(dataset, objective) for objective in OBJECTIVES)
         for seed in self.request.seeds:
-            first, second = (self.records.get((dataset, objective, seed)) for objective in OBJECTIVES)
-            x = None if first is None else of_rkdo(first)
-            y = None if second is None else of_icon(second)
+            x = of_rkdo(first[seed]) if seed in first else None
+            y = of_icon(second[seed]) if seed in second else None
             if x is not None and y is not None:
                 a.append(float(x))
                 b.append(float(y))

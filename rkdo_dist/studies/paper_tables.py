@@ -12,8 +12,7 @@ from typing import Any
 
 from rkdo_dist.studies import published
 from rkdo_dist.studies.paper import NAMES, OBJECTIVES, Cell, Request, Results
-from rkdo_dist.studies.records import mean_sd
-from rkdo_dist.studies.sheets import Sheet, spread
+from rkdo_dist.studies.sheets import Sheet, mean_sd, of_values, spread
 from rkdo_dist.studies.statistics import holm, verdict
 
 _ADJUSTED = (
@@ -46,7 +45,7 @@ def table_1(results: Results) -> Sheet:
     )
     for (dataset, epochs, cell), share, p in zip(cells, shares, _adjusted(shares), strict=True):
         lower = f"{_times(cell.percent(True))}\n{_percent(cell)}"
-        attained = "\n".join(_share(getattr(share, objective)) for objective in OBJECTIVES)
+        attained = "\n".join(of_values(getattr(share, o), 1, percent=True) for o in OBJECTIVES)
         sheet.rows.append(
             [_title(dataset), str(epochs), *map(_side(cell), OBJECTIVES), lower, attained, _verdict(share, p)]
         )
@@ -88,8 +87,8 @@ def table_3(results: Results) -> Sheet:
     rows = [(d, published.TABLE_3[d]) for d in request.datasets]
     cells = [results.score(d, r.rkdo_epochs, "linear_accuracy", later=r.icon_epochs) for d, r in rows]
     for (dataset, row), cell, p in zip(rows, cells, _adjusted(cells), strict=True):
-        early = f"{spread(*mean_sd(cell.rkdo))} ({row.rkdo_epochs} ep.)\n{spread(*row.rkdo)}"
-        later = f"{spread(*mean_sd(cell.icon))} ({row.icon_epochs} ep.)\n{spread(*row.icon)}"
+        early = f"{of_values(cell.rkdo)} ({row.rkdo_epochs} ep.)\n{spread(*row.rkdo)}"
+        later = f"{of_values(cell.icon)} ({row.icon_epochs} ep.)\n{spread(*row.icon)}"
         sheet.rows.append([_title(dataset), early, later, _difference(cell), _verdict(cell, p), row.savings])
         epochs = {"rkdo_epochs": row.rkdo_epochs, "icon_epochs": row.icon_epochs}
         sheet.data.append(
@@ -160,9 +159,7 @@ def _side(cell: Cell) -> Any:
     def text(objective: str) -> str:
         theirs = "-" if cell.published is None else spread(*getattr(cell.published, objective))
         away = cell.away(objective)
-        return (
-            f"{spread(*mean_sd(getattr(cell, objective)))}\n{theirs}\n{'-' if math.isnan(away) else f'{away:+.2f} sd'}"
-        )
+        return f"{of_values(getattr(cell, objective))}\n{theirs}\n{'-' if math.isnan(away) else f'{away:+.2f} sd'}"
 
     return text
 
@@ -175,11 +172,6 @@ def _percent(cell: Cell, sign: bool = False) -> str:
 
 def _times(percent: float) -> str:
     return "-" if math.isnan(percent) else f"{percent:.2f} %"
-
-
-def _share(values: list[float]) -> str:
-    mean, sd = mean_sd([100 * value for value in values])
-    return "-" if math.isnan(mean) else f"{spread(mean, sd, 1)} %"
 
 
 def _difference(cell: Cell) -> str:
@@ -225,6 +217,6 @@ def _loss_caption(results: Results) -> str:
         f" Before any training RKDO's loss is lower by {', '.join(gaps)}: it is a different function." if gaps else ""
     )
     return (
-        f"The two losses do not compare.{before} What compares better is the share of the way from the value of an "
-        f"encoder that knows nothing to that of an ideal one. {_ADJUSTED}"
+        f"The two losses do not compare.{before} The attained share compares better: how far a loss has come from its "
+        f"value for an untrained encoder to that for an ideal one. {_ADJUSTED}"
     )

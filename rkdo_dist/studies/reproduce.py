@@ -59,7 +59,7 @@ def reproduce(request: Request, data: tuple[str, ...], processes: int, console: 
         console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
     outcome = run_all(runs, processes, console) if runs else Outcome()
     results = Results(request)
-    if results.records:
+    if results.runs:
         write(results, notes, absent, console)
     else:
         console.print("nothing has been run: there is nothing to tabulate")
@@ -67,11 +67,11 @@ def reproduce(request: Request, data: tuple[str, ...], processes: int, console: 
         console.print(f"[red]failed: {line}[/red]", highlight=False, soft_wrap=True)
     if outcome.stopped:
         console.print("stopped: the tables hold what is complete; the same command goes on")
-    return outcome.stopped or (2 if outcome.failed or not results.records else 0)
+    return outcome.stopped or (2 if outcome.failed or not results.runs else 0)
 
 
 def check(request: Request) -> None:
-    """Refuse what cannot be meant.
+    """Validate the request.
 
     Raises:
         ConfigError: naming the option.
@@ -112,7 +112,7 @@ def write(results: Results, notes: list[str], absent: list[str], console: Consol
         "seeds": results.request.seeds,
         "epochs": results.request.epochs,
         "datasets": results.request.datasets,
-        "runs": sorted("-".join(map(str, key)) for key in results.records),
+        "runs": sorted("-".join(map(str, key)) for key in results.runs),
         "said": said,
         "left_out": absent,
         "tables": {sheet.name: sheet.data for sheet in sheets},

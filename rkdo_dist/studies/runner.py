@@ -26,8 +26,7 @@ from rkdo_dist.console import progress_bar
 from rkdo_dist.files import write_atomic
 from rkdo_dist.lock import LockedError, holder
 from rkdo_dist.ranks.signals import StopRequest
-from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.studies.records import complete
+from rkdo_dist.rundir import RunDirectory, RunError
 
 _POLL = 0.3  # seconds between looks at the processes
 # What a launcher has set for this process would make the runs believe that they are its ranks.
@@ -55,9 +54,20 @@ class Planned:
         return self.directory.name
 
 
+def complete(planned: Planned) -> bool:
+    """Whether a run has nothing left to do: its status.json says so, and it is not a shorter one of that directory."""
+    run = RunDirectory(planned.directory)
+    try:
+        status = run.status()
+        longer = status["step"] < planned.steps and run.config().train != planned.config.train  # not an early stop
+    except RunError:
+        return False
+    return status["status"] == "complete" and not longer
+
+
 @dataclass
 class Outcome:
-    """What became of the runs.
+    """The outcome of each run.
 
     Attributes:
         failed: by name of the run, the end of what it said.
@@ -85,7 +95,7 @@ def run_all(runs: Sequence[Planned], processes: int, console: Console) -> Outcom
     for planned in runs:
         if (planned.directory / "config.yaml").is_file():
             RunDirectory(planned.directory).refuse_changes(planned.config)
-    waiting = [planned for planned in runs if not complete(planned.directory, planned.steps)]
+    waiting = [planned for planned in runs if not complete(planned)]
     done = len(runs) - len(waiting)
     if done:
         console.print(f"{done} of {len(runs)} runs are complete already")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +21,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.files import write_atomic
 from rkdo_dist.measure.ledger import sent_bytes
-from rkdo_dist.studies import cost
-from rkdo_dist.studies.cost import CostModel, Point, Projection
-from rkdo_dist.studies.links import interconnect
+from rkdo_dist.measure.wire import StepShape, bytes_agree
 
 RESULTS = "results.json"
 
@@ -164,11 +161,13 @@ def read(folder: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measured point, as people read it.
+    """One measured point.
 
     Attributes:
         efficiency: pairs per second and process, as a share of the same way at the smallest size.
-        oversubscribed: whether processes shared CPU cores, so that this is no scaling.
+        oversubscribed: whether processes shared CPU cores, so the timings do not measure scaling.
+        phases: seconds of a step by phase.
+        sent: bytes that a process sends in a step, by purpose.
         same: "yes" where the losses and batches of all steps are those of the smallest size; otherwise what differs.
         exact_bytes: whether formula and ledger agree; None if they cannot be compared.
     """
@@ -185,82 +184,55 @@ class Row:
     sent: dict[str, float]
     exact_bytes: bool | None
     same: str
-    predicted: float
-    left_out: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All that is told of a study."""
+    """Everything a study reports."""
 
     mode: str
     rows: list[Row]
-    model: CostModel
-    points: list[Point]
     machine: str
     cores: int
-    projections: list[Projection]
-    links: str
-    speed: float
 
 
-def study(
-    results: dict[str, Any], worlds: Sequence[int] = (), links: str = "nvlink+ib400", speed: float = 1.0
-) -> Study:
-    """Evaluate results: efficiency, model, its errors, and projections to `worlds`.
-
-    Args:
-        links: see `links.interconnect`.
-        speed: how many times as fast as the measured ones the devices of the projection are.
+def study(results: dict[str, Any]) -> Study:
+    """Evaluate results.
 
     Raises:
-        ValueError: for an interconnect that is not known, or results that cannot be read.
+        ScalingError: for results that cannot be read.
     """
-    net = interconnect(links)
-    if not speed > 0 or any(world < 1 for world in worlds):
-        raise ScalingError(f"--project needs positive numbers, and --device-speed one above 0, got {speed}")
     try:
         facts = sorted(results["points"], key=lambda p: (p["way"], p["world"]))
-        points = [Point.of(p) for p in facts]
+        first = {p["way"]: p for p in reversed(facts)}
+        rows = [_row(point, first[point["way"]]) for point in facts]
     except (KeyError, TypeError) as error:
         raise ScalingError(f"the measurements are not those of this version: {error!r} is missing") from error
-    model, errors = cost.fit(points), cost.left_out(points)
-    first = {p["way"]: p for p in reversed(facts)}
-    rows = [_row(*each, first, model) for each in zip(facts, points, errors, strict=True)]
-    bases = {point.way: point for point in reversed(points)}  # the smallest of each way
-    projected = [
-        p
-        for weak in (False, True)
-        for way in sorted(bases)
-        for p in cost.project(model, bases[way], worlds, weak, net, speed)
-    ]
     machine = ", ".join(dict.fromkeys(p["device"] for p in facts))
-    cores = min(p["cores"] for p in facts)
-    return Study(results["mode"], rows, model, points, machine, cores, projected, links, speed)
+    return Study(results["mode"], rows, machine, min(p["cores"] for p in facts))
 
 
-def _row(facts: dict[str, Any], point: Point, error: float | None, first: dict[str, Any], model: CostModel) -> Row:
-    shape, base = point.shape, first[point.way]
+def _row(facts: dict[str, Any], base: dict[str, Any]) -> Row:
+    shape = StepShape(**{**facts["shape"], "sync_channels": tuple(facts["shape"]["sync_channels"])})
+    speed = shape.batch / facts["seconds"]
     base_batch = base["shape"]["lanes"] * base["shape"]["micro_batch"]
-    speed = shape.batch / point.seconds
     sent: dict[str, float] = {}
-    for purpose, operation, size, _ in point.wire:
+    for purpose, operation, size, _ in facts["wire"]:
         sent[purpose] = sent.get(purpose, 0.0) + sent_bytes(operation, size, shape.world)
+    threads = facts["threads"] * shape.world / facts["machines"]
     return Row(
-        way=point.way,
+        way=facts["way"],
         world=shape.world,
         batch=shape.batch,
-        seconds=point.seconds,
+        seconds=facts["seconds"],
         speed=speed,
         efficiency=speed / shape.world / (base_batch / base["seconds"] / base["world"]),
-        oversubscribed=point.slowdown > 1,
+        oversubscribed=facts["device_kind"] == "cpu" and threads > facts["cores"],
         peak=max(facts["peak_bytes"]),
-        phases=dict(point.phases),
+        phases=facts["phases"],
         sent=sent,
-        exact_bytes=cost.bytes_agree(point),
+        exact_bytes=bytes_agree(shape, facts["wire"]),
         same=_sameness(facts, base),
-        predicted=model.seconds(point),
-        left_out=error,
     )
 
 
@@ -276,9 +248,3 @@ def _sameness(facts: dict[str, Any], base: dict[str, Any]) -> str:
     pairs = zip(facts["losses"], base["losses"], strict=True)
     largest = max(abs(a - b) / abs(b) if a is not None and b else float("inf") for a, b in pairs)
     return f"samples; losses to {largest:.0e}" if facts["way"] != "exact" else f"NO: losses to {largest:.0e}"
-
-
-def median_error(rows: Sequence[Row]) -> float | None:
-    """Median size of the errors on points left out; None if there are none."""
-    known = [abs(row.left_out) for row in rows if row.left_out is not None]
-    return statistics.median(known) if known else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +41,8 @@ class Sheet:
 
     def rich(self) -> Table:
         """For the terminal."""
-        table = Table(title=escape(self.title), caption=escape(self.caption), show_lines=True)
+        lines = any("\n" in cell for row in self.rows for cell in row)
+        table = Table(title=escape(self.title), caption=escape(self.caption), show_lines=lines)
         for number, column in enumerate(self.columns):
             table.add_column(escape(column), justify="left" if number == 0 else "right")
         for row in self.rows:
@@ -85,11 +88,25 @@ def show(console: Console, sheets: Sequence[Sheet]) -> None:
             console.print(sheet.rich())
 
 
-def number(value: float, digits: int = 4) -> str:
-    """A number, or a dash for NaN."""
-    return "-" if value != value else f"{value:.{digits}f}"
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, NaN where there are too few values."""
+    mean = statistics.fmean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number, with an exponent where no digit would show; a dash for None and NaN."""
+    if value is None or value != value:
+        return "-"
+    return f"{value:.1e}" if 0 < abs(value) < 10**-digits / 2 else f"{value:.{digits}f}"
 
 
 def spread(mean: float, sd: float, digits: int = 4) -> str:
     """mean ± sd; the mean alone if there is no spread, a dash if there is nothing."""
-    return number(mean, digits) if sd != sd else f"{mean:.{digits}f} ± {sd:.{digits}f}"
+    return number(mean, digits) if sd != sd else f"{number(mean, digits)} ± {number(sd, digits)}"
+
+
+def of_values(values: Sequence[float | None], digits: int = 4, percent: bool = False) -> str:
+    """mean ± sd of the values that there are."""
+    mean, sd = mean_sd([(100 if percent else 1) * value for value in values if value is not None])
+    return spread(mean, sd, digits) + (" %" if percent and mean == mean else "")

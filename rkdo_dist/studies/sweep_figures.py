@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rkdo_dist.studies.figures import pyplot, save, seeds
-from rkdo_dist.studies.records import mean_sd
-
-if TYPE_CHECKING:
-    from rkdo_dist.studies.sweep import Axis, Row, Sweep
+from rkdo_dist.studies.grid import Axis, Row, Sweep
+from rkdo_dist.studies.plots import PALETTE, band, panels, save, seeds
+from rkdo_dist.studies.sheets import mean_sd
 
 ATTAINED = "attained"
-_TITLES = {ATTAINED: "attained share of the loss's way"}
+_TITLES = {ATTAINED: "attained share of the loss"}
 _LONG = 8  # characters of a name that needs room
 _LOG = 20  # a positive axis that spans more than this is logarithmic
 
@@ -31,34 +29,22 @@ def figures(asked: Sweep, rows: list[Row], folder: Path, title: str) -> list[Pat
     return paths
 
 
-def _panels(names: list[str], height: float, width: float) -> tuple[Any, Any, list[Any]]:
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(width * len(names), height), constrained_layout=True, squeeze=False
-    )
-    return plt, figure, list(axes[0])
-
-
 def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
     """Mean over seeds, its standard deviation as a band, every run as a dot."""
-    axis = asked.axes[0]
+    axis, shade = asked.axes[0], PALETTE[0]
     positions, numeric = _positions(axis)
-    _, figure, panels = _panels(names, 4.2, 5.4)
-    figure.suptitle(title, fontsize=11)
-    for name, panel in zip(names, panels, strict=True):
-        points = sorted((positions[row.combination[0]], list(row.values(name).values())) for row in rows)
-        points = [(x, values) for x, values in points if values]
-        for x, values in points:
-            panel.plot([x] * len(values), values, ".", color="#1f5fa8", alpha=0.5)
-        x_values = [x for x, _ in points]
-        means = [statistics.fmean(values) for _, values in points]
-        sds = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-        panel.plot(x_values, means, "-o" if numeric else "o", color="#1f5fa8", markersize=5)
-        low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
+    figure, axes = panels(1, len(names), (5.4 * len(names), 4.2))
+    figure.suptitle(title)
+    for name, panel in zip(names, axes, strict=True):
+        points = {positions[row.combination[0]]: list(row.values(name).values()) for row in rows}
+        for x, values in points.items():
+            panel.plot([x] * len(values), values, ".", color=shade, alpha=0.5)
         if numeric:
-            panel.fill_between(x_values, low, high, color="#1f5fa8", alpha=0.18, linewidth=0)
-        else:  # names have no order: no band from one to the next
-            panel.errorbar(x_values, means, sds, fmt="none", ecolor="#1f5fa8", capsize=4)
+            band(panel, points, shade, "")
+        else:  # names have no order: no line and no band from one to the next
+            means, sds = zip(*(mean_sd(values) for values in points.values()), strict=True)
+            errors = [0.0 if sd != sd else sd for sd in sds]
+            panel.errorbar(list(points), means, errors, fmt="o", markersize=5, color=shade, capsize=4)
         panel.set(xlabel=axis.key, ylabel=_TITLES.get(name, name), title=f"mean ± sd over {_seeds(rows)}")
         if numeric and min(positions) > 0 and max(positions) > _LOG * min(positions):
             panel.set_xscale("log")
@@ -72,7 +58,7 @@ def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
 
 def _seeds(rows: list[Row]) -> str:
     """How many seeds are complete, which may be fewer than were asked for."""
-    counts = {len(row.records) for row in rows if row.records}
+    counts = {len(row.runs) for row in rows if row.runs}
     return seeds(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)} seeds"
 
 
@@ -88,10 +74,10 @@ def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int]
     down, across = (asked.axes[number] for number in pair)
     others = [axis.key for number, axis in enumerate(asked.axes) if number not in pair]
     height, width = 1.9 + 0.62 * len(down.values), 2.6 + 1.05 * len(across.values)
-    plt, figure, panels = _panels(names, max(3.2, height), max(4.6, width))
+    figure, axes = panels(1, len(names), (max(4.6, width) * len(names), max(3.2, height)))
     averaged = f"; averaged over {', '.join(others)}" if others else ""
-    figure.suptitle(f"{title}\nmean ± sd over {_seeds(rows)}{averaged}", fontsize=11)
-    for name, panel in zip(names, panels, strict=True):
+    figure.suptitle(f"{title}\nmean ± sd over {_seeds(rows)}{averaged}")
+    for name, panel in zip(names, axes, strict=True):
         cells = [
             [_values(rows, pair, (i, j), name) for j in range(len(across.values))] for i in range(len(down.values))
         ]
@@ -104,7 +90,7 @@ def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int]
         panel.grid(False)
         for i, line in enumerate(cells):
             for j, values in enumerate(line):
-                _write_in(plt, panel, image, (j, i), values)
+                _write_in(panel, image, (j, i), values)
     return figure
 
 
@@ -118,7 +104,7 @@ def _values(rows: list[Row], pair: tuple[int, int], place: tuple[int, int], name
     return [statistics.fmean(values) for values in found.values()]
 
 
-def _write_in(plt: Any, panel: Any, image: Any, place: tuple[int, int], values: list[float]) -> None:
+def _write_in(panel: Any, image: Any, place: tuple[int, int], values: list[float]) -> None:
     """The number in its cell, in a colour that can be read on it."""
     mean, sd = mean_sd(values)
     if mean != mean:

@@ -1,10 +1,10 @@
-"""Pictures from the newest checkpoint and test images: embedding map, nearest neighbours, the field of a batch."""
+"""Pictures of each configuration: embedding map, nearest neighbours, and its field, from the newest checkpoint."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,14 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.evaluate import maps, scores, yardsticks
 from rkdo_dist.field.objectives import Objective, rows_of
+from rkdo_dist.history import History
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.studies.report.charts import pyplot, saved
-from rkdo_dist.studies.report.runs import Run
+from rkdo_dist.studies import field_figure
+from rkdo_dist.studies.html import Element, figure, image, joined, section, tag
+from rkdo_dist.studies.plots import encoded, legend_below, panels, pyplot
+from rkdo_dist.studies.report.groups import Group
 
+PICTURED = 4  # groups with pictures, at most
 SAMPLES = 600  # of the test split
 FIELD_ROWS = 32
 QUERIES, NEIGHBOURS = 8, 6
@@ -49,7 +53,72 @@ class Seen:
     classes: list[str]
 
 
-def look(run: Run) -> Seen:
+def sections(groups: Sequence[Group], progress: Callable[[str], None]) -> list[Element]:
+    """A section of pictures for each of the first groups; where they cannot be made, it says why."""
+    made = []
+    for group in groups[:PICTURED]:
+        run = group.runs[0]
+        progress(f"pictures of {group.label}")
+        title, name = f"Pictures: {group.label}", f"pictures-{group.number}"
+        try:
+            seen = look(run)
+        except (ValueError, OSError) as error:
+            text = f"No pictures: they need the newest checkpoint and the shards. {error}"
+            made.append(section(title, name, tag("p", text, class_="remark")))
+            continue
+        about = f"Seed {run.seed}, checkpoint of step {seen.step}, the first {len(seen.images)} test images."
+        drawn = [
+            figure(
+                encoded(embedding_map(seen), "svg"),
+                "svg+xml",
+                "Embedding map",
+                f"{about} For the eye: distances in t-SNE mean little.",
+            ),
+            _sheet(neighbour_sheet(seen)),
+        ]
+        if run.config.field.recursion == "in_batch":
+            objective = parts.make_objective(run.config, 1.0)
+            text = (
+                f"The field of {len(seen.u)} test pairs ordered by class, rows against columns, logarithmic colours: "
+                "supervisory rows p, then learned rows q, by level."
+            )
+            drawn.append(figure(encoded(field_maps(seen, objective), "png"), "png", "Field heat maps", text))
+        else:
+            drawn.append(_rows(run))
+        made.append(section(title, name, *drawn))
+    return made
+
+
+def _rows(run: History) -> Element:
+    """How rows of a persistent field have evolved (test samples have none, so there are no heat maps)."""
+    try:
+        shown = field_figure.evolution(run.path)
+    except (ValueError, OSError) as error:
+        return tag("p", f"No picture of the rows: {error}", class_="remark")
+    text = (
+        f"Rows of the persistent field, seed {run.seed}: what they are made of at every step, and some training "
+        "samples with their nearest stored neighbours at checkpoints (probabilities below; green: the same class)."
+    )
+    return figure(encoded(field_figure.field_figure(shown, ""), "png"), "png", "Rows of the field", text)
+
+
+def _sheet(sheet: list[list[Neighbour]]) -> Element:
+    rows = []
+    for row in sheet:
+        cells = []
+        for n, one in enumerate(row):
+            kind = "query" if n == 0 else "right" if one.right else "wrong"
+            words_ = [one.name] if n == 0 else [one.name, f"{one.cosine:.2f}"]
+            picture = image(one.png, "png", one.name, width=56, class_="pixels")
+            label = tag("span", joined(words_, " "))
+            cells.append(tag("td", picture, label, class_=kind))
+        rows.append(tag("tr", *cells))
+    text = "Left: test images. Right: their nearest test images by cosine similarity; a wrong class is marked."
+    box = tag("div", tag("table", tag("tbody", *rows), class_="sheet"), class_="wide")
+    return tag("figure", box, tag("figcaption", text))
+
+
+def look(run: History) -> Seen:
     """Embed test images by the newest whole checkpoint of a run.
 
     Raises:
@@ -87,7 +156,7 @@ def look(run: Run) -> Seen:
     )
 
 
-def _blocks(run: Run, index: ShardIndex) -> Iterator[tuple[int, Any]]:
+def _blocks(run: History, index: ShardIndex) -> Iterator[tuple[int, Any]]:
     config = run.config
     split = config.evaluate.test_split
     return evaluation_stream(index, split, 200, limit=SAMPLES, size=config.data.image_size or _square(index))
@@ -97,25 +166,23 @@ def _square(index: ShardIndex) -> int | None:
     return None if index.image_size is None else index.image_size[0]
 
 
-def embedding_map(seen: Seen) -> bytes:
-    """Principal components and t-SNE side by side, coloured by class (SVG)."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(11.5, 5.2), constrained_layout=True)
+def embedding_map(seen: Seen) -> Any:
+    """A figure of principal components and t-SNE side by side, coloured by class."""
+    drawing, axes = panels(1, 2, (11.5, 5.2))
     plane, shares = maps.principal_components(seen.embeddings)
     drawn = [(plane, f"Principal components ({shares[0]:.0%} and {shares[1]:.0%} of the variance)")]
     if len(seen.embeddings) >= 8:
         drawn.append((maps.tsne(seen.embeddings), "t-SNE"))
-    colours = plt.get_cmap("tab10" if seen.labels.max() < 10 else "turbo")
-    for panel, (points, title) in zip(panels, drawn, strict=False):
+    colours = pyplot().get_cmap("tab10" if seen.labels.max() < 10 else "turbo")
+    for panel, (points, title) in zip(axes, drawn, strict=False):
         for label in np.unique(seen.labels):
             some = seen.labels == label
             colour = colours(label) if seen.labels.max() < 10 else colours(label / seen.labels.max())
             panel.scatter(*points[some].T, s=11, color=colour, label=_name(seen, label), linewidths=0, alpha=0.85)
         panel.set(title=title, xticks=[], yticks=[])
     if len(np.unique(seen.labels)) <= 20:
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=10, frameon=False, markerscale=1.6)
-    return saved(figure, "svg")
+        legend_below(drawing, columns=10)
+    return drawing
 
 
 def _name(seen: Seen, label: int) -> str:
@@ -164,8 +231,8 @@ def _neighbour(seen: Seen, query: int, other: int, cosine: float) -> Neighbour:
     return Neighbour(out.getvalue(), _name(seen, int(seen.labels[other])), same, float(cosine))
 
 
-def field_maps(seen: Seen, objective: Objective) -> bytes:
-    """p(t) and q(t) of a small batch, samples ordered by class (PNG).
+def field_maps(seen: Seen, objective: Objective) -> Any:
+    """A figure of p(t) and q(t) of a small batch, samples ordered by class.
 
     Args:
         objective: of in-batch recursion or static; its first matrix of rows and columns is drawn.
@@ -177,21 +244,20 @@ def field_maps(seen: Seen, objective: Objective) -> bytes:
     return _heat(found.p, learned)
 
 
-def _heat(supervisory: list[torch.Tensor], learned: list[torch.Tensor]) -> bytes:
+def _heat(supervisory: list[torch.Tensor], learned: list[torch.Tensor]) -> Any:
     """p above q, a column per level; side by side where there is one level."""
-    plt = pyplot()
     depth, (rows, columns) = len(learned), learned[0].shape
     grid = (1, 2) if depth == 1 else (2, depth)
     shape = (2.75 * grid[1] * columns / rows + 1.0, 2.95 * grid[0])
-    figure, panels = plt.subplots(*grid, figsize=shape, constrained_layout=True, squeeze=False)
+    drawing, axes = panels(*grid, shape)
     top = max(float(q.max()) for q in [*supervisory, *learned])
-    norm = plt.matplotlib.colors.LogNorm(vmin=0.1 / columns, vmax=max(top, 0.2 / columns), clip=True)
+    norm = pyplot().matplotlib.colors.LogNorm(vmin=0.1 / columns, vmax=max(top, 0.2 / columns), clip=True)
     drawn = None
     named = [(f"{n}({t})", f) for n, fields in (("p", supervisory), ("q", learned)) for t, f in enumerate(fields, 1)]
-    for panel, (name, field) in zip(panels.flat, named, strict=True):
+    for panel, (name, field) in zip(axes, named, strict=True):
         drawn = panel.imshow(field.numpy(), norm=norm, cmap="magma", interpolation="nearest")
         panel.set(title=name, xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
         panel.grid(False)
-    figure.colorbar(drawn, ax=panels, shrink=0.85, label="probability")
-    return saved(figure, "png")
+    drawing.colorbar(drawn, ax=axes, shrink=0.85, label="probability")
+    return drawing

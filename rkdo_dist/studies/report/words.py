@@ -1,15 +1,15 @@
-"""What the runs say, in sentences and comparisons."""
+"""The findings of a report: paired comparisons of groups, and sentences about losses and scores."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from rkdo_dist.history import History
 from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES
-from rkdo_dist.studies.report.runs import Epoch, Group, Run
+from rkdo_dist.studies.report.groups import Group, last_common_epoch
 from rkdo_dist.studies.statistics import LEVEL, NO_EVIDENCE, Paired, holm, paired, verdict
 
 # The same function for every objective, so that differences mean something.
@@ -53,8 +53,7 @@ def pairs_of(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 
 
 def common_step(first: Group, second: Group) -> tuple[int, list[int]] | None:
-    """The last step at which all shared seeds were evaluated under one protocol, and these seeds; None: there is "
-    "none."""
+    """The last step at which all shared seeds were evaluated under one protocol, and these seeds; None without one."""
     runs = [{run.seed: run for run in group.runs if run.evaluations} for group in (first, second)]
     seeds = sorted(set(runs[0]) & set(runs[1]))
     chosen = [by_seed[seed] for by_seed in runs for seed in seeds]
@@ -75,53 +74,24 @@ def comparisons(groups: Sequence[Group]) -> list[Comparison]:
             continue
         step, seeds = at
         for name in COMMON:
-            sides = [[_of_seed(group, seed).score(step, name) for seed in seeds] for group in (first, second)]
-            numbers = [[x for x in side if x is not None and math.isfinite(x)] for side in sides]
+            sides = [[_of_seed(group, seed).score(name, step) for seed in seeds] for group in (first, second)]
+            numbers = [[x for x in side if x is not None] for side in sides]
             if all(len(side) == len(seeds) for side in numbers):
                 found.append(Comparison(first, second, name, step, paired(*numbers), math.nan))
     adjusted = holm([one.result.t_p for one in found])
     return [replace(one, p=p) for one, p in zip(found, adjusted, strict=True)]
 
 
-def _of_seed(group: Group, seed: int) -> Run:
+def _of_seed(group: Group, seed: int) -> History:
     return next(run for run in group.runs if run.seed == seed)
 
 
-def last_common_epoch(groups: Sequence[Group]) -> int | None:
-    """Index of the last epoch that every run of every group has begun and done as many steps of; None: there is "
-    "none."""
-    epochs = [run.epochs for group in groups for run in group.runs]
-    for number in reversed(range(min(map(len, epochs), default=0))):
-        if len({one[number].steps for one in epochs}) == 1:
-            return number
-    return None
-
-
-def mean_epoch(group: Group, number: int) -> Epoch:
-    """An epoch, averaged over the group's seeds that have it."""
-    found = [run.epochs[number] for run in group.runs if number < len(run.epochs)]
-
-    def mean(values: Sequence[float]) -> float:
-        return statistics.fmean(values)
-
-    return Epoch(
-        steps=found[0].steps,
-        seconds=mean([e.seconds for e in found]),
-        loss=mean([e.loss for e in found]),
-        at_uniform=mean([e.at_uniform for e in found]),
-        at_ideal=mean([e.at_ideal for e in found]),
-        parts={
-            name: mean([e.parts[name] for e in found]) for name in found[0].parts if all(name in e.parts for e in found)
-        },
-    )
-
-
 def loss_gap(first: Group, second: Group) -> list[str]:
-    """Sentences: what the difference of two groups' losses consists of."""
+    """Sentences on what the difference of two groups' losses consists of."""
     number = last_common_epoch([first, second])
     if number is None:
-        return [f"{first.label} and {second.label} have no epoch in common yet: their losses are not set side by side."]
-    a, b = mean_epoch(first, number), mean_epoch(second, number)
+        return [f"{first.label} and {second.label} have no epoch in common yet, so their losses are not compared."]
+    a, b = first.mean_epoch(number), second.mean_epoch(number)
     low, high = (first, second) if a.loss <= b.loss else (second, first)
     if a.loss > b.loss:
         a, b = b, a
@@ -131,18 +101,18 @@ def loss_gap(first: Group, second: Group) -> list[str]:
         f"{low.label} is {_percent(gap, b.loss)} lower."
     ]
     if math.isclose(a.at_uniform, b.at_uniform, rel_tol=1e-9) and math.isclose(a.at_ideal, b.at_ideal, rel_tol=1e-9):
-        said.append("Both losses have the same value for an encoder that knows nothing and for an ideal one.")
+        said.append("Both losses have the same value for an untrained encoder and for an ideal one.")
         return said
     said.append(
-        f"These are different functions. An encoder that knows nothing scores {a.at_uniform:.4f} and "
+        f"These are different functions. An untrained encoder scores {a.at_uniform:.4f} and "
         f"{b.at_uniform:.4f}: {_lower(before, b.at_uniform)} before any training."
     )
     if gap > 0:
         said.append(_origin(gap, before))
     if a.attained is not None and b.attained is not None:
         said.append(
-            f"Measured on its own scale, from there to its value for ideal embeddings, {low.label} has come "
-            f"{a.attained:z.1%} of the way and {high.label} {b.attained:z.1%}."
+            f"Of the way from there to the value for ideal embeddings, {low.label} has attained {a.attained:z.1%} and "
+            f"{high.label} {b.attained:z.1%}."
         )
     return said
 
@@ -159,20 +129,20 @@ def _origin(gap: float, before: float) -> str:
     """How much of a gap was there before training."""
     share, change = before / gap, gap - before
     if before <= 0:
-        return f"So the whole gap of {gap:.4f} has come with training."
+        return f"So training made the whole gap of {gap:.4f}."
     if change < 0:
         return (
-            f"So more than the whole gap of {gap:.4f} was there before training ({before:.4f}), "
-            f"and training has narrowed it by {-change:.4f}."
+            f"So the gap before training was larger ({before:.4f}) than the {gap:.4f} now: "
+            f"training has narrowed it by {-change:.4f}."
         )
     return (
-        f"So {before:.4f} of the gap of {gap:.4f} ({share:.0%}) was there before training; "
-        f"the other {change:.4f} came with it."
+        f"So {before:.4f} of the gap of {gap:.4f} ({share:.0%}) existed before training; "
+        f"training added the other {change:.4f}."
     )
 
 
 def evidence(first: Group, second: Group, found: Sequence[Comparison]) -> list[str]:
-    """Sentences: what the scores that are the same function for both say about two groups."""
+    """Sentences on how two groups compare by the scores that are the same function for both."""
     mine = [one for one in found if one.first is first and one.second is second]
     names = f"{first.label} and {second.label}"
     if not mine:

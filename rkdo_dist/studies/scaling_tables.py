@@ -1,0 +1,136 @@
+"""What people read of a scaling study: two tables, one figure, and a page that holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rkdo_dist.studies import html
+from rkdo_dist.studies.plots import BAD, DARK, colour, encoded, pyplot
+from rkdo_dist.studies.scaling import Row, Study
+from rkdo_dist.studies.sheets import Sheet
+
+_SHORT = {"forward/backward": "fwd/bwd"}
+_PHASES = (
+    "Medians of steps; phases in ms (data includes drawing the views); what a process sends in a step in MB, for "
+    "columns with their gradients and for everything. Every collective counts as exchange, and so does waiting in it "
+    "for a slower process; under fast sums DDP's all-reduce runs inside forward/backward."
+)
+
+
+def tables(study: Study) -> list[Sheet]:
+    """What was measured; where the time of a step goes and what is sent."""
+    heads = ["way", "procs", "batch", "step ms", "pairs/s", "efficiency", "peak MB", "same losses"]
+    measured = Sheet("measured", f"Measured ({study.mode} scaling)", heads)
+    names = list(dict.fromkeys(name for row in study.rows for name in row.phases))
+    heads = ["way", "procs", *(_SHORT.get(name, name) for name in names), "columns", "all sent"]
+    phases = Sheet("phases", "Where the time of a step goes, and what is sent", heads, _PHASES)
+    for row in study.rows:
+        efficiency = "shares cores" if row.oversubscribed else f"{100 * row.efficiency:.0f} %"
+        peak = f"{row.peak / 1e6:.0f}"
+        cells = [str(row.batch), _ms(row.seconds), f"{row.speed:.0f}", efficiency, peak, row.same]
+        measured.rows.append([row.way, str(row.world), *cells])
+        spent = [_ms(row.phases.get(name, 0.0)) for name in names]
+        sizes = [f"{_columns(row) / 1e6:.3f}", f"{sum(row.sent.values()) / 1e6:.3f}"]
+        phases.rows.append([row.way, str(row.world), *spent, *sizes])
+    return [measured, phases]
+
+
+def _columns(row: Row) -> float:
+    """Bytes sent for columns and their gradients."""
+    return sum(size for purpose, size in row.sent.items() if purpose.startswith("column"))
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds < 0.1 else f"{1e3 * seconds:.0f}"
+
+
+def notes(study: Study) -> list[str]:
+    """What must be known to read the numbers."""
+    found = [f"{study.machine}; {study.cores} CPU cores; {study.mode} scaling"]
+    shared = sorted({row.world for row in study.rows if row.oversubscribed})
+    if shared:
+        listed = ", ".join(map(str, shared))
+        found.append(f"{listed} processes share {study.cores} cores: the timings do not measure scaling")
+    compared = [row for row in study.rows if row.exact_bytes is not None]
+    differ = [f"{row.way} on {row.world}" for row in compared if not row.exact_bytes]
+    if not compared:
+        found.append("bytes: as far as the ledger sees them; not all of them have a formula or can be counted here")
+    elif differ:
+        found.append("bytes: FORMULA AND LEDGER DIFFER in " + ", ".join(differ))
+    else:
+        found.append(f"bytes: formula and ledger agree exactly in all {len(compared)} measurements (DDP's by its hook)")
+    return found
+
+
+def figure(study: Study) -> Any:
+    """Throughput, efficiency and memory by size; phases and bytes of every measured point."""
+    layout = [["speed", "efficiency", "memory"], ["phases", "phases", "bytes"]]
+    drawn, axes = pyplot().subplot_mosaic(layout, figsize=(12.5, 7.2), layout="constrained")
+    ways = {way: [row for row in study.rows if row.way == way] for way in dict.fromkeys(r.way for r in study.rows)}
+    for number, (way, rows) in enumerate(ways.items()):
+        style: dict[str, Any] = {"marker": "o", "color": colour(number), "label": way}
+        x = [row.world for row in rows]
+        axes["speed"].plot(x, [row.speed for row in rows], **style)
+        axes["efficiency"].plot(x, [100 * row.efficiency for row in rows], **style)
+        axes["memory"].plot(x, [row.peak / 1e6 for row in rows], **style)
+    _by_size(study, axes)
+    _by_point(study, axes)
+    return drawn
+
+
+def _by_size(study: Study, axes: dict[str, Any]) -> None:
+    worlds, first = sorted({row.world for row in study.rows}), study.rows[0]
+    ideal = [first.speed / first.world * world for world in worlds]
+    axes["speed"].plot(worlds, ideal, color=DARK, linestyle=":", linewidth=1, label="ideal")
+    axes["efficiency"].axhline(100, color=DARK, linestyle=":", linewidth=1)
+    axes["speed"].set(ylabel="pairs per second", title=f"Throughput ({study.mode} scaling)")
+    axes["efficiency"].set(ylabel="% of the smallest size", title="Efficiency")
+    axes["memory"].set(ylabel="MB", title="Peak memory of a process")
+    shared = [row.world for row in study.rows if row.oversubscribed]
+    for name in ("speed", "efficiency", "memory"):
+        panel = axes[name]
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(worlds, [str(world) for world in worlds])
+        panel.minorticks_off()
+        panel.set(xlabel="processes", ylim=(0, 1.15 * panel.get_ylim()[1]))
+        if shared:
+            panel.axvspan(min(shared) / 2**0.5, max(shared) * 2**0.5, color=BAD, alpha=0.1, linewidth=0)
+    if shared:
+        text = f"red: more processes than {study.cores} cores"
+        axes["efficiency"].text(0.02, 0.03, text, fontsize=8, color=BAD, transform=axes["efficiency"].transAxes)
+    axes["speed"].legend(frameon=False, loc="upper left")
+
+
+def _by_point(study: Study, axes: dict[str, Any]) -> None:
+    labels = [f"{row.way}\n{row.world}" for row in study.rows]
+    bottom = [0.0] * len(labels)
+    for number, name in enumerate(dict.fromkeys(name for row in study.rows for name in row.phases)):
+        heights = [1e3 * row.phases.get(name, 0.0) for row in study.rows]
+        axes["phases"].bar(labels, heights, bottom=bottom, color=colour(number), label=name, width=0.6)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes["phases"].set(title="Where the time of a step goes (way, processes)", ylabel="ms per step")
+    axes["phases"].set_ylim(0, 1.25 * max(bottom))
+    axes["phases"].legend(frameon=False, ncols=6, loc="upper left", fontsize=8)
+    sending = [row for row in study.rows if row.world > 1]
+    labels = [f"{row.way}\n{row.world}" for row in sending]
+    columns = [_columns(row) / 1e6 for row in sending]
+    rest = [sum(row.sent.values()) / 1e6 - some for row, some in zip(sending, columns, strict=True)]
+    axes["bytes"].bar(labels, columns, color=colour(0), label="columns and their gradients", width=0.6)
+    axes["bytes"].bar(labels, rest, bottom=columns, color=colour(1), label="everything else", width=0.6)
+    axes["bytes"].set(title="Sent by a process in a step", ylabel="MB")
+    if sending:
+        axes["bytes"].set_ylim(0, 1.3 * max(sum(row.sent.values()) / 1e6 for row in sending))
+        axes["bytes"].legend(frameon=False, loc="upper left", fontsize=8)
+
+
+def write(study: Study, folder: Path) -> Path:
+    """Write `scaling.html`, which needs no other file, and `scaling.png` into a folder; the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = encoded(figure(study), "png")
+    (folder / "scaling.png").write_bytes(picture)
+    said = html.tag("ul", *(html.tag("li", note) for note in notes(study)))
+    shown = html.figure(picture, "png", "Scaling figure", "Medians of the measured steps.")
+    body = [html.tag("h1", f"Scaling study, {study.mode}"), said]
+    body += [html.section(sheet.title, sheet.name, html.sheet(sheet)) for sheet in tables(study)]
+    return html.write(folder / "scaling.html", "Scaling study", *body, html.section("Figure", "figure", shown))
