@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on N ranks of this machine: launch/local.sh N CONFIG [key=value ...]
-#   ACCELERATE_CONFIG   strategy and precision; default: configs/accelerate/ddp.yaml, or single.yaml for one rank
+#   ACCELERATE_CONFIG   strategy; default: configs/accelerate/ddp.yaml, or single.yaml for one rank
+#   PRECISION           of the encoder: no (default), bf16, fp16
 #   PORT                of the rendezvous; default: one that is free
 set -euo pipefail
 if [ "$#" -lt 2 ]; then
@@ -14,4 +15,4 @@ strategy=ddp
 here=$(cd "$(dirname "$0")/.." && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 exec accelerate launch --config_file "${ACCELERATE_CONFIG:-$here/configs/accelerate/$strategy.yaml}" \
-  --num_processes "$ranks" --main_process_port "${PORT:-0}" -m rkdo_dist train "$@"
+  ${PRECISION:+--mixed_precision "$PRECISION"} --num_processes "$ranks" --main_process_port "${PORT:-0}" -m rkdo_dist train "$@"

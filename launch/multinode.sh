@@ -2,7 +2,8 @@
 # The launcher of one node; run it on every node, with NODE counting from 0:
 #   launch/multinode.sh NODES NODE ADDRESS RANKS CONFIG [key=value ...]
 # ADDRESS is node 0 as the others see it, RANKS the processes of each node.
-#   ACCELERATE_CONFIG   strategy and precision; default: configs/accelerate/ddp.yaml
+#   ACCELERATE_CONFIG   strategy; default: configs/accelerate/ddp.yaml
+#   PRECISION           of the encoder: no (default), bf16, fp16
 #   PORT                of the rendezvous on node 0; default 29500
 # SIGTERM and SIGUSR1 are passed on to the ranks as SIGUSR1: they finish the step, save and end with 75.
 set -euo pipefail
@@ -20,7 +21,7 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # schedulers set them per node
 (
   trap '' USR1
   exec accelerate launch --config_file "${ACCELERATE_CONFIG:-$here/configs/accelerate/ddp.yaml}" \
-    --num_machines "$nodes" --machine_rank "$node" --num_processes "$((nodes * ranks))" \
+    ${PRECISION:+--mixed_precision "$PRECISION"} --num_machines "$nodes" --machine_rank "$node" --num_processes "$((nodes * ranks))" \
     --main_process_ip "$address" --main_process_port "${PORT:-29500}" -m rkdo_dist train "$@"
 ) &
 launcher=$!
