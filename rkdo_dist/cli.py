@@ -490,7 +490,7 @@ def _flops(options: argparse.Namespace) -> int:
     size = options.image_size or config.data.image_size or 32
     if size < 1 or options.repeats < 0:
         raise ValueError(f"--image-size must be at least 1 and --repeats 0, got {size} and {options.repeats}")
-    from rkdo_dist.studies.flops_table import cost_table
+    from rkdo_dist.measure.flops import cost_table
 
     console = _console()
     with console.status("counting and timing"):

@@ -12,7 +12,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.losses import FieldLoss
-from rkdo_dist.studies import flops
+from rkdo_dist.measure import flops
 from tests.conftest import ROOT
 from tests.jobs import command
 

@@ -11,9 +11,9 @@ from typing import Any
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.measure.flops import step_flops
 from rkdo_dist.rundir import SCORE_TITLES
 from rkdo_dist.studies import html
-from rkdo_dist.studies.flops import step_flops
 from rkdo_dist.studies.html import Element, figure, section, tag
 from rkdo_dist.studies.plots import encoded
 from rkdo_dist.studies.report import charts, pictures, words
