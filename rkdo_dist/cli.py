@@ -127,9 +127,14 @@ def _data_commands(command: Command) -> None:
     add("--shard-size", type=int, metavar="N", help="samples per shard")
     add("--force", action="store_true", help="rebuild what is complete")
 
-    add = command("index", _index, "describe existing WebDataset shards, without rewriting them", "data/mine")
-    add("shards", nargs="+", metavar="DIR_OR_URL", help="a directory of tar files, or tar files or URLs")
-    add("--out", metavar="DIR", help="where index.json goes (default: beside the shards)")
+    add = command("index", _index, "describe existing shards, or read a folder of images through once", "data/mine")
+    add(
+        "shards",
+        nargs="+",
+        metavar="DIR_OR_URL",
+        help="a directory of tar files, tar files or URLs, or any data.source",
+    )
+    add("--out", metavar="DIR", help="where index.json of shards goes (default: beside them)")
 
 
 def _run_commands(command: Command) -> None:
@@ -281,26 +286,21 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     from rkdo_dist.console import counting
-    from rkdo_dist.data.foreign import index_shards
+    from rkdo_dist.data.source import index
 
     console = _console(stderr=True)
-    source = options.shards[0] if len(options.shards) == 1 else options.shards
     with counting(console, "indexing") as progress:
-        made = index_shards(source, out=options.out, progress=progress)
-    console.print(_split_table(made))
+        made = index(options.shards, options.out, progress)
+    console.print(_split_table(made), *made.notes, sep="\n", soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
 def _split_table(index: ShardIndex) -> Table:
-    from rich.table import Table
+    from rkdo_dist.console import table
 
-    table = Table(title=str(index.root))
-    for column in ("split", "samples", "shards", "classes", "image size"):
-        table.add_column(column, justify="left" if column == "split" else "right")
     size = "varies" if index.image_size is None else "x".join(map(str, index.image_size))
-    for split in index.splits.values():
-        table.add_row(split.name, f"{split.samples:,}", str(len(split.shards)), str(len(index.classes)), size)
-    return table
+    rows = [(s.name, f"{s.samples:,}", len(s.shards), len(index.classes), size) for s in index.splits.values()]
+    return table(index.place, ("split", "samples", "shards", "classes", "image size"), rows)
 
 
 # -- runs, on the ranks that a launcher has started --------------------------------------------------------------------

@@ -323,6 +323,24 @@ def test_a_run_on_a_folder_from_its_first_step_to_its_end(tmp_path: Path) -> Non
     assert "other data" in text
 
 
+def test_a_folder_is_indexed_and_prepared_like_training_reads_it(tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for k in range(7):
+        (flat / f"{k}.jpg").write_bytes(picture(k))
+    (flat / "notes.txt").write_text("not a picture")
+    code, text = command(["index", str(flat)])
+    assert code == 0, text
+    assert "7 images without labels" in text
+    code, text = command(["prepare", str(flat), "--out", str(tmp_path / "shards")])
+    assert code == 0, text
+    shards, folder = open_source(str(tmp_path / "shards")), open_source(str(flat))
+    both = zip(evaluation_stream(shards, "train", 7), evaluation_stream(folder, "train", 7), strict=True)
+    assert all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for (_, a), (_, b) in both)
+    code, text = command(["index", str(tmp_path / "nowhere")])
+    assert (code, "there is no" in text) == (2, True)
+
+
 def test_folders_without_an_image_and_half_labelled_ones(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no image .* no file at all"):

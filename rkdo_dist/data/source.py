@@ -12,13 +12,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from rkdo_dist.data import datasets
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.folder import folder_index
+from rkdo_dist.data.foreign import index_shards
 from rkdo_dist.data.index import INDEX_NAME, ShardIndex, load_index
 from rkdo_dist.data.remote import is_url
 
@@ -70,6 +71,24 @@ def open_source(
         datasets.imported(source)
         return datasets.dataset_index(datasets.Opener(source, datasets.user_splits, source), workers=workers)
     return _local(source, allow_remote, on_corrupt, progress)
+
+
+def index(sources: Sequence[str], out: str | None = None, progress: Progress | None = None) -> ShardIndex:
+    """Describe shards, or read any other source through once, as `rkdo index` does.
+
+    Args:
+        sources: one source, or several tar shards or their URLs.
+        out: where index.json of shards goes, see `foreign.index_shards`.
+
+    Raises:
+        DataError: as `open_source` and `foreign.index_shards`.
+    """
+    scheme, place = _scheme(sources[0])
+    path = Path(place)
+    shards = is_url(place) or path.is_file() or any(path.rglob("*.tar"))
+    if len(sources) > 1 or scheme == "shards" or (not scheme and shards):
+        return index_shards(place if len(sources) == 1 else sources, out=out, progress=progress)
+    return open_source(sources[0], progress=progress)
 
 
 def _local(source: str, allow_remote: bool, on_corrupt: str, progress: Progress | None) -> ShardIndex:
