@@ -233,7 +233,7 @@ class SupervisedLoss(FieldLoss):
     def __init__(
         self,
         temperature: float | Tensor = _SUPCON.temperature,
-        debias: float = _SUPCON.debias or 0.0,
+        debias: float = 0.0,
         pairing: str = _SUPCON.pairing,
         symmetric: bool = False,
         *,

@@ -14,10 +14,12 @@ from rkdo_dist.addresses import shown
 from rkdo_dist.config import Config, ConfigError, EncoderConfig, FieldConfig, ViewsConfig
 from rkdo_dist.data.index import ShardIndex, load_index
 from rkdo_dist.data.order import EpochPlan
+from rkdo_dist.data.shards import unlabelled
 from rkdo_dist.data.source import Progress, open_source
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder, is_code
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.presets import PRESETS, named
 from rkdo_dist.field.schedules import coupling
 from rkdo_dist.sync_norm import synchronised
 
@@ -31,7 +33,8 @@ def check(config: Config) -> None:
         ConfigError: naming the setting, its value and what is allowed.
     """
     _views(config, 1 if config.data.image_size is None else config.data.image_size)
-    for objective in ("rkdo", "icon", "infonce"):
+    used = [name for name in (config.field.objective, config.field.switch_to) if name != "none"]
+    for objective in dict.fromkeys(["rkdo", "icon", *used]):  # settings that this run does not use are checked too
         alone = dataclasses.replace(config.field, objective=objective, switch_to="none")
         for progress in (0.0, 1.0):
             make_objective(dataclasses.replace(config, field=alone), progress)
@@ -137,6 +140,23 @@ def run_length(config: Config, index: ShardIndex) -> tuple[int, int]:
     return steps, total if train.max_steps is None else min(total, train.max_steps)
 
 
+def require_labels(config: Config, index: ShardIndex) -> None:
+    """Refuse data without labels, or with some only, for an objective that needs them.
+
+    Raises:
+        ConfigError: naming the objective, the split and a sample.
+    """
+    used = [make_objective(config, progress) for progress in (0.0, 1.0)]
+    needing = next((objective.name for objective in used if objective.needs_labels), None)
+    missing = [] if needing is None else unlabelled(index, config.data.split)
+    if missing:
+        samples = index.split(config.data.split).samples
+        raise ConfigError(
+            f"objective {needing} needs a label for every sample, but {len(missing)} of the {samples} samples of split "
+            f"{config.data.split!r} have none (first {missing[0]}): use another field.objective or data.split"
+        )
+
+
 def make_encoder(config: Config, *, pretrained: bool = True, code: bool = True) -> Encoder:
     """The encoder, with weights drawn from `run.seed` or read from `encoder.weights`: the same on every rank.
 
@@ -219,24 +239,19 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
         epochs: of the whole run; `train.epochs` if None (`train.max_steps` may leave fewer).
     """
     f = config.field
-    kind = f.switch_to if f.switch_to != "none" and progress >= f.switch_at else f.objective
-    pairing, symmetric = ("cross", True) if f.pairing == "symmetric" else (f.pairing, False)
-    if kind == "icon":
-        return Objective.icon(f.debias, f.temperature, pairing, symmetric)
-    if kind == "infonce":
-        return Objective.infonce(f.temperature, pairing, symmetric)
-    if f.recursion == "persistent":
-        return Objective.persistent(coupling_at(config, progress, epochs), f.temperature, f.cooling, progress)
-    return Objective.rkdo(
-        f.depth,
-        coupling_at(config, progress, epochs),
-        f.temperature,
-        f.cooling,
-        pairing,
-        f.supervisor_grad,
-        symmetric,
-        f.clock,
-        progress,
+    chosen = f.switch_to if f.switch_to != "none" and progress >= f.switch_at else f.objective
+    name = named(chosen, f.recursion)
+    return Objective.of(
+        name,
+        temperature=f.temperature,
+        pairing=f.pairing,
+        debias=None if PRESETS[name].debias is None else f.debias,
+        depth=f.depth,
+        coupling=coupling_at(config, progress, epochs),
+        cooling=f.cooling,
+        supervisor_grad=f.supervisor_grad,
+        clock=f.clock,
+        progress=progress,
     )
 
 

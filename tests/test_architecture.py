@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rkdo_dist"
 # Module prefix (longest match wins) -> floor. A module imports only lower floors, and its own folder.
 FLOORS = {
     "addresses": 0,
-    "config": 1,
     "files": 0,
     "lock": 0,
-    "field": 1,
+    "field": 0,
+    "config": 1,
     "exchange": 2,
     "losses": 3,
     "data": 3,

@@ -40,8 +40,8 @@ def test_the_protocol_is_the_released_notebooks(tmp_path: Path, dataset: str, ob
     config = paper.paper_config(request(tmp_path), dataset, objective, 42, "shards")
     field, train = config.field, config.train
     assert (field.recursion, field.depth, field.coupling) == ("in_batch", 3, 0.5)
-    assert (field.temperature, field.cooling, field.clock) == (0.5, 0.1, "depth")
-    assert (field.pairing, field.supervisor_grad, field.debias) == ("cross", "flow", 0.2)
+    assert (field.value("temperature"), field.cooling, field.clock) == (0.5, 0.1, "depth")
+    assert (field.value("pairing"), field.supervisor_grad, field.debias) == ("cross", "flow", 0.2)
     assert (config.encoder.backbone, config.encoder.head, config.encoder.embedding_dim) == ("resnet18", "released", 64)
     assert (train.global_batch, train.lanes) == (32 if dataset == "stl10" else 64, 1)
     assert config.data.image_size == (64 if dataset == "stl10" else None)

@@ -51,7 +51,7 @@ def test_the_hybrid_is_rkdo_first_and_icon_later() -> None:
     settings = config(switch_to="icon", switch_at=0.3, debias=0.1)
     kinds = [parts.make_objective(settings, step / 110).name for step in range(110)]
     assert kinds == ["rkdo"] * 33 + ["icon"] * 77
-    assert parts.make_objective(settings, 0.3).couplings == (0.1,)
+    assert parts.make_objective(settings, 0.3).debias == 0.1
     assert parts.make_objective(config(objective="icon", switch_to="rkdo"), 0.5).name == "rkdo"
     assert parts.make_objective(config(), 1.0).name == "rkdo"
 
@@ -61,7 +61,7 @@ def test_the_hybrid_is_rkdo_first_and_icon_later() -> None:
     [
         ({"field": {"coupling_end": 1.5}}, "field.coupling_end"),
         ({"field": {"switch_at": -0.1}}, "field.switch_at"),
-        ({"field": {"switch_to": "supcon"}}, "field.switch_to"),
+        ({"field": {"switch_to": "supervised"}}, "field.switch_to"),
         ({"field": {"coupling_start_epoch": 11.0}}, "field.coupling_start_epoch"),
         ({"train": {"evaluate_at": [1, 11]}}, "train.evaluate_at"),
         ({"train": {"evaluate_at": 3}}, "train.evaluate_at"),

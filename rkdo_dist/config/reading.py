@@ -160,6 +160,9 @@ def _section(section: str, kind: type, values: Any) -> Any:
                 _unknown(f"key '{section}.{name}'", str(name), names, ()).replace("mean '", f"mean '{section}.")
             )
         arguments[name] = _coerce(f"{section}.{name}", hints[name], value)
+        choices = declared[name].metadata["choices"]
+        if choices is not None and arguments[name] not in choices():
+            raise ConfigError(_unknown(f"value {value!r} for {section}.{name}", str(value), choices()))
         _check_range(f"{section}.{name}", declared[name].metadata, arguments[name])
     return kind(**arguments)
 

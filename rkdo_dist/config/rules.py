@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rkdo_dist.config.sections import Config, ConfigError, TrainConfig
+from rkdo_dist.field.presets import PRESETS
 
 
 def check(config: Config) -> None:
@@ -29,6 +30,13 @@ def check(config: Config) -> None:
             f"run.resume={run.resume} is run.dir itself: use run.resume=auto to continue it where it is, "
             "or another run.dir to continue it there"
         )
+    for key, objective in (("objective", field.objective), ("switch_to", field.switch_to)):
+        preset = PRESETS.get(objective)
+        if preset is not None and preset.fixes_pairing and field.pairing not in (None, preset.pairing):
+            raise ConfigError(
+                f"field.{key}={objective} needs field.pairing={preset.pairing}, got {field.pairing}: "
+                "leave field.pairing out, or choose another objective"
+            )
     if field.recursion == "persistent":
         _check_persistent(config)
 
@@ -45,7 +53,7 @@ def _check_persistent(config: Config) -> None:
         ("field.pairing", field.pairing, "cross"),
         ("data.on_corrupt", config.data.on_corrupt, "abort"),
     ):
-        if value != needed:
+        if value not in (None, needed):
             raise ConfigError(f"field.recursion=persistent needs {key}={needed}, got {value}")
     if config.run.reduction == "ring":
         raise ConfigError("field.recursion=persistent needs run.reduction=exact or fast, got ring")

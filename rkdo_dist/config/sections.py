@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+
+from rkdo_dist.field import presets
 
 
 class ConfigError(ValueError):
@@ -25,6 +28,7 @@ def setting(
     above: float | None = None,
     most: float | None = None,
     free: bool = False,
+    choices: Callable[[], Sequence[str]] | None = None,
 ) -> Any:
     """A field of a section.
 
@@ -33,21 +37,27 @@ def setting(
         within: its range in words, if the object that the section builds checks it.
         least, above, most: its range, if no other object does: checked when it is read.
         free: whether it leaves results as they are (workers, paths, how often something is written).
+        choices: the values that it may have, where a list says them that others may add to.
     """
     bounds = {"least": least, "above": above, "most": most}
-    words = within or " and ".join(
-        f"{word} {bound:g}"
-        for word, bound in zip(("at least", "above", "at most"), bounds.values(), strict=True)
-        if bound is not None
+    words = (
+        within
+        or ", ".join(choices() if choices else [])
+        or " and ".join(
+            f"{word} {bound:g}"
+            for word, bound in zip(("at least", "above", "at most"), bounds.values(), strict=True)
+            if bound is not None
+        )
     )
-    return dataclasses.field(default=default, metadata={"about": about, "within": words, "free": free, **bounds})
+    metadata = {"about": about, "within": words, "free": free, "choices": choices, **bounds}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class FieldConfig:
     """The objective over the global batch (`rkdo_dist.field`)."""
 
-    objective: Literal["rkdo", "icon", "infonce"] = setting("rkdo", "the objective that is minimised")
+    objective: str = setting("rkdo", f"what is minimised ({presets.titles()})", choices=presets.choices)
     recursion: Literal["in_batch", "persistent"] = setting(
         "in_batch", "where RKDO's rows recur: inside a step, or across iterations (a row of every sample is kept)"
     )
@@ -56,31 +66,48 @@ class FieldConfig:
     )
     stored: int = setting(256, "entries of a persistent row that are stored", least=1)
     store: Literal["device", "host"] = setting("device", "where persistent rows are kept", free=True)
-    depth: int = setting(3, "levels D of the recursion inside a step", "at least 1")
-    coupling: float = setting(0.5, "coupling alpha: how much of the learned row a row takes on", "in [0, 1]")
+    depth: int = setting(presets.DEPTH, "levels D of the recursion inside a step", "at least 1")
+    coupling: float = setting(
+        presets.COUPLING, "coupling alpha: how much of the learned row a row takes on", "in [0, 1]"
+    )
     coupling_schedule: Literal["constant", "linear", "cosine", "step"] = setting(
         "constant", "how the coupling goes from field.coupling to field.coupling_end over the run"
     )
     coupling_end: float = setting(0.0, "coupling at the end of the run, unless the schedule is constant", "in [0, 1]")
     coupling_start_epoch: float = setting(0.0, "epoch before which the coupling is 0, at most train.epochs", least=0)
-    temperature: float = setting(0.5, "temperature tau of the softmax", "above 0")
-    cooling: float = setting(0.1, "share beta of the temperature that cooling takes away", "in [0, 1)")
+    temperature: float | None = setting(
+        None, f"temperature tau of the softmax; null: the objective's own ({presets.own('temperature')})", "above 0"
+    )
+    cooling: float = setting(presets.COOLING, "share beta of the temperature that cooling takes away", "in [0, 1)")
     clock: Literal["depth", "training"] = setting(
         "depth", "what cools the temperature: recursion levels (released code) or training steps (the paper's text)"
     )
-    pairing: Literal["cross", "symmetric", "joint"] = setting(
-        "cross",
+    pairing: Literal["cross", "symmetric", "joint"] | None = setting(
+        None,
         "view 1 against view 2 (released code), the mean of both directions (CLIP), or both views against both "
-        "(NT-Xent, the paper's eq. 4)",
+        f"(NT-Xent, the paper's eq. 4); null: the objective's own ({presets.own('pairing')})",
     )
     supervisor_grad: Literal["flow", "stop"] = setting(
         "flow", "whether the gradient flows through the supervisor (released code)"
     )
-    debias: float = setting(0.2, "I-Con's uniform share of the supervisor (label smoothing)", "in [0, 1]")
-    switch_to: Literal["none", "rkdo", "icon", "infonce"] = setting(
-        "none", "another objective from field.switch_at on; icon is the paper's hybrid"
+    debias: float = setting(
+        presets.PRESETS["icon"].debias, "I-Con's uniform share of the supervisor (label smoothing)", "in [0, 1]"
+    )
+    switch_to: str = setting(
+        "none",
+        "another objective from field.switch_at on; icon is the paper's hybrid",
+        choices=lambda: ["none", *presets.choices()],
     )
     switch_at: float = setting(0.5, "share of the run after which field.switch_to takes over", least=0, most=1)
+
+    def value(self, name: str) -> Any:
+        """`temperature` or `pairing`: as given, else the objective's own; None if that of `switch_to` differs."""
+        given = getattr(self, name)
+        if given is not None:
+            return given
+        used = [presets.named(x, self.recursion) for x in (self.objective, self.switch_to) if x != "none"]
+        own = {getattr(presets.PRESETS[x], name) for x in used}
+        return own.pop() if len(own) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,14 +248,16 @@ class Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """All values by dotted key, in the order of the sections."""
-    return {f"{s}.{k}": v for s, values in dataclasses.asdict(config).items() for k, v in values.items()}
+    """All values by dotted key, in the order of the sections; what is left to the objective is its own value."""
+    flat = {f"{s}.{k}": v for s, values in dataclasses.asdict(config).items() for k, v in values.items()}
+    return flat | {f"field.{name}": config.field.value(name) for name in ("temperature", "pairing")}
 
 
 def decisive(config: Config) -> dict[str, Any]:
     """The values that affect results, by dotted key (everything not marked `free`)."""
+    flat = flatten(config)
     return {
-        f"{section.name}.{item.name}": getattr(getattr(config, section.name), item.name)
+        f"{section.name}.{item.name}": flat[f"{section.name}.{item.name}"]
         for section in dataclasses.fields(config)
         for item in dataclasses.fields(getattr(config, section.name))
         if not item.metadata.get("free")

@@ -274,3 +274,19 @@ def check_shards(index: ShardIndex, split: str, most_bytes: int = 2 << 30) -> No
         path = index.file_of(shard)
         if thorough or not path.is_file() or path.stat().st_size != shard.bytes:
             open_shard(index, shard).close()
+
+
+def unlabelled(index: ShardIndex, split: str) -> list[str]:
+    """Names of the samples of a split that have no label; every shard is opened, and fetched if it lies elsewhere.
+
+    Raises:
+        DataError: naming a shard that is missing or differs from the index.
+    """
+    found = []
+    for shard in index.split(split).shards:
+        opened = open_shard(index, shard)
+        try:
+            found += [opened.where(k) for k in range(shard.samples) if opened.label(k) is None]
+        finally:
+            opened.close()
+    return found

@@ -250,7 +250,7 @@ def _yardsticks(
     u, v = pairs.backbone, pairs.embeddings
     _, total = parts.run_length(config, index)
     objective = parts.make_objective(config, min(1.0, max(0, step - 1) / total))  # of the last step
-    own = common.own_objective(objective, u, v, config.train.global_batch)
+    own = common.own_objective(objective, u, v, config.train.global_batch, pairs.labels)
     return common.yardsticks(u, v, test.embeddings, test.backbone) | own
 
 

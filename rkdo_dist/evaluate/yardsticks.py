@@ -60,7 +60,7 @@ def yardsticks(u: Array, v: Array, embeddings: Array, backbone: Array) -> dict[s
     return {
         "pairs": len(u),
         "batch": batch,
-        **_placed("infonce", infonce["loss"], objective, batch),
+        **_placed("infonce", infonce["loss"], objective.at_uniform(batch), objective.at_ideal(batch)),
         "infonce_positive_mass": infonce["positive_mass"],
         "alignment": alignment(u, v),
         "uniformity": (uniformity(u[some]) + uniformity(v[some])) / 2,
@@ -69,14 +69,17 @@ def yardsticks(u: Array, v: Array, embeddings: Array, backbone: Array) -> dict[s
     }
 
 
-def own_objective(objective: Objective, u: Array, v: Array, global_batch: int) -> dict[str, Any]:
+def own_objective(
+    objective: Objective, u: Array, v: Array, global_batch: int, labels: Array | None = None
+) -> dict[str, Any]:
     """A run's own objective on held-out pairs, and its parts.
 
     Args:
-        objective: resolved for the step that is evaluated; one that needs no labels. With a persistent field,
-            held-out samples have no rows yet, so their supervisor is the identity.
+        objective: resolved for the step that is evaluated. With a persistent field, held-out samples have no rows yet,
+            so their supervisor is the identity.
         u, v: as in `yardsticks`.
         global_batch: of training, on which the objective's value depends; fewer pairs make one smaller batch.
+        labels: (n,) integers, for objectives that need them; without, or with some only (-1), there is no `own_loss`.
 
     Returns:
         `own_objective` (its name), `own_batch`, `own_loss` (the mean over whole batches), `own_loss_at_uniform`,
@@ -89,14 +92,17 @@ def own_objective(objective: Objective, u: Array, v: Array, global_batch: int) -
     """
     _check(u, v)
     order, batch = fixed_order(len(u)), min(global_batch, len(u))
-    means = _field_means(objective, u[order], v[order], batch)
-    loss = means.pop("loss")
-    means.pop("uniform")
-    placed = _placed("own_loss", loss, objective, batch)
+    about = {"own_objective": objective.name, "own_batch": batch}
+    if objective.needs_labels and (labels is None or labels.min() < 0):
+        return {**about, "own_loss": None, "own_loss_attained": None}
+    used = labels[order] if objective.needs_labels and labels is not None else None
+    means = _field_means(objective, u[order], v[order], batch, used)
+    loss, uniform, ideal = means.pop("loss"), means.pop("uniform"), means.pop("ideal", objective.at_ideal(batch))
+    if used is None:
+        uniform = objective.at_uniform(batch)
     return {
-        "own_objective": objective.name,
-        "own_batch": batch,
-        **placed,
+        **about,
+        **_placed("own_loss", loss, uniform, ideal),
         **{f"own_{name}": value for name, value in means.items()},
     }
 
@@ -144,22 +150,24 @@ def effective_rank(features: Array) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def _field_means(objective: Objective, u: Array, v: Array, batch: int) -> dict[str, float]:
-    """Loss and parts, means over the whole batches of consecutive rows; in float64 and bounded memory."""
+def _field_means(objective: Objective, u: Array, v: Array, batch: int, labels: Array | None = None) -> dict[str, float]:
+    """Loss and parts, with labels also the value at the ideal: means over whole batches of rows, in float64."""
     loss_fn = FieldLoss(objective, exchange="local")
     found: list[dict[str, float]] = []
     with _one_thread(), torch.no_grad():
         for start in range(0, len(u) - batch + 1, batch):
             rows = slice(start, start + batch)
             pair = (torch.from_numpy(x[rows].astype(np.float64)) for x in (u, v))
-            loss, parts = loss_fn(*pair, parts=True)
+            mine = None if labels is None else torch.from_numpy(labels[rows])
+            loss, parts = loss_fn(*pair, mine, parts=True)
             found.append({"loss": float(loss), **{name: float(part) for name, part in parts.items()}})
+            if mine is not None:
+                found[-1]["ideal"] = objective.at_ideal(batch, mine)
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
-def _placed(name: str, loss: float, objective: Objective, batch: int) -> dict[str, float | None]:
+def _placed(name: str, loss: float, uniform: float, ideal: float) -> dict[str, float | None]:
     """A loss with its values at chance level and at the ideal, and the share attained (None if those are equal)."""
-    uniform, ideal = objective.at_uniform(batch), objective.at_ideal(batch)
     return {
         name: loss,
         f"{name}_at_uniform": uniform,

@@ -245,7 +245,10 @@ class Objective:
 
     @property
     def coupling(self) -> float:
-        """alpha of the recursion (of the last level, or of persistent rows); 0 without."""
+        """alpha of the last level, or of persistent rows; without recursion the uniform share, which is alpha where
+        I-Con's supervisor is read as one step from a flat field."""
+        if self.recursion == "none":
+            return self.debias
         return self.couplings[-1] if self.couplings else self.row_coupling
 
     @property

@@ -33,7 +33,7 @@ class Preset:
         temperature: where none is given.
         pairing: where none is given, one of `PAIRINGS`.
         fixes_pairing: whether another pairing would be another objective.
-        debias: uniform share of p(0) where none is given; None if the objective has none to set.
+        debias: uniform share of p(0) where none is given; None: 0, and not for the configuration to set.
         variant_of: the preset that becomes this one when p is to recur otherwise; "" for one chosen by its own name.
     """
 
@@ -100,7 +100,6 @@ PRESETS: dict[str, Preset] = {
         temperature=0.1,
         pairing="joint",
         fixes_pairing=True,
-        debias=0.0,
     ),
 }
 
@@ -116,3 +115,15 @@ def named(objective: str, recursion: str = "in_batch") -> str:
 def choices() -> list[str]:
     """Names that an objective is chosen by."""
     return [name for name, preset in PRESETS.items() if not preset.variant_of]
+
+
+def titles() -> str:
+    """What each of `choices` is, for help."""
+    return "; ".join(f"{name}: {PRESETS[name].title}" for name in choices())
+
+
+def own(name: str) -> str:
+    """The values of `temperature` or `pairing` that presets have where none is given, for help."""
+    general = getattr(PRESETS["rkdo"], name)
+    special = (f"{key} {getattr(PRESETS[key], name)}" for key in choices() if getattr(PRESETS[key], name) != general)
+    return "; ".join([f"{general}", *special])

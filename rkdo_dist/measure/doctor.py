@@ -164,7 +164,7 @@ def _run_table(config: Config, index: ShardIndex, shape: wire.StepShape) -> Tabl
     )
     table.add_row("index digest", index.digest()[:16])
     table.add_row("settings digest", configuration.digest(config)[:16])
-    table.add_row("objective", f"{f.objective}, depth {f.depth}, pairing {f.pairing}")
+    table.add_row("objective", f"{f.objective}, depth {f.depth}, pairing {f.value('pairing')}")
     table.add_row("encoder", f"{config.encoder.backbone}, {shape.parameters:,} parameters, d = {shape.dimension}")
     table.add_row("step", f"{shape.batch} pairs = {shape.lanes} lanes of {shape.micro_batch}; {shape.rows} per process")
     table.add_row("memory policy", "embed again (recompute)" if train.recompute else "keep activations")

@@ -84,6 +84,8 @@ def exact_field(
         reports |= memory.recur(lanes, columns_v, objective)
     rows = len(columns_u)
     loss, parts, code = _lane_means(reports, stop, rows)
+    if everyones is not None:
+        parts["ideal"] = objective.at_ideal(rows, everyones)
     return FieldResult([(a / rows, b / rows) for a, b in zip(du, dv, strict=True)], loss, parts, code)
 
 
@@ -107,6 +109,8 @@ def averaged_field(
     local, parts = FieldLoss(objective, exchange=exchange)(u, v, labels, parts=True)
     du, dv = torch.autograd.grad(local, (u, v), materialize_grads=True)
     loss, means, code = _rank_means(local.detach(), parts, stop)
+    if labels is not None:
+        means["ideal"] = objective.at_ideal(len(u) * group.world_size(), group.all_gather_rows(labels))
     sizes = [len(pair[0]) for pair in lanes]
     return FieldResult(list(zip(du.split(sizes), dv.split(sizes), strict=True)), loss, means, code)
 

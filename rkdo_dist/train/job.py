@@ -51,6 +51,7 @@ class Job:
         self.objective(0)
         if config.data.on_corrupt == "abort":
             check_shards(index, config.data.split)
+        parts.require_labels(config, index)
         self.views = parts.make_views(config, index)
         self.encoder = parts.make_encoder(config).to(runtime.device)
         self.encoder.check_image_size(self.views.size)

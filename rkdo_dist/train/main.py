@@ -53,7 +53,7 @@ def _train(config: Config, run: RunDirectory, around: Surroundings) -> int:
         already = job.position
         trackers = group.together(lambda: _trackers(job, config) if rt.is_main else None, "starting run.trackers")
         with (
-            Journal(job.run.metrics, already, job.total_steps, console, config.field.objective, trackers) as journal,
+            Journal(job.run.metrics, already, job.total_steps, console, job.objective(0).name, trackers) as journal,
             StopRequest() as stop,
         ):
             if already:
