@@ -152,9 +152,9 @@ def _interfere(step: Step, task: Task, last_rank: bool, world: int, dtypes: set[
     """Note what the field loss gets, and break the step from inside as the task says."""
     whole_field = step.strategy.field
 
-    def field(lanes: Any, objective: Any, at: Any, stop: int) -> Any:
+    def field(lanes: Any, objective: Any, at: Any, *rest: Any) -> Any:
         dtypes.update(str(view.dtype) for lane in lanes for view in lane)
-        found = whole_field(lanes, objective, at, stop)
+        found = whole_field(lanes, objective, at, *rest)
         factor = 1 / world if task.wrong else 1.0
         if at.step in task.poison and last_rank:
             factor = float("inf")
