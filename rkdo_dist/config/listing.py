@@ -57,6 +57,8 @@ def settings(pattern: str = "") -> list[Setting]:
 
 
 def _kind(kind: Any, within: str) -> str:
+    if kind is str and within:
+        return within
     options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         words = ", ".join(options)
