@@ -21,7 +21,6 @@ from rkdo_dist.encoders import Encoder, is_code
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import PRESETS, named
 from rkdo_dist.field.schedules import coupling
-from rkdo_dist.sync_norm import synchronised
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -179,10 +178,7 @@ def make_encoder(config: Config, *, pretrained: bool = True, code: bool = True) 
 
 @_named("encoder", EncoderConfig)
 def _encoder(section: EncoderConfig, pretrained: bool) -> Encoder:
-    encoder = encoder_of(section, pretrained)
-    if section.batch_norm == "sync":
-        synchronised(encoder)
-    return encoder
+    return encoder_of(section, pretrained)
 
 
 def encoder_of(section: EncoderConfig, pretrained: bool = True) -> Encoder:

@@ -22,7 +22,6 @@ FLOORS = {
     "encoders": 3,
     "console": 0,
     "batch_norm": 3,
-    "sync_norm": 3,
     "checkpoint": 3,
     "history": 3,
     "rundir": 4,

@@ -17,7 +17,7 @@ from rkdo_dist.studies.scaling import Plan, ScalingError
 from tests.jobs import command, environment
 
 SHAPE = StepShape(
-    world=1, lanes=64, micro_batch=16, dimension=64, parameters=1_000_000, channels=5000, sync_channels=(),
+    world=1, lanes=64, micro_batch=16, dimension=64, parameters=1_000_000, channels=5000,
     column_views=1, report=9, walks=2, forwards=1, strategy="single", reduction="exact", exchange="gather",
     recompute=False,
 )  # fmt: skip

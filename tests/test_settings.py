@@ -18,7 +18,7 @@ SETTINGS = {
     "coupling_start_epoch temperature cooling clock pairing supervisor_grad debias switch_to switch_at",
     "data": "source shards allow_remote split image_size shuffle_buffer workers on_corrupt",
     "views": "crop_scale flip jitter grayscale mean std",
-    "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze batch_norm",
+    "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze",
     "train": "global_batch micro_batch epochs batches_per_epoch max_steps views recompute skip_nonfinite optimizer "
     "learning_rate weight_decay schedule warmup_steps early_stop_slope early_stop_window checkpoint_every "
     "keep_checkpoints evaluate_every evaluate_at",

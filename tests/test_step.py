@@ -15,7 +15,6 @@ from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.ranks import runtime
-from rkdo_dist.sync_norm import synchronised
 from rkdo_dist.train.step import NonFiniteError, Step, StepSettings
 from tests.ranks import RankFailed, run_ranks
 
@@ -81,7 +80,6 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     double = options.get("double", False)
     encoder = Encoder() if options.get("resnet") else SmallEncoder()
     encoder = encoder.double() if double else encoder
-    encoder = synchronised(encoder) if options.get("sync") else encoder
     size = 32 if options.get("resnet") else 8
     view = (lambda *a: make_view(*a).double()) if double else make_view
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
@@ -200,26 +198,6 @@ def test_fast_agrees_in_float64(world: int, options: dict[str, Any]) -> None:
     for got in run_ranks(train, world, options):
         assert np.linalg.norm(got["gradient"] - one["gradient"]) <= 1e-10 * np.linalg.norm(one["gradient"])
         assert got["losses"] == pytest.approx(one["losses"], rel=1e-8)
-
-
-def _whole_batch_gradient(rank: int, world: int) -> np.ndarray:
-    """The oracle of sync-BN: the whole global batch, both views, in one forward."""
-    nn.Dropout.forward = lambda self, x: x  # type: ignore[method-assign]
-    if world > 1:
-        return train(rank, world, {"double": True, "reduction": "fast", "sync": True, "steps": 1})["gradient"]
-    torch.manual_seed(0)
-    encoder = SmallEncoder().double()
-    batches = [micro_batch(0, lane) for lane in range(LANES)]
-    views = [torch.cat([make_view(b.images, b.ids, 0, k).double() for b in batches]) for k in (0, 1)]
-    dense(OBJECTIVES["rkdo"], *encoder(torch.cat(views)).chunk(2))[0].backward()
-    return torch.cat([p.grad.flatten() for p in encoder.parameters()]).numpy()
-
-
-def test_sync_batch_norm_sees_the_whole_global_batch(without_dropout: None) -> None:
-    whole = _whole_batch_gradient(0, 1)
-    assert np.linalg.norm(whole - plain_gradient(OBJECTIVES["rkdo"])[1]) > 1e-3 * np.linalg.norm(whole)  # lanes differ
-    for found in run_ranks(_whole_batch_gradient, LANES):
-        assert np.linalg.norm(found - whole) <= 1e-10 * np.linalg.norm(whole)
 
 
 def _without_batch_norm(rank: int, world: int) -> str:

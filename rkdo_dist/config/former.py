@@ -39,6 +39,7 @@ FORMER = {
     "field.bank_temperature": Former(0.1),
     "views.jitter_probability": Former(0.8),
     "encoder.views": Former("together", "train.views"),
+    "encoder.batch_norm": Former("lane"),
     "evaluate.batch_size": Former(256),
     "evaluate.neighbours": Former(5),
 }
@@ -90,7 +91,8 @@ def rename(tree: dict[Any, Any], key: str, value: Any) -> None:
     values = tree[section] = dict(tree.get(section) or {})
     meant = value
     if former.values:
-        said = values.get(name, flatten(Config())[former.now])
+        said = values.get(name)
+        said = flatten(Config())[former.now] if said is None else said
         if value == former.default:
             meant = former.beside if said in former.values.values() else said
         elif value not in former.values:

@@ -41,7 +41,9 @@ def settings(pattern: str = "") -> list[Setting]:
     found = [
         Setting(
             f"{section.name}.{item.name}",
-            _kind(typing.get_type_hints(type(section.default))[item.name], item.metadata["within"]),
+            item.metadata["within"]
+            if item.metadata["choices"]
+            else _kind(typing.get_type_hints(type(section.default))[item.name], item.metadata["within"]),
             json.dumps(item.default).strip('"') if item.default != "" else '""',
             item.metadata["about"],
             item.metadata["free"],

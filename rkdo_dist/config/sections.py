@@ -164,7 +164,6 @@ class EncoderConfig:
     freeze: int | str = setting(
         "none", "what of the backbone is not trained: its first parts by number, all up to a part's name, or backbone"
     )
-    batch_norm: Literal["lane", "sync"] = setting("lane", "over a micro-batch, or over those of all processes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,7 +151,7 @@ def step_times(config: Config, image_size: int, objective: Objective, repeats: i
     """
     torch.set_num_threads(config.run.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = parts.make_encoder(dataclasses.replace(config, encoder=_alone(config))).to(device)
+    encoder = parts.make_encoder(config).to(device)
     lanes = [
         torch.randn(2 * config.train.micro_batch, 3, image_size, image_size, device=device)
         for _ in range(config.train.lanes)
@@ -160,11 +160,6 @@ def step_times(config: Config, image_size: int, objective: Objective, repeats: i
     rows = [_one_step(encoder, lanes, loss_fn, device) for _ in range(repeats + 1)][1:]
     forward, loss, backward = (statistics.median(column) for column in zip(*rows, strict=True))
     return StepTimes(forward, loss, backward, _peak(device))
-
-
-def _alone(config: Config) -> Any:
-    """The encoder of one process: batch norm has nobody to share with."""
-    return dataclasses.replace(config.encoder, batch_norm="lane")
 
 
 def _one_step(

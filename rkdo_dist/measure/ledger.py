@@ -32,7 +32,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from rkdo_dist import sync_norm
 from rkdo_dist.exchange import columns, group, store
 from rkdo_dist.train.averaged import Averaged
 from rkdo_dist.train.exact import Exact
@@ -40,7 +39,7 @@ from rkdo_dist.train.strategy import require_finite
 
 # What collectives are for. SMALL is all that the table below does not name: flags, digests, checks, the loss's parts.
 COLUMNS, COLUMN_GRADIENTS = "columns", "column gradients"
-GRADIENTS, STATISTICS, SYNC_NORM = "parameter gradients", "batch statistics", "synchronised batch norm"
+GRADIENTS, STATISTICS = "parameter gradients", "batch statistics"
 ROWS, BANK = "rows of the field", "queries to the bank"
 SMALL = "reports and checks"
 Entry = tuple[str, str]  # (purpose, operation)
@@ -123,7 +122,6 @@ _PURPOSES: dict[CodeType, str] = {
         COLUMN_GRADIENTS: (columns.GatheredColumns.send_home, columns.RingColumns.walk_home),
         GRADIENTS: (Exact.exchange,),
         STATISTICS: (Exact.sum_statistics, Averaged.sum_statistics),
-        SYNC_NORM: (sync_norm._all_reduced,),
         ROWS: (store.RowStore.fetch, store.RowStore.write),
         BANK: (store.RowStore.search,),
         SMALL: (require_finite,),

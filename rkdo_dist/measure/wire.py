@@ -10,7 +10,6 @@ K numbers in a report (the loss's parts, the loss, the stop code), embeddings (m
 | column gradients | all-to-all of V B d 4 | gather: reduce-scatter of V B d 4; ring: W sends of V b d 4 |
 | parameter gradients | all-to-all of P' 4, all-gather of P' 4 / W (P' = P rounded up to W) | all-reduce of P 4 (DDP) |
 | batch statistics | all-gather of F 3C 8 | all-reduce of F 3C 8 |
-| synchronised batch norm | - | all-reduces of (c + 1) 4 and c 4, per norm of c channels, forward and backward |
 | reports and checks | flags of 8; per lane: digests of 32, finite checks of 1, 8 K | the same, but 8 K + 64 per rank |
 
 Bytes that a rank sends for a payload are `measure.ledger.sent_bytes`. DeepSpeed's traffic is given by its formula
@@ -37,10 +36,8 @@ from rkdo_dist.measure.ledger import (
     GRADIENTS,
     SMALL,
     STATISTICS,
-    SYNC_NORM,
     Ledger,
 )
-from rkdo_dist.sync_norm import SyncBatchNorm
 
 PARAMETERS = "parameters"  # what only sharding strategies send
 _FLAG, _DIGEST, _FACTS = 8, 32, 64  # bytes of an agreed flag, of a lane's digest, of the checks of a loss's inputs
@@ -55,7 +52,6 @@ class StepShape:
         reduction, exchange: in effect.
         parameters: trainable numbers P.
         channels: of tracked batch norms, C.
-        sync_channels: of each synchronised batch norm.
         column_views: V.
         report: numbers in a report, K.
         walks: of a ring before the one home.
@@ -70,7 +66,6 @@ class StepShape:
     dimension: int
     parameters: int
     channels: int
-    sync_channels: tuple[int, ...]
     column_views: int
     report: int
     walks: int
@@ -111,7 +106,6 @@ def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: in
         dimension=config.encoder.embedding_dim,
         parameters=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
         channels=sum(m.num_features for m in norms),
-        sync_channels=tuple(m.num_features for m in encoder.modules() if isinstance(m, SyncBatchNorm)),
         column_views=len(objective.column_views),
         report=len(objective.part_names) + 2,
         walks=len(FieldRows(objective, nothing, 2, 0, 2).walks),
@@ -180,20 +174,12 @@ def _fast(book: Ledger, shape: StepShape) -> None:
     book.note((SMALL, "all_gather"), _FACTS)
     book.note((SMALL, "all_gather"), shape.report * 8)
     book.note((STATISTICS, "all_reduce"), shape.forwards * 3 * shape.channels * 8)
-    _synchronised(book, shape)
     if shape.strategy.startswith("zero"):
         _zero(book, shape)
     else:
         book.note((GRADIENTS, "all_reduce"), shape.parameters * 4)
         if not shape.loss_scaling:
             book.note((SMALL, "all_reduce"), _FLAG)  # finite gradients
-
-
-def _synchronised(book: Ledger, shape: StepShape) -> None:
-    # Two sums in every forward (with recomputation there are two), and their adjoints in the backward pass.
-    times = shape.forwards * shape.lanes // shape.world * (3 if shape.recompute else 2)
-    for channels in shape.sync_channels:
-        book.note((SYNC_NORM, "all_reduce"), times * (2 * channels + 1) * 4, 2 * times)
 
 
 def _zero(book: Ledger, shape: StepShape) -> None:

@@ -213,7 +213,7 @@ def study(results: dict[str, Any]) -> Study:
 
 
 def _row(facts: dict[str, Any], base: dict[str, Any]) -> Row:
-    shape = StepShape(**{**facts["shape"], "sync_channels": tuple(facts["shape"]["sync_channels"])})
+    shape = StepShape(**facts["shape"])
     speed = shape.batch / facts["seconds"]
     base_batch = base["shape"]["lanes"] * base["shape"]["micro_batch"]
     sent: dict[str, float] = {}
