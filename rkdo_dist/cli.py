@@ -463,7 +463,7 @@ def _measure(options: argparse.Namespace) -> int:
 def _scale(options: argparse.Namespace) -> int:
     from rkdo_dist.studies import scaling, scaling_tables, sheets
 
-    console = _console()
+    console = sheets.console()
     if bool(options.source) == bool(options.config):
         raise scaling.ScalingError("give either a CONFIG to run, or --from DIR with measurements")
     if not (options.out or options.source):

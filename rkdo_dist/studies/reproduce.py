@@ -17,7 +17,7 @@ from rkdo_dist.rundir import environment
 from rkdo_dist.studies import paper, paper_tables, published
 from rkdo_dist.studies.paper import Request, Results
 from rkdo_dist.studies.paper_figures import all_figures
-from rkdo_dist.studies.runner import Outcome, Planned, failures, run_all
+from rkdo_dist.studies.runner import Outcome, Planned, run_all
 from rkdo_dist.studies.sheets import show
 
 # What the command itself decides.
@@ -63,11 +63,7 @@ def reproduce(request: Request, data: tuple[str, ...], processes: int, console: 
         write(results, notes, absent, console)
     else:
         console.print("nothing has been run: there is nothing to tabulate")
-    for line in failures(outcome):
-        console.print(f"[red]failed: {line}[/red]", highlight=False, soft_wrap=True)
-    if outcome.stopped:
-        console.print("stopped: the tables hold what is complete; the same command goes on")
-    return outcome.stopped or (2 if outcome.failed or not results.runs else 0)
+    return outcome.report(console) or (0 if results.runs else 2)
 
 
 def check(request: Request) -> None:

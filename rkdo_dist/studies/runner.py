@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from rkdo_dist import addresses
@@ -76,6 +77,14 @@ class Outcome:
 
     failed: dict[str, str] = field(default_factory=dict)
     stopped: int = 0
+
+    def report(self, console: Console) -> int:
+        """Print a line for every run that failed, and how to continue; the exit code: 0, 2 or that of the request."""
+        for name, reason in self.failed.items():
+            console.print(f"[red]failed:[/red] {escape(f'{name}: {reason}')}", highlight=False, soft_wrap=True)
+        if self.stopped:
+            console.print("stopped: the tables hold what is complete; the same command goes on")
+        return self.stopped or (2 if self.failed else 0)
 
 
 def run_all(runs: Sequence[Planned], processes: int, console: Console) -> Outcome:
@@ -187,7 +196,6 @@ class _Process:
         with self.log.open("w", encoding="utf-8") as log:
             self.process = start(["train", str(file)], variables, log)
         self.task = bar.add_task(planned.name, total=planned.steps, note="")
-        self._seen = 0
 
     def poll(self, bar: Progress) -> bool:
         """Show how far it is; whether it has ended."""
@@ -200,7 +208,7 @@ class _Process:
         return ended
 
     def _steps(self) -> int:
-        """Lines of the journal, counted only as far as they are new."""
+        """Lines of metrics.jsonl."""
         metrics = RunDirectory(self.planned.directory).metrics
         return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
@@ -248,9 +256,3 @@ def accelerators() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def failures(outcome: Outcome) -> Iterator[str]:
-    """A line for every run that failed."""
-    for name, reason in outcome.failed.items():
-        yield f"{name}: {reason}"

@@ -10,7 +10,7 @@ from rkdo_dist.studies.plots import BAD, DARK, colour, encoded, pyplot
 from rkdo_dist.studies.scaling import Row, Study
 from rkdo_dist.studies.sheets import Sheet
 
-_SHORT = {"forward/backward": "fwd/bwd"}
+_SHORT = {"forward/backward": "fwd/bwd", "optimizer": "optim."}
 _PHASES = (
     "Medians of steps; phases in ms (data includes drawing the views); what a process sends in a step in MB, for "
     "columns with their gradients and for everything. Every collective counts as exchange, and so does waiting in it "
@@ -120,7 +120,7 @@ def _by_point(study: Study, axes: dict[str, Any]) -> None:
     axes["bytes"].bar(labels, rest, bottom=columns, color=colour(1), label="everything else", width=0.6)
     axes["bytes"].set(title="Sent by a process in a step", ylabel="MB")
     if sending:
-        axes["bytes"].set_ylim(0, 1.3 * max(sum(row.sent.values()) / 1e6 for row in sending))
+        axes["bytes"].set_ylim(0, 1.45 * max(sum(row.sent.values()) / 1e6 for row in sending))
         axes["bytes"].legend(frameon=False, loc="upper left", fontsize=8)
 
 

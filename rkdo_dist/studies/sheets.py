@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,10 +42,16 @@ class Sheet:
 
     def rich(self) -> Table:
         """For the terminal."""
-        lines = any("\n" in cell for row in self.rows for cell in row)
-        table = Table(title=escape(self.title), caption=escape(self.caption), show_lines=lines)
+        table = Table(
+            title=escape(self.title), caption=escape(self.caption), title_justify="left", caption_justify="left"
+        )
+        if any("\n" in cell for row in self.rows for cell in row):
+            table.show_lines = True
+        else:  # narrow, so that many columns fit a terminal
+            table.box, table.pad_edge = box.SIMPLE_HEAD, False
+            table.padding = (0, 1, 0, 0)
         for number, column in enumerate(self.columns):
-            table.add_column(escape(column), justify="left" if number == 0 else "right")
+            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table

@@ -18,7 +18,7 @@ from rkdo_dist.config import ConfigError
 from rkdo_dist.rundir import SCORE_TITLES
 from rkdo_dist.studies import sheets
 from rkdo_dist.studies.grid import Axis, Row, Sweep, plan, results
-from rkdo_dist.studies.runner import failures, run_all
+from rkdo_dist.studies.runner import run_all
 from rkdo_dist.studies.sheets import Sheet, mean_sd, of_values
 from rkdo_dist.studies.statistics import Paired, holm, paired, verdict
 from rkdo_dist.studies.sweep_figures import figures
@@ -43,11 +43,7 @@ def sweep(asked: Sweep, processes: int, console: Console) -> int:
     rows = results(asked, planned)
     if any(row.runs for row in rows):
         write(asked, rows, console)
-    for line in failures(outcome):
-        console.print(f"[red]failed: {line}[/red]", highlight=False, soft_wrap=True)
-    if outcome.stopped:
-        console.print("stopped: the same command goes on")
-    return outcome.stopped or (2 if outcome.failed else 0)
+    return outcome.report(console)
 
 
 def table(asked: Sweep, rows: list[Row]) -> Sheet:
