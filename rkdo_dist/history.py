@@ -1,4 +1,4 @@
-"""What a run has left, as numbers: the record that everything which looks at runs reads (`RunDirectory.history`)."""
+"""The numbers of a run: the one record that reports, sweeps and figures read (`RunDirectory.history`)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Epoch:
 
     @property
     def attained(self) -> float | None:
-        """The share of the way from `at_uniform` to `at_ideal`; None if there is no way."""
+        """The share of the gap from `at_uniform` to `at_ideal` that is closed; None if there is no gap."""
         return attained_share(self.loss, self.at_uniform, self.at_ideal)
 
 

@@ -1,6 +1,6 @@
 """Common metrics, the same function for every objective, and the parts of an objective's own value.
 
-Losses of different objectives are different functions of the embeddings, so their values do not compare. Everything
+Losses of different objectives are different functions of the embeddings, so their values cannot be compared. Everything
 here is computed from held-out pairs: two views of each sample of the test split, drawn with fixed keys (`SEED`,
 `EPOCH`), so that every run on the same data is measured on the same pixels whatever its own seed. The encoder is in
 evaluation mode.

@@ -1,1 +1,1 @@
-"""Floor 7: what is read from finished run directories."""
+"""Studies: tables, figures and reports of finished runs, and commands that start many runs."""

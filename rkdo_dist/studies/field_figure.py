@@ -1,4 +1,4 @@
-"""How rows of a persistent field evolve: nearest stored neighbours as images, and what rows are made of by step."""
+"""Figure of a persistent field's rows: nearest stored neighbours as images, and the composition of rows by step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Evolution:
-    """What the figure shows of a run.
+    """Data of a run for the figure.
 
     Attributes:
         steps: of the snapshots shown, rising.

@@ -1,4 +1,4 @@
-"""The grid of a sweep: axes, combinations, where their runs are, and what complete runs have left."""
+"""The grid of a sweep: axes, combinations, run directories, and the records of complete runs."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Axis:
 
     @property
     def texts(self) -> list[str]:
-        """The values as a person would write them, addresses without their secret parts."""
+        """The values as text, addresses without their secret parts."""
         return [shown(value if isinstance(value, str) else json.dumps(value)) for value in self.values]
 
     def changes(self, position: int) -> tuple[str, ...]:
-        """What the value at a position sets, as "section.key=value"."""
+        """The settings of the value at a position, as "section.key=value"."""
         return self.settings[position] if self.settings else (f"{self.key}={json.dumps(self.values[position])}",)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is to be run: every combination of the axes' values with every seed.
+    """The request: every combination of the axes' values with every seed.
 
     Attributes:
         metric: the name of a score in the evaluations; "yardsticks.infonce" for one inside another.
@@ -74,7 +74,7 @@ class Sweep:
         return ", ".join(f"{a.key}={a.texts[i]}" for a, i in zip(self.axes, combination, strict=True))
 
     def directory(self, combination: tuple[int, ...], seed: int) -> Path:
-        """Where a run is: its settings, in the order of the axes' names so that the order of --vary does not matter."""
+        """Directory of a run: its settings in the order of the axes' names, whatever the order of --vary."""
         pairs = sorted((a.key, a.texts[i]) for a, i in zip(self.axes, combination, strict=True))
         plain = ",".join(f"{key}={text}" for key, text in pairs)
         clean = re.sub(r"[^\w.,=+-]+", "_", plain)
@@ -167,7 +167,7 @@ def plan(asked: Sweep) -> Iterator[Planned]:
 
 @dataclass(frozen=True)
 class Row:
-    """A combination and what its complete runs have left, by seed."""
+    """A combination and the records of its complete runs, by seed."""
 
     combination: tuple[int, ...]
     runs: Mapping[int, History]

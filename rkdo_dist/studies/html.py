@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from nested calls. Whatever is not an element is text, and is escaped."""
+"""Self-contained HTML pages from nested calls. Everything that is not an element is text, and is escaped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def image(data: bytes, kind: str, alt: str, width: int | None = None, class_: st
 
 
 def figure(data: bytes, kind: str, alt: str, caption: str) -> Element:
-    """An image with words under it."""
+    """An image with a caption."""
     return tag("figure", tag("div", image(data, kind, alt), class_="wide"), tag("figcaption", caption))
 
 

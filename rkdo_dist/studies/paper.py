@@ -35,7 +35,7 @@ _SIZE = {"cifar10": None, "cifar100": None, "stl10": 64}  # the released code re
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be reproduced.
+    """The request.
 
     Attributes:
         protocol: "paper": the released notebook's (an "epoch" is 11 batches, everything judged on the first 11 test
@@ -51,12 +51,12 @@ class Request:
     changes: tuple[str, ...] = ()
 
     def directory(self, dataset: str, objective: str, seed: int) -> Path:
-        """Where a run is."""
+        """Directory of a run."""
         return self.out / self.protocol / "runs" / f"{dataset}-{objective}-{seed}"
 
     @property
     def said(self) -> str:
-        """The protocol and what was changed in it, for titles."""
+        """The protocol and the changes to it, for titles."""
         return f"protocol {self.protocol}" + (f", changed: {shown(', '.join(self.changes))}" if self.changes else "")
 
 
@@ -110,7 +110,7 @@ def plan(request: Request, dataset: str, shards: str) -> list[Planned]:
 
 
 def data_note(dataset: str, index: ShardIndex) -> str:
-    """What must be said about the images, "" if they are the original pixels."""
+    """Remark on the images; "" if they are the original pixels."""
     with tarfile.open(index.file_of(index.split("train").shards[0])) as tar:
         names = (member.name.lower() for member in tar if member.isfile())
         first = next((name for name in names if not name.endswith((".cls", ".json", ".txt"))), "")
@@ -121,7 +121,7 @@ def data_note(dataset: str, index: ShardIndex) -> str:
 
 
 def locations(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
-    """Where the shards of each data set are.
+    """Directories of the shards of each data set.
 
     Args:
         given: "DIR" (data set X is in DIR/X, or in DIR itself if only one is asked for and its index is there) or
@@ -147,11 +147,11 @@ def locations(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
 
 
 def missing(dataset: str, place: str, error: DataError) -> str:
-    """What to do about a data set that is not there."""
+    """Advice on a data set that is missing."""
     return (
         f"{published.TITLES[dataset]} is left out: {shown(str(error))}\n"
         f"  prepare it with: rkdo prepare {dataset} --out {shown(place)}   (--root DIR if its files are here already), "
-        f"or name its place with --data {dataset}=DIR"
+        f"or give its directory with --data {dataset}=DIR"
     )
 
 
@@ -193,7 +193,7 @@ class Cell:
 
 
 class Results:
-    """What the runs of a request have left."""
+    """Records of the runs of a request."""
 
     def __init__(self, request: Request) -> None:
         self.request = request

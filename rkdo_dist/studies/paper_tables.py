@@ -1,4 +1,4 @@
-"""Tables 1 to 4 of the paper: what the runs gave, beside the published numbers, with the tests of a paired design.
+"""Tables 1 to 4 of the paper: results of the runs beside the published numbers, with the tests of a paired design.
 
 Every table states its protocol. "away" is our mean minus the published one in published standard deviations. Tests are
 paired by seed (`statistics`), Holm-adjusted over the cells of a table.
@@ -26,7 +26,7 @@ def all_tables(results: Results) -> list[Sheet]:
 
 
 def table_1(results: Results) -> Sheet:
-    """Final loss. What is tested is the attained share: the losses are different functions and do not compare."""
+    """Final loss. The test is on the attained share: the losses are different functions and cannot be compared."""
     request = results.request
     cells = [(d, e, results.loss(d, e)) for d, e in _places(request)]
     shares = [results.loss(d, e, attained=True) for d, e in _places(request)]
@@ -217,6 +217,6 @@ def _loss_caption(results: Results) -> str:
         f" Before any training RKDO's loss is lower by {', '.join(gaps)}: it is a different function." if gaps else ""
     )
     return (
-        f"The two losses do not compare.{before} The attained share compares better: how far a loss has come from its "
+        f"The two losses cannot be compared.{before} The attained share can: how far a loss has come from its "
         f"value for an untrained encoder to that for an ideal one. {_ADJUSTED}"
     )

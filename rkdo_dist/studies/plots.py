@@ -1,4 +1,4 @@
-"""What every figure shares: matplotlib without a display, one style, one set of colours, bands over seeds, files."""
+"""Common parts of figures: matplotlib without a display, one style, one set of colours, bands over seeds, files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -
 
 
 def colour(number: int) -> str:
-    """The colour of the n-th thing of a figure."""
+    """The colour of the n-th item of a figure."""
     return PALETTE[number % len(PALETTE)]
 
 

@@ -190,7 +190,7 @@ def _resources(report: _Report) -> Element | None:
         return None
     title = SCORE_TITLES[_TARGET]
     text = (
-        f"What it took to reach a {title}, at every evaluation. FLOPs are counted (a multiply-add is two, products and "
+        f"Resources needed to reach a {title}, by evaluation. FLOPs are counted (a multiply-add is two, products and "
         "convolutions only); seconds are those of the runs' machines, and include whatever else these did."
     )
     curves = [_means_of(group) for group in report.groups]

@@ -35,7 +35,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Seen:
-    """What the pictures are made from.
+    """Data for the pictures.
 
     Attributes:
         step: of the checkpoint.
@@ -72,7 +72,7 @@ def sections(groups: Sequence[Group], progress: Callable[[str], None]) -> list[E
                 encoded(embedding_map(seen), "svg"),
                 "svg+xml",
                 "Embedding map",
-                f"{about} For the eye: distances in t-SNE mean little.",
+                f"{about} For illustration: distances in t-SNE mean little.",
             ),
             _sheet(neighbour_sheet(seen)),
         ]
@@ -96,7 +96,7 @@ def _rows(run: History) -> Element:
     except (ValueError, OSError) as error:
         return tag("p", f"No picture of the rows: {error}", class_="remark")
     text = (
-        f"Rows of the persistent field, seed {run.seed}: what they are made of at every step, and some training "
+        f"Rows of the persistent field, seed {run.seed}: their composition at every step, and some training "
         "samples with their nearest stored neighbours at checkpoints (probabilities below; green: the same class)."
     )
     return figure(encoded(field_figure.field_figure(shown, ""), "png"), "png", "Rows of the field", text)
