@@ -26,7 +26,7 @@ $(READY): requirements.lock pyproject.toml tools/environment.py
 	@echo "Setting up $(VENV) from requirements.lock (torch and its libraries: some minutes the first time)"
 	$(PYTHON) tools/environment.py $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q -c requirements.lock --index-url $(TORCH_INDEX) torch torchvision)
-	$(BIN)/python -m pip install -q -c requirements.lock -e '.[test,lint,deepspeed]'
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[train,test,lint,deepspeed]'
 	@touch $@
 
 demo: $(READY)  ## shards, RKDO and I-Con on two ranks, a table and a figure (embedded digits; about two minutes)
@@ -64,7 +64,7 @@ lock: $(READY)  ## pin new versions (keep torch and torchvision a matched pair)
 	printf 'torch==2.14.1\ntorchvision==0.29.1\n' > $(VENV)/pair.txt
 	{ echo '# Exact versions for every platform, used as constraints: only what is asked for is installed.'; \
 	  echo '# Made by `make lock`; torch and torchvision must stay a matched pair.'; \
-	  $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra deepspeed --extra object-stores --extra tracking --extra test --extra lint --extra docs \
+	  $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra test --extra lint --extra docs \
 	  -c $(VENV)/pair.txt --upgrade --no-annotate --no-header --quiet; } > $(VENV)/new.lock && mv $(VENV)/new.lock requirements.lock
 
 clean:  ## remove the environment, the demo's data and runs

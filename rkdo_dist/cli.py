@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rkdo_dist import __version__
 from rkdo_dist.addresses import Parser, shown, traceback_without_secrets
 from rkdo_dist.export.commands import output_commands
 
@@ -36,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _say("interrupted")
         code = INTERRUPTED
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("rkdo_dist"):
+            raise
+        _say(f"error: this command needs {error.name}, which is not installed: pip install 'rkdo_dist[train]'")
+        code = USER_ERROR
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("RKDO_TRACEBACK") or not _is_users(error):
             raise
@@ -92,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Recursive KL Divergence Optimization: prepare data, train, evaluate, compare.",
         epilog="Set RKDO_TRACEBACK=1 to see the traceback of an error.",
     )
+    parser.add_argument("--version", action="version", version=f"rkdo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Run, about: str, example: str) -> Add:
@@ -111,13 +118,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings_text() -> str:
-    from rkdo_dist.config import listing
+    try:
+        from rkdo_dist.config import listing
+    except ModuleNotFoundError:  # installed without the trainer
+        return ""
 
     text = listing.as_text(listing.settings(), shutil.get_terminal_size().columns)
     return f"\n\nsettings and their defaults (rkdo settings PATTERN shows some of them):\n\n{text}"
 
 
 def _data_commands(command: Command) -> None:
+    add = command("init", _init, "write starting configurations and a launch script", "mine --data path/to/pictures")
+    add("directory", type=Path, metavar="DIR", help="where they go")
+    add("--data", metavar="SOURCE", help="as data.source: a folder of images, shards, an address (default: the digits)")
+    add("--force", action="store_true", help="replace files that are there")
+
     add = command(
         "prepare", _prepare, "turn a data set into WebDataset shards with an index", "digits --out data/digits"
     )
@@ -269,6 +284,15 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in _names(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"needs whole numbers with commas, e.g. 1,2,4; got {text!r}") from None
+
+
+def _init(options: argparse.Namespace) -> int:
+    from rkdo_dist.start import init
+
+    for path in init(options.directory, options.data, options.force):
+        print(path)
+    print(f"next: {options.directory}/train.sh")
+    return 0
 
 
 def _prepare(options: argparse.Namespace) -> int:

@@ -42,6 +42,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: unreadable file, unknown or ill-typed key, or a value out of range.
     """
     path = Path(path)
+    shipped = Path(__file__).resolve().parents[1] / path  # `configs/` comes with the wheel
+    if not path.exists() and path.parts[:1] == ("configs",) and shipped.is_file():
+        path = shipped
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except OSError as error:
