@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: the one place where settings meet plain arguments."""
+"""Construction of the parts of a run from its configuration: the one place where settings become plain arguments."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def open_index(config: Config, progress: Progress | None = None) -> ShardIndex:
 
 
 def require_source(config: Config) -> None:
-    """Whether a configuration says where its samples are.
+    """Check that a configuration says where its samples are.
 
     Raises:
         ConfigError: if neither `data.source` nor `data.shards` does, or both do.

@@ -35,7 +35,7 @@ class RunError(ValueError):
     """A run directory cannot be used as asked; the message names it and says what to do."""
 
 
-# What an evaluation says of the encoder, and how people read it.
+# Scores of an evaluation, with their titles in tables and figures.
 SCORE_TITLES = {
     "linear_accuracy": "linear accuracy (embedding)",
     "linear_accuracy_backbone": "linear accuracy (backbone)",
@@ -44,7 +44,7 @@ SCORE_TITLES = {
     "ari": "ARI",
     "neighbourhood": "neighbourhood preservation",
 }
-# The most telling of `yardsticks` in an evaluation: the same function of the embeddings for every objective.
+# The most informative of `yardsticks` (common metrics) in an evaluation: the same function for every objective.
 YARDSTICK_TITLES = {
     "infonce": "InfoNCE at 0.5, held-out pairs",
     "infonce_positive_mass": "mass on the positive",
@@ -100,7 +100,7 @@ class RunDirectory:
                     yield json.loads(line)
 
     def lock(self) -> None:
-        """Make this process the only one that writes here until `close`, or until it ends in whatever way.
+        """Make this process the only one that writes here, until `close` or until the process ends.
 
         Raises:
             LockedError: if another process writes here, naming its host and process.
@@ -188,7 +188,7 @@ class RunDirectory:
         return f"an evaluation of one ({judged[-1].name})" if judged else None
 
     def check_shared(self, patience: float = 10.0) -> None:
-        """Whether this process sees the run that rank zero has claimed; network file systems get `patience` seconds.
+        """Check that this process sees the run that rank zero has claimed, waiting `patience` seconds at most.
 
         Raises:
             RunError: if it does not.
@@ -253,7 +253,7 @@ class RunDirectory:
         write_atomic(self.path / "environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
 
     def write_status(self, word: str, step: int, message: str = "") -> None:
-        """Record how the run stands: "running", "complete", "preempted", "interrupted" or "failed"."""
+        """Record the status of the run: "running", "complete", "preempted", "interrupted" or "failed"."""
         status: dict[str, Any] = {"status": word, "step": step}
         if self._saved is not None:
             status["checkpoint"] = self._saved
@@ -267,7 +267,7 @@ class RunDirectory:
         self.write_status("running", step)
 
     def status(self) -> dict[str, Any]:
-        """What `write_status` wrote last. "running" with no process behind it: rank zero died without a word.
+        """The status that `write_status` wrote last; "running" without a process means that rank zero was killed.
 
         Raises:
             RunError: if there is no run here.
@@ -278,7 +278,7 @@ class RunDirectory:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def write_evaluation(self, step: int, scores: dict[str, Any]) -> Path:
-        """Write `evaluations/<step>.json`, with the digest of the weights that it speaks of."""
+        """Write `evaluations/<step>.json`, with the digest of the weights that were evaluated."""
         self.evaluations.mkdir(exist_ok=True)
         path = self.evaluations / f"{step}.json"
         digest = checkpoint.model_digest(self.checkpoints, step)
@@ -286,7 +286,7 @@ class RunDirectory:
         return path
 
     def evaluated(self, step: int) -> bool:
-        """Whether `evaluations/<step>.json` speaks of the weights that the checkpoint of this step has now."""
+        """Whether `evaluations/<step>.json` belongs to the weights in this step's checkpoint."""
         try:
             found = json.loads((self.evaluations / f"{step}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -321,7 +321,7 @@ class RunDirectory:
 
 
 def _differences(before: configuration.Config, now: configuration.Config) -> str:
-    """What would compute something else: "key: value -> value, ..."; empty if nothing, or if only the length grows."""
+    """Settings whose change alters results: "key: value -> value, ..."; empty if none, or if only the length grows."""
     old, new = configuration.decisive(before), configuration.decisive(now)
     changed = [key for key in new if old[key] != new[key]]
     if set(changed) <= _LENGTH and not configuration.follows_length(now):

@@ -1,4 +1,4 @@
-"""What settings ask of each other, and of the number of ranks."""
+"""Rules between settings, and between settings and the number of ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rkdo_dist.field.presets import PRESETS
 
 
 def check(config: Config) -> None:
-    """What settings ask of each other. (The range of each alone is checked by what it builds: `parts.check`.)
+    """Check the rules between settings. (The range of each alone is checked by what it builds: `parts.check`.)
 
     Raises:
         ConfigError: naming both settings, their values and what to do.
@@ -42,7 +42,7 @@ def check(config: Config) -> None:
 
 
 def _check_persistent(config: Config) -> None:
-    """What rows that live across iterations go with."""
+    """Rules of rows that persist across iterations."""
     field = config.field
     if "rkdo" not in (field.objective, field.switch_to):
         raise ConfigError(
@@ -60,7 +60,7 @@ def _check_persistent(config: Config) -> None:
 
 
 def check_world(config: Config, world: int) -> None:
-    """Whether `world` ranks can share the lanes of a step.
+    """Check that `world` ranks can share the micro-batches (lanes) of a step.
 
     Raises:
         ConfigError: saying which setting to change.
