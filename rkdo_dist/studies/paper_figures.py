@@ -170,5 +170,5 @@ def _losses(results: Results) -> Any:
             )
         panel.set(xlabel="epochs")
         panel.set_xticks(results.request.epochs)
-        _legend(panel)
+        _legend(panel, above=0.25)
     return figure
