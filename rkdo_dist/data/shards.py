@@ -24,6 +24,7 @@ from rkdo_dist.data.images import decode
 from rkdo_dist.data.index import DataError, OpenSamples, Shard, ShardIndex
 from rkdo_dist.files import TEMPORARY, sync_directory
 
+_THOROUGH = 2 << 30  # bytes of a split up to which `check_shards` hashes it
 _MAX_CACHED_SAMPLES = 1 << 18  # about 40 MB of tables a process
 
 
@@ -255,13 +256,11 @@ def _guess(descriptor: int) -> str:
     return "copy it again from where it came from, or prepare the shards again with --force"
 
 
-def check_shards(index: ShardIndex, split: str, most_bytes: int = 2 << 30) -> None:
+def check_shards(index: ShardIndex, split: str) -> None:
     """Check that the shards of a split are there and match the index, before training starts.
 
-    Args:
-        most_bytes: lengths are always compared; SHA-256 too if the split has no more bytes than this. (The
-            stream verifies each shard again before it uses it.) Shards that lie elsewhere are
-            not fetched for this.
+    Lengths are always compared, SHA-256 too if the split has no more than 2 GiB (the stream verifies each shard again
+    before it uses it). Shards that lie elsewhere are not fetched for this.
 
     Raises:
         DataError: naming the first shard that is missing or differs.
@@ -269,7 +268,7 @@ def check_shards(index: ShardIndex, split: str, most_bytes: int = 2 << 30) -> No
     shards = index.split(split).shards
     if index.address is not None:
         return
-    thorough = sum(shard.bytes for shard in shards) <= most_bytes
+    thorough = sum(shard.bytes for shard in shards) <= _THOROUGH
     for shard in (shard for shard in shards if shard.content is None):  # others are verified sample by sample
         path = index.file_of(shard)
         if thorough or not path.is_file() or path.stat().st_size != shard.bytes:

@@ -29,6 +29,8 @@ from rkdo_dist.data.index import DataError, ShardIndex, Split
 from rkdo_dist.data.order import EpochPlan, evaluation_blocks, worker_lanes
 from rkdo_dist.data.samples import Cursor, MicroBatch, Packed, Reading, pack
 
+_AHEAD = 2  # steps that each worker reads ahead
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -160,7 +162,7 @@ def start_worker_server() -> None:
     forkserver.ensure_running()
 
 
-def _loaded(items: _Items, workers: int, prefetch: int, pin: bool) -> Generator[Packed, None, None]:
+def _loaded(items: _Items, workers: int, pin: bool) -> Generator[Packed, None, None]:
     """Iterate over `items`, in workers if there are any; their errors are raised here, without worker
     tracebacks."""
     if workers:
@@ -170,7 +172,7 @@ def _loaded(items: _Items, workers: int, prefetch: int, pin: bool) -> Generator[
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
+        prefetch_factor=_AHEAD if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_settle if workers else None,
         pin_memory=pin,
@@ -207,7 +209,6 @@ def lane_stream(
     window: int = 2048,
     size: int | None = None,
     workers: int = 0,
-    prefetch: int = 2,
     pin_memory: bool = False,
     on_corrupt: str = "abort",
 ) -> Generator[Batch, None, None]:
@@ -227,7 +228,6 @@ def lane_stream(
         steps_per_epoch: stop each epoch after so many steps; None: all of them.
         size: side of the delivered images; None: as they are (they must agree then).
         workers: loader processes (0: read in this one); at most one for each lane is used.
-        prefetch: steps that each worker reads ahead (>= 1).
         pin_memory: deliver page-locked tensors.
         on_corrupt: "abort" raises `DataError` at the first sample that cannot be trusted or decoded;
             "skip" puts other samples in its place, chosen from (seed, epoch, shard, position) alone, and
@@ -249,15 +249,15 @@ def lane_stream(
     if not 0 <= start_step <= steps:
         raise ValueError(f"start_step {start_step} is not inside an epoch of {steps} steps")
     lanes = range(all_lanes) if lanes is None else lanes
-    if workers < 0 or prefetch < 1 or not lanes or lanes[0] < 0 or lanes[-1] >= all_lanes:
-        raise ValueError(f"cannot read lanes {lanes} of {all_lanes} with {workers} workers that read {prefetch} ahead")
-    return _batches(_TrainingItems(reading, run, lanes), min(workers, len(lanes)), prefetch, pin_memory)
+    if workers < 0 or not lanes or lanes[0] < 0 or lanes[-1] >= all_lanes:
+        raise ValueError(f"cannot read lanes {lanes} of {all_lanes} with {workers} workers")
+    return _batches(_TrainingItems(reading, run, lanes), min(workers, len(lanes)), pin_memory)
 
 
-def _batches(items: _TrainingItems, workers: int, prefetch: int, pin: bool) -> Generator[Batch, None, None]:
+def _batches(items: _TrainingItems, workers: int, pin: bool) -> Generator[Batch, None, None]:
     run, parts = items.run, max(1, workers)
     shares = [len(worker_lanes(items.lanes, worker, parts)) for worker in range(parts)]
-    flow = _loaded(items, workers, prefetch, pin)
+    flow = _loaded(items, workers, pin)
     try:
         for epoch in range(run.epoch, run.last):
             for step in range(run.step if epoch == run.epoch else 0, run.plan(items.reading.split, epoch)[1]):
@@ -276,7 +276,6 @@ def evaluation_stream(
     *,
     size: int | None = None,
     workers: int = 0,
-    prefetch: int = 2,
 ) -> Generator[tuple[int, MicroBatch], None, None]:
     """This rank's blocks of a split in index order: block k holds samples [k batch_size, (k+1) batch_size).
 
@@ -284,7 +283,7 @@ def evaluation_stream(
     in blocks that do not depend on it.
 
     Args:
-        index, split, size, workers, prefetch: as in `lane_stream`.
+        index, split, size, workers: as in `lane_stream`.
         batch_size: samples in a block; the last may be smaller.
         limit: only the first `limit` samples; None: all.
 
@@ -295,15 +294,15 @@ def evaluation_stream(
         DataError, ValueError: as `lane_stream`.
     """
     reading = Reading(index, index.split(split), size)
-    if batch_size < 1 or workers < 0 or prefetch < 1 or not 0 <= rank < world or (limit is not None and limit < 0):
+    if batch_size < 1 or workers < 0 or not 0 <= rank < world or (limit is not None and limit < 0):
         raise ValueError(
             f"cannot read blocks of {batch_size} on rank {rank} of {world} with {workers} workers, limit {limit}"
         )
-    return _blocks(_EvaluationItems(reading, batch_size, rank, world, limit), workers, prefetch)
+    return _blocks(_EvaluationItems(reading, batch_size, rank, world, limit), workers)
 
 
-def _blocks(items: _EvaluationItems, workers: int, prefetch: int) -> Generator[tuple[int, MicroBatch], None, None]:
-    flow = _loaded(items, workers, prefetch, False)
+def _blocks(items: _EvaluationItems, workers: int) -> Generator[tuple[int, MicroBatch], None, None]:
+    flow = _loaded(items, workers, False)
     try:
         for number, _ in evaluation_blocks(items.reading.split.counts, *items.blocks):
             yield number, next(iter(next(flow).split(1)))
