@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,12 @@ class RunDirectory:
         return configuration.load(self.path / "config.yaml", overrides)
 
     def steps(self) -> Iterator[dict[str, Any]]:
-        """The records of metrics.jsonl in order; an unfinished last line is left out."""
-        if not self.metrics.is_file():
-            return
-        with self.metrics.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        """The records of metrics.jsonl in order; an unfinished last line is left out.
+
+        Raises:
+            RunError: naming a line that is not the record of its step.
+        """
+        yield from read_steps(self.metrics)
 
     def lock(self) -> None:
         """Make this process the only one that writes here, until `close` or until the process ends.
@@ -160,6 +160,12 @@ class RunDirectory:
             found = checkpoint.load_latest(origin.checkpoints)
         if found is not None:
             origin.refuse_foreign(found, config, data)
+            steps = sum(1 for _ in islice(origin.steps(), found.step))
+            if steps < found.step:
+                raise RunError(
+                    f"{origin.metrics} ends at step {steps}, before the checkpoint of step {found.step}: put it back, "
+                    "or choose another run.dir"
+                )
             self._saved = found.step
             return
         steps = sum(1 for _ in origin.steps())
@@ -184,7 +190,7 @@ class RunDirectory:
                 return f"one of step {status['checkpoint']}"
             if status.get("status") in ("complete", "preempted") and status.get("step"):
                 return f"one of step {status['step']}"
-        judged = sorted(self.evaluations.glob("*.json")) if self.evaluations.is_dir() else []
+        judged = _by_step(self.evaluations)
         return f"an evaluation of one ({judged[-1].name})" if judged else None
 
     def check_shared(self, patience: float = 10.0) -> None:
@@ -270,12 +276,15 @@ class RunDirectory:
         """The status that `write_status` wrote last; "running" without a process means that rank zero was killed.
 
         Raises:
-            RunError: if there is no run here.
+            RunError: if there is no run here, or the file is damaged.
         """
         path = self.path / "status.json"
         if not path.is_file():
             raise RunError(f"{self.path} is not a run directory with a status.json: has training started?")
-        return json.loads(path.read_text(encoding="utf-8"))
+        status = read_object(path)
+        if not isinstance(status.get("status"), str) or not isinstance(status.get("step"), int):
+            raise RunError(f"{path} is damaged: it has no status and step; put it back, or remove it")
+        return status
 
     def write_evaluation(self, step: int, scores: dict[str, Any]) -> Path:
         """Write `evaluations/<step>.json`, with the digest of the weights that were evaluated."""
@@ -288,11 +297,11 @@ class RunDirectory:
     def evaluated(self, step: int) -> bool:
         """Whether `evaluations/<step>.json` belongs to the weights in this step's checkpoint."""
         try:
-            found = json.loads((self.evaluations / f"{step}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_object(self.evaluations / f"{step}.json")
+        except (OSError, RunError):
             return False
         digest = checkpoint.model_digest(self.checkpoints, step)
-        return isinstance(found, dict) and digest is not None and found.get("weights") == digest
+        return digest is not None and found.get("weights") == digest
 
     def write_rows(self, snapshot: dict[str, Any]) -> Path:
         """Write `rows/<step>.json`, a snapshot of a persistent field."""
@@ -304,20 +313,61 @@ class RunDirectory:
 
     def rows(self) -> list[dict[str, Any]]:
         """All snapshots of a persistent field, by step; none if the run has no such field."""
-        found = sorted((self.path / "rows").glob("*.json"), key=lambda p: int(p.stem))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+        return [read_object(path) for path in _by_step(self.path / "rows")]
 
     def history(self) -> History:
         """All that the run has left, also of one that has only begun.
 
         Raises:
-            RunError: if it is not a run directory.
+            RunError: if it is not a run directory, or a file of it is damaged.
         """
-        files = sorted(self.evaluations.glob("*.json"), key=lambda p: int(p.stem)) if self.evaluations.is_dir() else []
-        evaluations = {int(p.stem): json.loads(p.read_text(encoding="utf-8")) for p in files}
+        evaluations = {int(path.stem): read_object(path) for path in _by_step(self.evaluations)}
         file = self.path / "environment.json"
-        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        facts = read_object(file) if file.is_file() else {}
         return History(self.path, self.config(), list(self.steps()), evaluations, facts)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a run directory.
+
+    Raises:
+        RunError: if the file holds anything else.
+        OSError: if it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} is damaged: it is not a JSON object; put it back, or remove it")
+    return found
+
+
+def read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, see `RunDirectory.steps`."""
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if (
+                not isinstance(record, dict)
+                or record.get("step") != number
+                or not isinstance(record.get("epoch"), int)
+                or not isinstance(record.get("loss", ""), float | int | None)
+            ):
+                raise RunError(f"{path}: line {number} is not the record of step {number}; put the file back")
+            yield record
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """The files <step>.json of a folder; others are left alone."""
+    return sorted((path for path in folder.glob("*.json") if path.stem.isdecimal()), key=lambda path: int(path.stem))
 
 
 def _differences(before: configuration.Config, now: configuration.Config) -> str:

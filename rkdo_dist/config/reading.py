@@ -35,6 +35,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+# What YAML's constructors raise for a value that is none of its kind, such as 2001-99-99 or !!bool maybe.
+_INVALID = (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in `path` (YAML), changed by `overrides` ("section.key=value", values in YAML).
 
@@ -46,11 +50,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.exists() and path.parts[:1] == ("configs",) and shipped.is_file():
         path = shipped
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+    except _INVALID as error:
         raise ConfigError(f"{path} is not a valid configuration: {_reason(error)}") from None
+    if tree is None:  # an empty file
+        tree = {}
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path}: expected sections (field:, data:, ...), found {type(tree).__name__}")
     try:
@@ -76,7 +82,7 @@ def listed(text: str) -> list[Any]:
     """
     try:
         values = yaml.load(f"[{text}]", Loader=_Loader)
-    except (yaml.YAMLError, ConfigError):
+    except _INVALID:
         values = None
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{text!r} is not a list of values, such as 1,3,5")
@@ -92,6 +98,8 @@ def _changed(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
 
 def _reason(error: Exception) -> str:
     """The error and its place, without YAML's excerpt, which may begin in the middle of an address with a secret."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error)
     return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
@@ -105,7 +113,7 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. {full}={text or 5}")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ConfigError) as error:
+    except _INVALID as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {_reason(error)}") from None
     if key.strip() in FORMER:
         rename(tree, key.strip(), value)

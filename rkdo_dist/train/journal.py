@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from rkdo_dist.console import progress_bar
 from rkdo_dist.files import write_atomic
+from rkdo_dist.rundir import RunError, read_object, read_steps
 from rkdo_dist.train.tracking import Trackers
 
 
@@ -86,7 +88,7 @@ class Journal:
     def evaluated(self, step: int, path: Path) -> None:
         """Pass the scores of an evaluation that has just been written to the trackers."""
         if self._trackers is not None:
-            self._trackers.log(step, json.loads(path.read_text(encoding="utf-8")), "evaluate/")
+            self._trackers.log(step, read_object(path), "evaluate/")
 
     def sync(self) -> None:
         """Put every line on the disk: a checkpoint must never be ahead of its journal."""
@@ -104,18 +106,15 @@ def _cut(path: Path, steps: int) -> None:
     """Keep exactly the records of steps 1..`steps`.
 
     Raises:
-        ValueError: if some of them are missing or out of order.
+        ValueError: if some of them are missing, damaged or out of order.
     """
-    if not path.exists():
-        kept: list[str] = []
-    else:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = lines[:steps]
-        if len(kept) == len(lines) and (not kept or kept[-1].endswith("\n")) and len(kept) == steps:
+    found = sum(1 for _ in islice(read_steps(path), steps))
+    if found < steps:
+        raise RunError(f"{path} ends at step {found}, before the checkpoint of step {steps}")
+    lines = []
+    if path.exists():
+        with path.open("rb") as file:
+            lines = file.readlines()
+        if len(lines) == steps:
             return
-    for number, line in enumerate(kept, start=1):
-        if not line.endswith("\n") or json.loads(line)["step"] != number:
-            raise ValueError(f"{path}: line {number} is not the record of step {number}")
-    if len(kept) < steps:
-        raise ValueError(f"{path} ends at step {len(kept)}, before the checkpoint of step {steps}")
-    write_atomic(path, "".join(kept))
+    write_atomic(path, b"".join(lines[:steps]))
