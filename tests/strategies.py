@@ -74,6 +74,7 @@ class Task:
         poison: steps in which an embedding's gradient is infinite, on the last rank only.
         begin: a state to start from.
         wrong: whether to make the well-known mistake of averaging twice.
+        objective: name of a preset.
     """
 
     strategy: str
@@ -85,6 +86,7 @@ class Task:
     poison: tuple[int, ...] = ()
     begin: dict[str, Any] | None = None
     wrong: bool = False
+    objective: str = "rkdo"
 
 
 def plain(state: TrainState) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
         for t in range(task.steps):
             lanes = [micro_batch(t % 4, lane) for lane in own(rank, world)]
             try:
-                result = step(lanes, Objective.rkdo(), 0, t)
+                result = step(lanes, Objective.of(task.objective), 0, t)
             except NonFiniteError as error:
                 result = None
                 skipped.append(str(error))

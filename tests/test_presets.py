@@ -22,9 +22,11 @@ from rkdo_dist.field import presets, supervisors
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.field.presets import PRESETS, Preset
 from rkdo_dist.losses import FieldLoss
+from rkdo_dist.studies.report.groups import read_groups
 from tests import fields
 from tests.jobs import command, fingerprint, metrics, on_ranks
 from tests.pictures import reindexed, shard_of
+from tests.runs import made_up
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPCON = ["field.objective=supcon", "train.checkpoint_every=6"]
@@ -106,6 +108,22 @@ def test_help_and_configuration_need_no_torch() -> None:
     code = "import sys, rkdo_dist.config as c; c.Config(); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_report_calls_runs_what_they_are(tmp_path: Path) -> None:
+    wanted = {
+        "RKDO": ["field.objective=rkdo"],
+        "RKDO, persistent": ["field.recursion=persistent"],
+        "SupCon": ["field.objective=supcon"],
+    }
+    folders = []
+    for number, overrides in enumerate(wanted.values()):
+        config = configuration.change(Config(), [*overrides, f"run.dir={tmp_path / str(number)}"])
+        made_up(config, [2.0, 1.5], lambda epoch: {"knn_accuracy": 0.5})
+        folders.append(Path(config.run.dir))
+    groups, _ = read_groups(folders)
+    assert [group.label for group in groups] == list(wanted)
+    assert [group.colour for group in groups] == [PRESETS[name].colour for name in ("rkdo", "persistent", "supcon")]
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

@@ -25,19 +25,22 @@ pytest.importorskip("deepspeed")
 
 
 @cache
-def single() -> dict[str, Any]:
+def single(objective: str = "rkdo") -> dict[str, Any]:
     """The reference: the same step on one process."""
-    return train(0, 1, Task("exact"))
+    return train(0, 1, Task("exact", objective=objective))
 
 
-FIRST_STEP = [(strategy, how) for how in ("kept", "recomputed", "wrong") for strategy in ALL]
+FIRST_STEP = [(strategy, how) for how in ("kept", "recomputed", "labels", "wrong") for strategy in ALL]
 HANDED_ON = {2: ("zero-3", "zero-1"), 4: ("zero-2", "fast", "zero-3"), 1: ("exact",)}  # world size: five steps each
 
 
 @cache
 def on_two_ranks() -> dict[str, Any]:
     """All that two ranks are asked for, in one go: importing DeepSpeed takes longer than the steps."""
-    tasks = [Task(s, recompute=how == "recomputed", wrong=how == "wrong") for s, how in FIRST_STEP]
+    tasks = [
+        Task(s, recompute=how == "recomputed", wrong=how == "wrong", objective="supcon" if how == "labels" else "rkdo")
+        for s, how in FIRST_STEP
+    ]
     poisoned = [Task(s, optimizer="adam", steps=3, poison=(1,)) for s in ZERO]
     three = [Task(s, optimizer="adam", steps=3) for s in ALL]
     answers = run_ranks(_on_two_ranks, 2, tasks + poisoned + three, timeout=300)
@@ -59,14 +62,14 @@ def agree(got: dict[str, Any], reference: dict[str, Any], tolerance: float = 1e-
     return all(np.linalg.norm(mine[n] - g) <= tolerance * np.linalg.norm(g) for n, g in right.items())
 
 
-@pytest.mark.parametrize("how", ["kept", "recomputed"])
+@pytest.mark.parametrize("how", ["kept", "recomputed", "labels"])
 @pytest.mark.parametrize("strategy", ALL)
 def test_the_first_gradient_of_every_parameter_is_that_of_one_process(strategy: str, how: str) -> None:
-    got = on_two_ranks()[strategy, how]
-    assert agree(got, single())
+    got, reference = on_two_ranks()[strategy, how], single("supcon" if how == "labels" else "rkdo")
+    assert agree(got, reference)
     assert got["launch"]["strategy"] == (strategy if strategy in ZERO else "ddp")
     assert got["launch"]["reduction"] == ("exact" if strategy == "exact" else "fast")
-    for name, value in single()["first"]["model"].items():  # weights and batch norm's statistics
+    for name, value in reference["first"]["model"].items():  # weights and batch norm's statistics
         assert np.allclose(got["first"]["model"][name], value, rtol=1e-5, atol=1e-7), name
 
 
