@@ -28,7 +28,7 @@ from torch.nn import functional
 from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows
-from rkdo_dist.train.field import exact_field
+from rkdo_dist.train.exact import exact_field
 from rkdo_dist.train.persistent import PersistentField
 
 LANE, D = 64, 64  # pairs in a micro-batch, width of the embeddings
@@ -66,6 +66,7 @@ def steps(arguments: argparse.Namespace) -> None:
     from rkdo_dist.data.stream import MicroBatch  # here, so that `size` measures the field and not what these load
     from rkdo_dist.encoders import Encoder
     from rkdo_dist.ranks import runtime
+    from rkdo_dist.train.loop import train_step
     from rkdo_dist.train.step import Step, StepSettings
 
     batch, samples, k = arguments.batch, 50_000, arguments.stored
@@ -100,7 +101,7 @@ def steps(arguments: argparse.Namespace) -> None:
         ]
         for name, (step, objective) in made.items():
             began = time.perf_counter()
-            step(lanes, objective, 0, number)
+            train_step(step, lanes, objective, 0, number)
             if number:  # the first round warms up
                 times[name].append(time.perf_counter() - began)
     what = f"ResNet-18 ({arguments.stem} stem), {batch} pairs of 32 x 32, n = {samples}, K = {k}, d = {D}"
@@ -130,7 +131,9 @@ def alone(
                 began = time.perf_counter()
                 if rows is not None:
                     rows.begin(number, plan(number))
-                exact_field(lanes, objective, 0, 0, rows)
+                exact_field(lanes, objective, 0, rows)
+                if rows is not None:
+                    rows.commit()
                 if number:
                     times[name].append(time.perf_counter() - began)
         more = statistics.median(a - b for a, b in zip(times["with"], times["without"], strict=True))

@@ -19,6 +19,7 @@ from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
+from rkdo_dist.train.loop import train_step
 from rkdo_dist.train.step import Step, StepSettings
 
 MICRO = 64
@@ -43,7 +44,7 @@ def measure(batch: int, recompute: bool) -> None:
     step = Step(encoder, lambda images, *_: images / 255.0 - 0.5, rt, settings)
     lanes = [lane(index) for index in range(batch // MICRO)]
     began = time.perf_counter()
-    step(lanes, Objective.rkdo(), 0, 0)
+    train_step(step, lanes, Objective.rkdo(), 0, 0)
     optimizer.step()
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -24,6 +24,7 @@ from rkdo_dist.encoders import Encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
+from rkdo_dist.train.loop import train_step
 from rkdo_dist.train.step import Step, StepSettings
 
 LANES, MICRO = 8, 32
@@ -58,7 +59,8 @@ def measure(steps: int) -> None:
     for number in range(steps + 1):
         lanes = [lane(number, index) for index in own]
         for kind, (_, step) in kinds.items():
-            times[kind].append(timed(lambda step=step, lanes=lanes, n=number: step(lanes, Objective.rkdo(), 0, n)))
+            work = (step, lanes, Objective.rkdo(), 0, number)
+            times[kind].append(timed(lambda work=work: train_step(*work)))
         times["tree"].append(timed(reduce.reduce))
         times["backend"].append(timed(lambda: dist.all_reduce(flat)))
     if rt.is_main:

@@ -34,9 +34,11 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.ranks import runtime
+from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train.job import Job
+from rkdo_dist.train.job import build
 from rkdo_dist.train.journal import Journal
+from rkdo_dist.train.loop import steps
 
 WARM_UP = 2
 IMAGES = 4096  # extracted for lightly's image folder
@@ -124,21 +126,17 @@ def synthetic(settings: Config, index: ShardIndex, rt: runtime.Runtime) -> Itera
 
 
 def ours(settings: Config, index: ShardIndex, rt: runtime.Runtime, where: Path) -> Iterator[None]:
-    """The body of `train.loop`, a step at a time."""
+    """Training, a step at a time, with its journal."""
     where.mkdir(exist_ok=True)
-    job = Job(settings, rt, index, RunDirectory(where))
-    step = job.make_step()
-    with Journal(where / "metrics.jsonl", 0, job.total_steps, quiet(), "rkdo") as journal:
-        began = time.perf_counter()
-        with contextlib.closing(job.batches()) as batches:  # type: ignore[type-var]
-            for batch in batches:
-                job.set_learning_rate(job.position)
-                result = job.attempt(step, batch, 0)
-                job.position += 1
-                ended = time.perf_counter()
-                journal.step(job.record(batch, result, seconds=ended - began))
-                began = ended
-                yield
+    job = build(settings, rt, index, RunDirectory(where))
+    job.begin()
+    with (
+        Journal(where / "metrics.jsonl", 0, job.total_steps, quiet(), "rkdo") as journal,
+        contextlib.closing(steps(job, StopRequest())) as training,  # type: ignore[type-var]
+    ):
+        for _, record in training:
+            journal.step(record)
+            yield
 
 
 def quiet():  # type: ignore[no-untyped-def]

@@ -20,7 +20,8 @@ from rkdo_dist.checkpoint import OptimizerState, tensors_to_optimizer
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.loss_scale import LossScale
-from rkdo_dist.train.step import NonFiniteError, Step, StepSettings
+from rkdo_dist.train.loop import train_step
+from rkdo_dist.train.step import Step, StepSettings
 from rkdo_dist.train.strategy import TrainState
 from tests.test_step import make_view, micro_batch, own
 
@@ -125,15 +126,11 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
         losses, skipped, scales, states = [], [], [], []
         for t in range(task.steps):
             lanes = [micro_batch(t % 4, lane) for lane in own(rank, world)]
-            try:
-                result = step(lanes, Objective.of(task.objective), 0, t)
-            except NonFiniteError as error:
-                result = None
-                skipped.append(str(error))
-            if result is not None:
-                losses.append(result.loss)
-                skipped.append(result.skipped)
-                scales.append(result.loss_scale)
+            facts, update = train_step(step, lanes, Objective.of(task.objective), 0, t)
+            skipped.append(update.skipped)
+            if not update.not_finite:
+                losses.append(facts.loss)
+                scales.append(update.loss_scale)
             if t == 0 or t == task.steps - 1:
                 states.append(plain(step.strategy.state()))
         return {

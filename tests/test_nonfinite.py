@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rkdo_dist.train import job
+from rkdo_dist.train.step import Step
 from tests.jobs import command, fingerprint, metrics, run_of
 from tests.ranks import run_ranks
 
@@ -15,21 +15,21 @@ BAD_LANE = 3  # the last rank's
 
 def _poisoned(rank: int, world: int, arguments: list[str], kind: str, bad_steps: list[int]) -> tuple[int, str]:
     """`rkdo train` where one lane of some steps has a NaN, in its images or in its gradient alone."""
-    whole = job.Step._embed
+    whole = Step._embed
 
-    def embed(self, model, lane, number, at, again=False):  # type: ignore[no-untyped-def]
-        found = whole(self, model, lane, number, at, again)
+    def embed(self, lane, number, at, again=False):  # type: ignore[no-untyped-def]
+        found = whole(self, lane, number, at, again)
         if at.step in bad_steps and at.first_lane + number == BAD_LANE:
             if kind == "embedding":
                 return type(found)(found.u * float("nan"), found.v, found.statistics)
             found.u.register_hook(lambda gradient: gradient * float("inf"))
         return found
 
-    job.Step._embed = embed
+    Step._embed = embed  # type: ignore[method-assign]
     try:
         return command(arguments)
     finally:
-        job.Step._embed = whole
+        Step._embed = whole  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])

@@ -11,6 +11,7 @@ import torch
 from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
+from rkdo_dist.train.loop import train_step
 from rkdo_dist.train.persistent import PersistentField
 from rkdo_dist.train.step import Step, StepSettings
 from tests.ranks import run_ranks
@@ -35,8 +36,9 @@ def train(rank: int, world: int, strategies: list[tuple[str, bool]]) -> list[dic
             )
             settings = StepSettings(3, rt.reduction, recompute, True, "gather")
             step = Step(encoder, make_view, rt, settings, optimizer, memory)
+            objective = Objective.persistent(0.5, 0.2)
             results = [
-                step([micro_batch(t, lane) for lane in own(rank, world)], Objective.persistent(0.5, 0.2), 0, t)
+                train_step(step, [micro_batch(t, lane) for lane in own(rank, world)], objective, 0, t)[0]
                 for t in range(STEPS)
             ]
             memory.store.finish()

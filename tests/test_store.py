@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from rkdo_dist import checkpoint
+from rkdo_dist.exchange import group
 from rkdo_dist.exchange.store import RowStore, Shards
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows
-from rkdo_dist.train.field import averaged_field, exact_field
+from rkdo_dist.train.averaged import averaged_persistent_field
+from rkdo_dist.train.exact import exact_field
 from rkdo_dist.train.persistent import PersistentField, available_memory, make_rows, rows_bytes
 from tests.fields import kl, softmax
 from tests.ranks import run_ranks
@@ -96,11 +98,16 @@ def simulate(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
         memory.begin(step, batches[step][rank * b : (rank + 1) * b])
         objective = Objective.persistent(options.get("coupling", 0.3), 0.4)
         if options.get("fast"):
-            field = averaged_field(lanes, objective, "gather", 0, memory)
+            field = averaged_persistent_field(lanes, objective, memory)
+            means = {name: group.all_gather_rows(x).mean(0) for name, x in field.sums.items()}
         else:
-            field = exact_field(lanes, objective, rank * len(lanes), 0, memory)
-        results["losses"].append(field.loss)
-        results["parts"].append(field.parts)
+            field = exact_field(lanes, objective, rank * len(lanes), memory)
+            everyone = {name: group.all_gather_rows(x) for name, x in field.sums.items()}
+            means = {name: group.tree_sum([lane.clone() for lane in x]) / BATCH for name, x in everyone.items()}
+        memory.commit()
+        parts = {name: float(x) for name, x in means.items()}
+        results["losses"].append(parts.pop("loss"))
+        results["parts"].append(parts)
         results["gradients"].append(torch.cat([torch.cat(pair, 1) for pair in field.gradients]).numpy())
     memory.store.finish()
     tiles = memory.store.shards.tiles_of(rank)

@@ -88,16 +88,16 @@ def _warn_in_every_step(rank: int, world: int, arguments: list[str]) -> tuple[in
     """Training in which all ranks warn alike, and each of its own."""
     from rkdo_dist.train.job import Job
 
-    attempt = Job.attempt
+    told = Job.told
 
     def warned(job: Job, *details: Any) -> Any:
         warnings.warn("every rank says this", RuntimeWarning, stacklevel=1)
         logging.getLogger("somebody").warning("a log record of every rank")
         if rank == 1:
             warnings.warn("only one rank says this", UserWarning, stacklevel=1)
-        return attempt(job, *details)
+        return told(job, *details)
 
-    Job.attempt = warned  # type: ignore[method-assign]  # in a forked process of its own
+    Job.told = warned  # type: ignore[method-assign]  # in a forked process of its own
     return rank_command(rank, world, arguments)
 
 

@@ -117,10 +117,7 @@ def evaluate_encoder(
         pairs = _pairs(config, runtime, index, encoder, plan.test, console)
     finally:
         encoder.train(was_training)
-    group.together(
-        lambda: _score(config, index, run, step, plan, found, pairs, console) if runtime.is_main else None,
-        "scoring the features",
-    )
+    group.on_main(lambda: _score(config, index, run, step, plan, found, pairs, console), "scoring the features")
 
 
 def _features(

@@ -189,19 +189,10 @@ def _small_tensor_device(group: Group = None) -> torch.device:
 
 def all_reduce_max(value: float, group: Group = None) -> float:
     """The largest `value` over ranks."""
-    return _all_reduce(value, dist.ReduceOp.MAX, group)
-
-
-def all_reduce_sum(value: float, group: Group = None) -> float:
-    """The sum of `value` over ranks in float64: exact for counts."""
-    return _all_reduce(value, dist.ReduceOp.SUM, group)
-
-
-def _all_reduce(value: float, operation: dist.ReduceOp.RedOpType, group: Group) -> float:
     if world_size(group) == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=_small_tensor_device(group))
-    dist.all_reduce(tensor, op=operation, group=group)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return float(tensor)
 
 
@@ -227,30 +218,60 @@ class RankError(RuntimeError):
     """An error of one or more ranks, raised alike on every rank so that none waits for a peer that has left."""
 
 
-def together(action: Callable[[], T], what: str, kinds: tuple[type[BaseException], ...] = (Exception,)) -> T:
-    """Run `action` on every rank; if it raises one of `kinds` on any, raise the same error text on all.
+class Attempt(Generic[T]):
+    """Something done on every rank that may fail on some; a rank learns of the others' failures later.
+
+    Args:
+        action: called without arguments, must not use collectives (a rank may leave it early).
+    """
+
+    def __init__(self, action: Callable[[], T]) -> None:
+        self._result: T | None = None
+        self._error: Exception | None = None
+        try:
+            self._result = action()
+        except Exception as error:
+            self._error = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether it raised an exception here."""
+        return self._error is not None
+
+    def result(self, failed_anywhere: bool, what: str) -> T:
+        """What the action returned here, if it has failed nowhere; otherwise collective.
+
+        Raises:
+            RankError: with the ranks and their messages. On one rank alone, the original exception passes unchanged.
+        """
+        if self._error is not None and world_size() == 1:
+            raise self._error
+        if failed_anywhere:
+            _raise_alike(self._error, what)
+        return self._result  # type: ignore[return-value]
+
+
+def together(action: Callable[[], T], what: str) -> T:
+    """Run `action` on every rank; if it raises an exception on any, raise the same error text on all.
 
     Args:
         action: called without arguments, must not use collectives (a rank may leave it early).
         what: what was being done, for the message.
-        kinds: the exceptions that are shared; others propagate on their rank alone.
 
     Raises:
         RankError: with the ranks and their messages. On one rank alone, the original exception passes unchanged.
     """
-    result: T | None = None
-    error: BaseException | None = None
-    try:
-        result = action()
-    except kinds as caught:
-        error = caught
-    if world_size() == 1:
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
-    if all_reduce_max(float(error is not None)) > 0:
-        _raise_alike(error, what)
-    return result  # type: ignore[return-value]
+    attempt = Attempt(action)
+    return attempt.result(all_reduce_max(float(attempt.failed)) > 0, what)
+
+
+def on_main(action: Callable[[], T], what: str) -> T | None:
+    """Run `action` on rank zero alone; if it raises an exception, raise the same error text on every rank.
+
+    Returns:
+        What it returned, on rank zero; None on others.
+    """
+    return together(lambda: action() if rank() == 0 else None, what)
 
 
 def _raise_alike(error: BaseException | None, what: str) -> None:

@@ -163,12 +163,14 @@ class RowStore:
         self._writes.clear()
 
     def refresh(self, batch: Tensor, embeddings: Tensor) -> None:
-        """Put the newest embeddings (B, d) of a global batch into the bank; every rank has all of them."""
+        """Put the newest embeddings (B, d) of a global batch into the bank, where finite; every rank has them all."""
         assert self.bank is not None
         mine = (batch >= self.first) & (batch < self.stop)
         places = (batch[mine] - self.first).to(self._device)
-        self.bank[places] = embeddings[mine.to(embeddings.device)].to(self.bank)
-        self.seen[places] = True
+        newest = embeddings[mine.to(embeddings.device)].to(self.bank)
+        fine = newest.isfinite().all(1)
+        self.bank[places] = torch.where(fine[:, None], newest, self.bank[places])
+        self.seen[places] |= fine
 
     def search(self, queries: Tensor, stored: Tensor) -> Nearest:
         """The learned rows of this rank's samples over all samples of the bank.

@@ -35,7 +35,6 @@ from torch import Tensor
 from rkdo_dist.exchange import columns, group, store
 from rkdo_dist.train.averaged import Averaged
 from rkdo_dist.train.exact import Exact
-from rkdo_dist.train.strategy import require_finite
 
 # What collectives are for. SMALL is all that the table below does not name: flags, digests, checks, the loss's parts.
 COLUMNS, COLUMN_GRADIENTS = "columns", "column gradients"
@@ -120,11 +119,10 @@ _PURPOSES: dict[CodeType, str] = {
     for purpose, functions in {
         COLUMNS: (columns.GatheredColumns.gather, columns.RingColumns.walk),
         COLUMN_GRADIENTS: (columns.GatheredColumns.send_home, columns.RingColumns.walk_home),
-        GRADIENTS: (Exact.exchange,),
-        STATISTICS: (Exact.sum_statistics, Averaged.sum_statistics),
+        GRADIENTS: (Exact._sum_gradients,),
+        STATISTICS: (Exact._sum_statistics, Averaged._sum_statistics),
         ROWS: (store.RowStore.fetch, store.RowStore.write),
         BANK: (store.RowStore.search,),
-        SMALL: (require_finite,),
     }.items()
     for function in functions
 }

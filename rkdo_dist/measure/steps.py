@@ -28,16 +28,19 @@ from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.stream import Batch
 from rkdo_dist.exchange import group
 from rkdo_dist.files import write_atomic
 from rkdo_dist.measure import ledger, memory, wire
 from rkdo_dist.measure.ledger import Ledger
+from rkdo_dist.measure.stopwatch import COMPUTE, DATA, EXCHANGE, FIELD, OPTIMIZER, Stopwatch
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.agreement import agree, same_request
 from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train.job import Job
-from rkdo_dist.train.stopwatch import DATA, EXCHANGE, Stopwatch, phase, running
+from rkdo_dist.train.job import Job, build
+from rkdo_dist.train.loop import steps
 
 WARM_UP = 2  # steps that are made but not measured: DDP orders its buckets anew after the first
 
@@ -64,7 +67,7 @@ def measure(config: Config, ways: Sequence[str], steps: int, out: Path) -> None:
         points = [_measured(asked[way], way, rt, index, steps) for way in ways]
         settings = configuration.flatten(configuration.without_secrets(config))
         facts = {"version": __version__, "settings": settings, "points": points}
-        group.together(lambda: write_atomic(out, json.dumps(facts, indent=1)) if rt.is_main else None, f"writing {out}")
+        group.on_main(lambda: write_atomic(out, json.dumps(facts, indent=1)), f"writing {out}")
     finally:
         runtime.finish()
 
@@ -103,7 +106,7 @@ def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: i
 
 
 def _job(config: Config, rt: Runtime, index: ShardIndex, steps: int) -> Job:
-    job = Job(config, rt, index, RunDirectory(config.run.dir))
+    job = build(config, rt, index, RunDirectory(config.run.dir))
     if job.total_steps < steps:
         raise ConfigError(
             f"the run has {job.total_steps} steps, but {steps} are needed ({WARM_UP} of them to warm up): "
@@ -112,31 +115,45 @@ def _job(config: Config, rt: Runtime, index: ShardIndex, steps: int) -> Job:
     return job
 
 
-def _steps(job: Job, watch: Stopwatch, steps: int) -> Iterator[dict[str, Any]]:
+def _steps(job: Job, watch: Stopwatch, wanted: int) -> Iterator[dict[str, Any]]:
     """Train on, yielding time, phases, ledger, loss and digest of each step."""
-    step = job.make_step()
-    with running(watch), ledger.counting(lambda: watch.phase(EXCHANGE)) as book:
-        _count_ddp(step.strategy.model, book)
-        batches = job.batches()  # closed with this generator
-        book.take()
-        watch.split()
+    job.begin()
+    step, strategy = job.step, job.step.strategy
+    watch.timed(step, "make_view", DATA)
+    watch.timed(step, "embed", COMPUTE)
+    watch.timed(strategy, "field", FIELD)
+    watch.timed(strategy, "backward", COMPUTE)
+    watch.timed(strategy, "exchange", EXCHANGE)
+    watch.timed(strategy, "update", OPTIMIZER)
+    job.stream = lambda read=job.stream: _timed(read(), watch)  # type: ignore[method-assign,misc]
+    with (
+        ledger.counting(lambda: watch.phase(EXCHANGE)) as book,
+        contextlib.closing(steps(job, StopRequest())) as training,  # type: ignore[type-var]
+    ):
+        _count_ddp(strategy.model, book)
         began = time.perf_counter()
-        for _ in range(steps):
-            with phase(DATA):
-                batch = next(batches)
-            job.set_learning_rate(job.position)
-            result = job.attempt(step, batch, 0)
-            job.position += 1
-            record = job.record(batch, result, 1.0)
+        for _ in range(wanted):
+            facts, _ = next(training)
             yield {
                 "seconds": time.perf_counter() - began,
                 "phases": watch.split(),
                 "book": book.take(),
-                "loss": result.loss,
-                "digest": record["batch_digest"],
+                "loss": facts.loss,
+                "digest": facts.digest,
             }
             began = time.perf_counter()
             watch.split()
+
+
+def _timed(stream: Iterator[Batch], watch: Stopwatch) -> Iterator[Batch]:
+    """The stream, whose reading counts as data."""
+    with contextlib.closing(stream):  # type: ignore[type-var]
+        while True:
+            with watch.phase(DATA):
+                batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def _count_ddp(model: nn.Module, book: Ledger) -> None:

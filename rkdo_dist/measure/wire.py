@@ -2,7 +2,7 @@
 
 With W ranks, L lanes of m samples (B = L m, b = B / W per rank), P trainable parameters, C channels of tracked batch
 norms, V column views ("v", or "uv" for joint and symmetric pairings), F forwards per lane (1, or 2 with views apart),
-K numbers in a report (the loss's parts, the loss, the stop code), embeddings (m, d) and gradients in float32:
+K numbers in a report (the loss and its parts), embeddings (m, d) and gradients in float32:
 
 | purpose | exact | fast |
 |---|---|---|
@@ -10,7 +10,7 @@ K numbers in a report (the loss's parts, the loss, the stop code), embeddings (m
 | column gradients | all-to-all of V B d 4 | gather: reduce-scatter of V B d 4; ring: W sends of V b d 4 |
 | parameter gradients | all-to-all of P' 4, all-gather of P' 4 / W (P' = P rounded up to W) | all-reduce of P 4 (DDP) |
 | batch statistics | all-gather of F 3C 8 | all-reduce of F 3C 8 |
-| reports and checks | flags of 8; per lane: digests of 32, finite checks of 1, 8 K | the same, but 8 K + 64 per rank |
+| facts | all-gather of 8 words of 4 + l (4 + 2 + K), l = L / W | all-gather of 8 words of 4 + l (4 + 1) + 1 + K |
 
 Bytes that a rank sends for a payload are `measure.ledger.sent_bytes`. DeepSpeed's traffic is given by its formula
 (ZeRO paper, Rajbhandari et al. 2020, section 7: reduce-scatter of gradients and all-gather of parameters; stage 3
@@ -40,7 +40,7 @@ from rkdo_dist.measure.ledger import (
 )
 
 PARAMETERS = "parameters"  # what only sharding strategies send
-_FLAG, _DIGEST, _FACTS = 8, 32, 64  # bytes of an agreed flag, of a lane's digest, of the checks of a loss's inputs
+_HOST, _DIGEST = 4, 4  # words of 8 bytes: what a host tells, and a lane's digest (`train.facts`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class StepShape:
         report: numbers in a report, K.
         walks: of a ring before the one home.
         forwards: per lane, F.
-        loss_scaling: whether gradients are checked by a loss scaler.
+        labels: whether the labels of the batch travel.
         persistent: whether rows of a persistent field travel too, which has no formula here.
     """
 
@@ -74,7 +74,7 @@ class StepShape:
     reduction: str
     exchange: str
     recompute: bool
-    loss_scaling: bool = False
+    labels: bool = False
     persistent: bool = False
 
     @property
@@ -107,14 +107,14 @@ def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: in
         parameters=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
         channels=sum(m.num_features for m in norms),
         column_views=len(objective.column_views),
-        report=len(objective.part_names) + 2,
+        report=len(objective.part_names) + 1,
         walks=len(FieldRows(objective, nothing, 2, 0, 2).walks),
         forwards=1 if config.train.views == "together" else 2,
         strategy=launch["strategy"],
         reduction=launch["reduction"],
         exchange="ring" if config.run.reduction == "ring" else "gather",
         recompute=config.train.recompute,
-        loss_scaling=launch["precision"] == "fp16",
+        labels=objective.needs_labels,
         persistent=config.field.recursion == "persistent",
     )
 
@@ -129,9 +129,12 @@ def step_payloads(shape: StepShape) -> Ledger:
     else:
         _fast(book, shape)
     local = shape.lanes // shape.world
-    book.note((SMALL, "all_reduce"), 2 * _FLAG, 2)  # the batch could be read; replaced samples
-    book.note((SMALL, "all_gather"), local)  # finite embeddings
-    book.note((SMALL, "all_gather"), local * _DIGEST)
+    # Whether embeddings and gradients are finite, and the loss and its parts: by lane in exact mode, by rank otherwise.
+    numbers = local + (local if shape.reduction == "exact" else 1) * (1 + shape.report)
+    book.note((SMALL, "all_gather"), 8 * (_HOST + local * _DIGEST + numbers))
+    if shape.labels:
+        times = 1 if shape.reduction == "exact" else 2  # for the loss, and for its value at the ideal embeddings
+        book.note((SMALL, "all_gather"), times * shape.rows * 8, times)
     return book
 
 
@@ -150,16 +153,12 @@ def bytes_agree(shape: StepShape, wire: Iterable[Sequence[Any]]) -> bool | None:
 
 
 def _exact(book: Ledger, shape: StepShape) -> None:
-    local = shape.lanes // shape.world
     book.note((COLUMNS, "all_gather"), 2 * shape.rows * shape.dimension * 4)
     book.note((COLUMN_GRADIENTS, "all_to_all"), shape.column_views * shape.batch * shape.dimension * 4)
     padded = (shape.parameters + -shape.parameters % shape.world) * 4
     book.note((GRADIENTS, "all_to_all"), padded)
     book.note((GRADIENTS, "all_gather"), padded // shape.world)
     book.note((STATISTICS, "all_gather"), shape.forwards * 3 * shape.channels * 8)
-    book.note((SMALL, "all_gather"), local * shape.report * 8)
-    if not shape.loss_scaling:
-        book.note((SMALL, "all_gather"), local)  # finite gradients
 
 
 def _fast(book: Ledger, shape: StepShape) -> None:
@@ -171,15 +170,11 @@ def _fast(book: Ledger, shape: StepShape) -> None:
     else:
         book.note((COLUMNS, "all_gather"), block)
         book.note((COLUMN_GRADIENTS, "reduce_scatter"), world * block)
-    book.note((SMALL, "all_gather"), _FACTS)
-    book.note((SMALL, "all_gather"), shape.report * 8)
     book.note((STATISTICS, "all_reduce"), shape.forwards * 3 * shape.channels * 8)
     if shape.strategy.startswith("zero"):
         _zero(book, shape)
     else:
         book.note((GRADIENTS, "all_reduce"), shape.parameters * 4)
-        if not shape.loss_scaling:
-            book.note((SMALL, "all_reduce"), _FLAG)  # finite gradients
 
 
 def _zero(book: Ledger, shape: StepShape) -> None:

@@ -1,7 +1,7 @@
 """Warnings for people, from whichever rank: each once, those of other ranks with their number, all through rank zero.
 
 Python warnings and log records of level WARNING and above arrive here. Rank zero shows its own at once. Other ranks
-hold theirs until the end of the step, when a sum that is formed anyway tells that some rank has any; so a warning
+hold theirs until the end of the step, when its facts (`train.facts`) tell that some rank has any; so a warning
 that every rank has is one line, and nothing writes across the progress display. A rank that leaves because of an error
 prints what it still holds itself.
 """
@@ -20,7 +20,6 @@ from rkdo_dist.addresses import shown
 from rkdo_dist.exchange import group
 
 _MOST = 100  # held at a time: a warning that differs at every step must not eat the memory
-_HELD = 2**40  # in a sum of counts: a rank that holds messages
 _TALKATIVE = ("DeepSpeed",)  # loggers that print every rank's remarks themselves
 
 
@@ -68,15 +67,10 @@ class Messages:
         everyone: list[Any] = group.gather_objects(self.take())
         self.show(everyone)
 
-    def count_and_exchange(self, count: int) -> int:
-        """The sum of a count over ranks; where any rank holds a message, also `exchange` (collective, once a step).
-
-        Both questions travel as one number: float64 holds 2^53, enough for a count below 2^40 on 2^12 ranks.
-        """
-        total = int(group.all_reduce_sum(count + (_HELD if self._held else 0)))
-        if total >= _HELD:
-            self.exchange()
-        return total % _HELD
+    @property
+    def waiting(self) -> bool:
+        """Whether this rank holds any."""
+        return bool(self._held)
 
     def flush(self) -> None:
         """Print what is held, without any other rank."""

@@ -6,13 +6,18 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rkdo_dist.exchange import group
+from rkdo_dist.exchange.columns import GatheredColumns
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.persistent import Restricted
+from rkdo_dist.field.tiled import value_and_gradient
+from rkdo_dist.losses import FieldLoss
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.train.field import FieldResult, Views, averaged_field
-from rkdo_dist.train.strategy import NonFiniteError, Place, Strategy, sum_of_all
+from rkdo_dist.train.persistent import Pair, PersistentField
+from rkdo_dist.train.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all
 
 
 class Averaged(Strategy):
@@ -41,12 +46,18 @@ class Averaged(Strategy):
         return self._runtime.wrap(encoder)
 
     def field(
-        self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int, labels: Tensor | None = None
-    ) -> FieldResult:
+        self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
+    ) -> LossAndGradient:
         """Formed on all local rows at once."""
-        return averaged_field(lanes, objective, self._exchange, stop, self.memory, labels)
+        if self.persistent is not None and objective.recursion == "persistent":
+            return averaged_persistent_field(lanes, objective, self.persistent)
+        return averaged_field(lanes, objective, self._exchange, labels)
 
-    def backward(self, outputs: Iterator[Views], field: FieldResult, at: Place) -> None:
+    def mean(self, sums: Tensor) -> Tensor:
+        """Of the ranks' means."""
+        return sums.mean(0)
+
+    def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:
         """One averaging over ranks: in the only backward pass, or in the last lane's when embedding again."""
         for parameter in self._parameters:
             parameter.grad = None
@@ -60,17 +71,60 @@ class Averaged(Strategy):
             with contextlib.nullcontext() if last else self._runtime.without_sync(self.model):
                 torch.autograd.backward(next(outputs), pair)
 
-    def exchange(self, at: Place) -> None:
-        """The wrapper has averaged already; after that every rank has every rank's NaN: there is no place to name."""
-        if self._scale is not None:
-            return
+    def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
+        """The wrapper has averaged gradients already, so a NaN of one rank is everywhere; statistics are summed."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if group.all_reduce_max(float(not torch.isfinite(sum_of_all(gradients)))):
-            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite")
+        return Exchanged(self._sum_statistics(statistics), torch.isfinite(sum_of_all(gradients)))
 
-    def sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
-        """In the backend's order."""
+    def _sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
         statistics = torch.stack(list(lanes)).sum(0)
         if self._runtime.world > 1:
-            torch.distributed.all_reduce(statistics)
+            dist.all_reduce(statistics)
         return statistics
+
+
+def averaged_field(
+    lanes: Sequence[Pair], objective: Objective, exchange: str, labels: Tensor | None = None
+) -> LossAndGradient:
+    """Loss and embedding gradients of all local rows at once (collective).
+
+    Parameter gradients are then to be summed over a rank's lanes and AVERAGED over ranks.
+
+    Args:
+        lanes: embeddings (m, d) of this rank's lanes, without graph.
+        objective: resolved for this step.
+        exchange: how columns travel, "gather" or "ring".
+        labels: (b,) of this rank's samples, in lane order, for objectives that need them.
+
+    Returns:
+        `sums` are means over the rank's rows, (1,).
+    """
+    u, v = (torch.cat([pair[k] for pair in lanes]).requires_grad_() for k in (0, 1))
+    loss_of = FieldLoss(objective, exchange=exchange, validate=False)  # ranks agree, and facts tell what is not finite
+    loss, parts = loss_of(u, v, labels, parts=True)
+    du, dv = torch.autograd.grad(loss, (u, v), materialize_grads=True)
+    sizes = [len(pair[0]) for pair in lanes]
+    gradients = list(zip(du.split(sizes), dv.split(sizes), strict=True))
+    sums = {name: x.detach()[None] for name, x in {"loss": loss, **parts}.items()}
+    if labels is None:
+        return LossAndGradient(gradients, sums)
+    everyones = group.all_gather_rows(labels)
+    return LossAndGradient(gradients, sums, {"ideal": objective.at_ideal(len(everyones), everyones)})
+
+
+def averaged_persistent_field(
+    lanes: Sequence[Pair], objective: Objective, persistent: PersistentField
+) -> LossAndGradient:
+    """`averaged_field` with persistent rows as supervisors; columns are gathered."""
+    supervisor = Restricted.cat(persistent.supervisors(lanes))
+    u, v = (torch.cat([pair[k] for pair in lanes]) for k in (0, 1))
+    columns, b = GatheredColumns(), len(u)
+    everyone = columns.gather(v[None])[0]
+    result = value_and_gradient(objective, u, v, everyone, everyone, group.rank() * b, supervisor=supervisor)
+    assert result.columns_v is not None
+    home = columns.send_home(result.columns_v[None])[0]
+    recurred = {name: x.sum() for name, x in persistent.recur(lanes, everyone, objective).items()}
+    sums = {name: (x / b)[None] for name, x in {"loss": result.loss, **result.parts, **recurred}.items()}
+    sizes = [len(pair[0]) for pair in lanes]
+    du, dv = ((x / b).to(u.dtype).split(sizes) for x in (result.rows_u, home))
+    return LossAndGradient(list(zip(du, dv, strict=True)), sums)

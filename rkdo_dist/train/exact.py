@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from rkdo_dist.exchange import group
+from rkdo_dist.exchange.columns import ExactColumns
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.persistent import Restricted
+from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.train.field import FieldResult, Views, exact_field
-from rkdo_dist.train.strategy import Place, Strategy, require_finite, sum_of_all
+from rkdo_dist.train.persistent import Pair, PersistentField
+from rkdo_dist.train.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all
 
 
 class Exact(Strategy):
@@ -26,38 +29,96 @@ class Exact(Strategy):
         self.model = encoder
         self._reduce: group.ExactAllReduce | None = None
         self._summed: list[Tensor] = []
-        self._finite: list[tuple[Tensor]] = []
+        self._finite: list[Tensor] = []
+        self._batch = 0
 
     def field(
-        self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int, labels: Tensor | None = None
-    ) -> FieldResult:
+        self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
+    ) -> LossAndGradient:
         """Formed per lane."""
-        return exact_field(lanes, objective, at.first_lane, stop, self.memory, labels)
+        self._batch = sum(len(u) for u, _ in lanes) * self._runtime.world
+        return exact_field(lanes, objective, at.first_lane, self.persistent, labels)
 
-    def backward(self, outputs: Iterator[Views], field: FieldResult, at: Place) -> None:
+    def mean(self, sums: Tensor) -> Tensor:
+        """Lanes' sums, added in tree order."""
+        return group.tree_sum([lane.clone() for lane in sums]) / self._batch
+
+    def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:
         """One backward pass per lane, added up in lane order."""
         gradients: group.TreeSum[list[Tensor]] = group.TreeSum(len(field.gradients))
         self._finite = []
         for weights, lane in zip(field.gradients, outputs, strict=True):
             found = torch.autograd.grad(lane, self._parameters, self._scaled(weights), materialize_grads=True)
-            self._finite.append((sum_of_all(found),))  # finite only if everything in it is
+            self._finite.append(sum_of_all(found))  # finite only if everything in it is
             gradients.add(list(found))
         self._summed = gradients.total()
 
-    def exchange(self, at: Place) -> None:
-        """Sum over ranks into the vector that the parameters' gradients are views of."""
-        if self._scale is None:  # with a loss scale, inf says that the scale was too large
-            require_finite(self._finite, "the gradient", at)
+    def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
+        """Sum over ranks, gradients into the vector that the parameters' gradients are views of."""
+        self._sum_gradients()
+        return Exchanged(self._sum_statistics(statistics), torch.isfinite(torch.stack(self._finite)))
+
+    def _sum_gradients(self) -> None:
         sizes = [p.numel() for p in self._parameters]
         if self._reduce is None:
             self._reduce = group.ExactAllReduce(sum(sizes), self._parameters[0].detach())
         torch.cat([g.flatten() for g in self._summed], out=self._reduce.vector)
         self._summed = []
-        parts = self._reduce.reduce().split(sizes)
-        for parameter, part in zip(self._parameters, parts, strict=True):
+        for parameter, part in zip(self._parameters, self._reduce.reduce().split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
-        """In tree order, like everything here."""
+    def _sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
         local = group.tree_sum([lane.clone() for lane in lanes])
         return group.tree_sum(group.all_gather_rows(local[None]).unbind(0))
+
+
+def exact_field(
+    lanes: Sequence[Pair],
+    objective: Objective,
+    first_lane: int,
+    persistent: PersistentField | None = None,
+    labels: Tensor | None = None,
+) -> LossAndGradient:
+    """Loss and embedding gradients, formed per lane against the columns of the whole global batch (collective).
+
+    Parameter gradients are then to be SUMMED over all lanes of all ranks. Computed in float32 at least.
+
+    Args:
+        lanes: embeddings (m, d) of this rank's lanes, without graph.
+        objective: resolved for this step.
+        first_lane: global number of this rank's first lane.
+        persistent: the rows of a persistent field, which supervise and then recur; only for that kind of objective.
+        labels: (b,) of this rank's samples, in lane order, for objectives that need them.
+
+    Returns:
+        `sums` are sums over each lane, (lanes,).
+    """
+    count, m = len(lanes), lanes[0][0].shape[0]
+    columns = ExactColumns()
+    columns_u, columns_v = columns.gather(torch.stack([torch.cat([pair[k] for pair in lanes]) for k in (0, 1)]))
+    everyones = None if labels is None else group.all_gather_rows(labels)
+    rows = persistent if objective.recursion == "persistent" else None
+    supervisors: Sequence[Restricted | None] = [None] * count if rows is None else rows.supervisors(lanes)
+
+    results = []
+    trees: dict[str, group.TreeSum[Tensor]] = {}
+    for i, (u, v) in enumerate(lanes):
+        first_row = (first_lane + i) * m
+        result = value_and_gradient(
+            objective, u, v, columns_u, columns_v, first_row, everyones, supervisor=supervisors[i]
+        )
+        for name, part in (("u", result.columns_u), ("v", result.columns_v)):
+            if part is not None:
+                trees.setdefault(name, group.TreeSum(count)).add(part)
+        results.append(result)
+    home = dict(zip(trees, columns.send_home(torch.stack([tree.total() for tree in trees.values()])), strict=True))
+    du = [r.rows_u + home["u"][i * m : (i + 1) * m] if "u" in home else r.rows_u for i, r in enumerate(results)]
+    dv = [r.rows_v + home["v"][i * m : (i + 1) * m] if "v" in home else r.rows_v for i, r in enumerate(results)]
+
+    sums = {"loss": torch.stack([r.loss.double() for r in results])}
+    sums |= {name: torch.stack([r.parts[name].double() for r in results]) for name in results[0].parts}
+    if rows is not None:
+        sums |= rows.recur(lanes, columns_v, objective)
+    batch = len(columns_u)
+    known = {} if everyones is None else {"ideal": objective.at_ideal(batch, everyones)}
+    return LossAndGradient([(a / batch, b / batch) for a, b in zip(du, dv, strict=True)], sums, known)

@@ -1,44 +1,137 @@
-"""The training loop, visible in one screen."""
+"""The method, from batch to weights: `train_step` is one step, `steps` all of a run, `run` what is written of them."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
+
+from rkdo_dist.data.stream import Batch, MicroBatch
+from rkdo_dist.exchange import group
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.ranks import messages
 from rkdo_dist.ranks.signals import StopRequest
+from rkdo_dist.train import facts as facts_of_a_step
+from rkdo_dist.train.facts import Facts, Told
 from rkdo_dist.train.job import Job
 from rkdo_dist.train.journal import Journal
+from rkdo_dist.train.saving import evaluate, save
 from rkdo_dist.train.step import Step
+from rkdo_dist.train.strategy import Position, Update
 
 
-def run(job: Job, step: Step, journal: Journal, stop: StopRequest) -> int:
-    """Train from the job's position to its end.
+class NonFiniteError(ArithmeticError):
+    """An embedding, the loss or a gradient is not finite; raised alike on every rank, before any weight has changed."""
+
+
+def train_step(
+    step: Step,
+    lanes: Sequence[MicroBatch],
+    objective: Objective,
+    epoch: int,
+    number: int,
+    tell: Callable[[], Told] = Told,
+) -> tuple[Facts, Update]:
+    """One global batch: from images to moved weights (collective).
+
+    Args:
+        step: encoder, views and strategy.
+        lanes: this rank's micro-batches, in lane order.
+        objective: resolved for this step.
+        epoch, number: position of the batch (steps count from 0), which keys all randomness.
+        tell: what this rank's host has to tell the others, asked for as late as possible.
+
+    Returns:
+        What is known of the step, and what became of the weights; the same on every rank.
+    """
+    strategy, persistent = step.strategy, step.strategy.persistent if objective.recursion == "persistent" else None
+    at = Position(epoch, number, step.runtime.rank * len(lanes))
+    labels = torch.cat([x.labels for x in lanes]).to(step.runtime.device) if objective.needs_labels else None
+    if persistent is not None:
+        persistent.begin(number, torch.cat([lane.ids for lane in lanes]))
+
+    embedded = step.embed(lanes, at)
+    pairs = [lane.detached().pair() for lane in embedded]
+    field = strategy.field(pairs, objective, at, labels)
+    strategy.backward(step.embed_again(lanes, embedded, at), field)
+    exchanged = strategy.exchange([lane.statistics for lane in embedded])
+
+    finite = torch.stack([torch.isfinite(u).all() & torch.isfinite(v).all() for u, v in pairs])
+    facts = facts_of_a_step.gather(strategy, finite, field, exchanged.finite, tell(), at)
+    if facts.not_finite:
+        strategy.discard()
+        return facts, Update(facts.not_finite, not_finite=True)
+    update = strategy.update(at, overflow=facts.gradient_not_finite)
+    if not update.skipped:
+        for statistics in exchanged.statistics:  # once, or once per view where views are forwarded apart
+            step.statistics.update(statistics)
+        if persistent is not None:
+            persistent.commit()
+    return facts, update
+
+
+def steps(job: Job, stop: StopRequest) -> Iterator[tuple[Facts, dict[str, Any]]]:
+    """Train from the job's position to its end, one step at a time (collective).
+
+    Yields:
+        Of each step its facts and its line of metrics.jsonl, when the weights have moved.
+
+    Raises:
+        NonFiniteError: on every rank, when more steps in a row than `train.skip_nonfinite` were not finite.
+        RankError: on every rank, when one could not read its next batch.
+    """
+    reading, skips = "reading the next batch", job.config.train.skip_nonfinite
+    with contextlib.closing(job.stream()) as stream:  # type: ignore[type-var]
+        batch = group.together(lambda: next(stream, None), reading)
+        while batch is not None and not job.early_stop.reached:
+            began = time.perf_counter()
+            objective = job.objective(job.position)
+            job.set_learning_rate(job.position)
+            following: list[group.Attempt[Batch | None]] = []
+
+            def tell(batch: Batch = batch, following: list[group.Attempt[Batch | None]] = following) -> Told:
+                following.append(group.Attempt(lambda: next(stream, None)))  # while the device computes this one
+                return job.told(batch, stop.code, following[0].failed)
+
+            facts, update = train_step(job.step, batch.lanes, objective, batch.epoch, job.position, tell)
+            job.skipped_in_a_row = job.skipped_in_a_row + 1 if update.not_finite else 0
+            if job.skipped_in_a_row > skips:
+                raise NonFiniteError(
+                    f"{update.skipped}; no weight was changed. Lower train.learning_rate, or allow some skipped steps "
+                    f"in a row with train.skip_nonfinite (now {skips})"
+                )
+            job.position += 1
+            job.early_stop.add(objective.name, None if update.not_finite else facts.loss)
+            if facts.warned:
+                messages.current().exchange()
+            yield facts, job.record(batch.epoch, objective, facts, update, time.perf_counter() - began)
+            batch = following[0].result(facts.unread, reading)
+
+
+def run(job: Job, journal: Journal, stop: StopRequest) -> int:
+    """Train from the job's position to its end, with journal, checkpoints and evaluations.
 
     Returns:
         0 when the run is complete, otherwise the exit code of the request to stop (`ranks.signals`); in both cases
         the last step is in a checkpoint.
     """
-    began = time.perf_counter()
     if job.evaluation_due():
-        job.evaluate(journal)
-    for batch in job.batches():
-        done = job.position
-        job.set_learning_rate(done)
-        result = job.attempt(step, batch, stop.code)
-        job.position = done + 1
-        ended = time.perf_counter()
-        journal.step(job.record(batch, result, seconds=ended - began))
-        began = ended
-        if result.stop or job.due(job.config.train.checkpoint_every) or job.evaluation_due():
-            job.save(journal)
-        if result.stop:
-            return result.stop
-        if job.evaluation_due():
-            job.evaluate(journal)
-            began = time.perf_counter()
-        if job.flat:
-            journal.say(f"step {job.position}: the loss no longer falls by train.early_stop_slope a step; the run ends")
-            break
-    job.save(journal)
+        evaluate(job, journal)
+    with contextlib.closing(steps(job, stop)) as training:  # type: ignore[type-var]
+        for facts, record in training:
+            journal.step(record)
+            if facts.stop or job.checkpoint_due() or job.evaluation_due():
+                save(job, journal)
+            if facts.stop:
+                return facts.stop
+            if job.evaluation_due():
+                evaluate(job, journal)
+    if job.early_stop.reached:
+        journal.say(f"step {job.position}: the loss no longer falls by train.early_stop_slope a step; the run ends")
+    save(job, journal)
     if job.config.evaluate.at_end:
-        job.evaluate(journal)
+        evaluate(job, journal)
     return 0

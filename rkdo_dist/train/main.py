@@ -21,8 +21,9 @@ from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.train import loop, tracking
-from rkdo_dist.train.job import Job, newest_checkpoint, other_run
+from rkdo_dist.train.job import Job, build
 from rkdo_dist.train.journal import Journal
+from rkdo_dist.train.saving import newest_checkpoint, restore
 
 
 def train(config: Config) -> int:
@@ -48,10 +49,10 @@ def _train(config: Config, run: RunDirectory, around: Surroundings) -> int:
         around.peers.meet()
         job = _set_up(config, rt, run)
         around.claimed(job.run if rt.is_main else None, lambda: job.position)
-        step = job.make_step()
+        job.begin()
         console = Console(stderr=True) if rt.is_main else None
         already = job.position
-        trackers = group.together(lambda: _trackers(job, config) if rt.is_main else None, "starting run.trackers")
+        trackers = group.on_main(lambda: _trackers(job, config), "starting run.trackers")
         with (
             Journal(job.run.metrics, already, job.total_steps, console, job.objective(0).name, trackers) as journal,
             StopRequest() as stop,
@@ -61,7 +62,7 @@ def _train(config: Config, run: RunDirectory, around: Surroundings) -> int:
             for line in _remarks(job, config):
                 journal.say(line)
             around.messages.exchange()
-            code = loop.run(job, step, journal, stop)
+            code = loop.run(job, journal, stop)
             around.messages.exchange()
             journal.say(_farewell(job, code))
         around.ended(code)
@@ -75,17 +76,17 @@ def _set_up(config: Config, rt: Runtime, run: RunDirectory) -> Job:
     same_request(config)
     in_effect = dataclasses.replace(config, run=dataclasses.replace(config.run, reduction=rt.reduction))
     configuration.check_world(in_effect, rt.world)
-    group.together(lambda: tracking.check(config.run.trackers) if rt.is_main else None, "looking at run.trackers")
+    group.on_main(lambda: tracking.check(config.run.trackers), "looking at run.trackers")
     index = group.together(lambda: parts.open_index(config), "reading the index")
-    job = group.together(lambda: Job(config, rt, index, run), "building the run")
+    job = group.together(lambda: build(config, rt, index, run), "building the run")
     group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     agree({**job.facts(), **rt.launch})
     source = group.together(lambda: other_run(config), "looking at run.resume")
     data = index.digest()
-    group.together(lambda: run.claim(config, source, data) if rt.is_main else None, "claiming run.dir")
+    group.on_main(lambda: run.claim(config, source, data), "claiming run.dir")
     group.together(run.check_shared, "looking at run.dir")
     if config.run.resume != "never":
-        group.together(job.restore, "loading the checkpoint")
+        group.together(lambda: restore(job), "loading the checkpoint")
     agree({"step of the checkpoint": job.position})
     if rt.is_main:
         run.write_environment({
@@ -99,6 +100,19 @@ def _set_up(config: Config, rt: Runtime, run: RunDirectory) -> Job:
             "started_at_step": job.position,
         })  # fmt: skip
     return job
+
+
+def other_run(config: Config) -> RunDirectory | None:
+    """The run that `run.resume` names, None for "auto" and "never".
+
+    Raises:
+        RunError: if there is no run with these settings.
+    """
+    if config.run.resume in ("auto", "never"):
+        return None
+    source = RunDirectory(Path(config.run.resume))
+    source.refuse_changes(config)
+    return source
 
 
 def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
@@ -155,7 +169,7 @@ def _evaluate(run: RunDirectory, config: Config, around: Surroundings, code: boo
     rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
     try:
         around.peers.meet()
-        group.together(lambda: run.lock() if rt.is_main else None, f"locking {run.path}")
+        group.on_main(run.lock, f"locking {run.path}")
         index = group.together(lambda: parts.open_index(config), "reading the index")
         encoder = parts.make_encoder(config, pretrained=False, code=code).to(rt.device)
         found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")

@@ -1,8 +1,8 @@
 """The persistent field in a step: rows from earlier iterations in, rows for later ones out.
 
-A step asks for the supervisors of its lanes, and after the loss lets the rows recur. Rows of the step were fetched
-while the step before pushed its gradients back, and are written to their owners while this one does. Everything is
-formed per lane, in shapes that do not depend on the number of ranks.
+A step asks for the supervisors of its lanes, and after the loss lets the rows recur. When its weights have moved, the
+rows are written to their owners and those of the next step fetched, both while the next step embeds; rows of a step
+that is skipped stay as they were. Everything is formed per lane, in shapes that do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import BatchColumns, Restricted, Rows, recur_in_batch, recur_with_bank, restrict
 from rkdo_dist.field.tiled import computing_dtype
 
-Views = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # of both views of a lane: embeddings (m, d), or gradients with respect to them
 BANK_TEMPERATURE = 0.1  # of the learned rows over the bank
 CHUNK = 1 << 20  # entries of the float64 matrices that rows recur in
 WATCHED, NEIGHBOURS = 6, 8  # rows, and stored entries of each, that snapshots show
@@ -58,6 +58,7 @@ class PersistentField:
         self._ahead: tuple[int, Tensor, Fetch] | None = None
         self._step, self._samples, self._rows = -1, torch.empty(0), list[Rows]()
         self._restricted: list[Restricted] = []
+        self._moved: Rows | None = None
 
     def begin(self, step: int, samples: Tensor) -> None:
         """Begin to fetch the rows of a step, unless they are under way.
@@ -72,7 +73,7 @@ class PersistentField:
         first = group.rank() * len(samples)
         assert torch.equal(self._ahead[1][first : first + len(samples)], samples), "the batch is not the one planned"
 
-    def supervisors(self, lanes: Sequence[Views]) -> list[Restricted]:
+    def supervisors(self, lanes: Sequence[Pair]) -> list[Restricted]:
         """p of each of this rank's lanes (embeddings (m, d)), for the step that has begun."""
         assert self._ahead is not None
         (self._step, self._samples, fetch), self._ahead = self._ahead, None
@@ -85,8 +86,8 @@ class PersistentField:
         ]
         return self._restricted
 
-    def recur(self, lanes: Sequence[Views], columns: Tensor, objective: Objective) -> dict[str, Tensor]:
-        """Move the rows of the step (eq. 3), send them home, and begin to fetch those of the next step.
+    def recur(self, lanes: Sequence[Pair], columns: Tensor, objective: Objective) -> dict[str, Tensor]:
+        """Where the rows of the step move to (eq. 3); `commit` lets them.
 
         Args:
             lanes: embeddings of this rank's lanes, without graph.
@@ -96,7 +97,7 @@ class PersistentField:
         Returns:
             What the rows were before, summed over each lane, float64 (lanes,): see `_report`.
         """
-        columns = columns.to(computing_dtype(columns.dtype))
+        columns, self._moved = columns.to(computing_dtype(columns.dtype)), None
         reports = [self._report(i, len(columns), objective) for i in range(len(lanes))]
         if self._columns == "bank":
             self.store.refresh(self._samples, columns)
@@ -108,11 +109,17 @@ class PersistentField:
                 else self._within(lanes, columns, objective)
             )
             drifts = [drift.sum() for _, drift in moved]
-            self.store.write(self._samples, Rows.cat([rows for rows, _ in moved]))
+            self._moved = Rows.cat([rows for rows, _ in moved])
         for report, drift in zip(reports, drifts, strict=True):
             report["row_drift"] = drift
-        self._fetch(self._step + 1)
         return {name: torch.stack([report[name] for report in reports]) for name in reports[0]}
+
+    def commit(self) -> None:
+        """Send the rows of the step home, and begin to fetch those of the next."""
+        if self._moved is not None:
+            self.store.write(self._samples, self._moved)
+            self._moved = None
+        self._fetch(self._step + 1)
 
     def snapshot(self, step: int) -> dict[str, Any]:
         """A few rows as they are now, the same ones every time: their nearest stored neighbours (JSON-able)."""
@@ -153,7 +160,7 @@ class PersistentField:
         first = (group.rank() * len(self._rows) + lane) * m
         return torch.arange(first, first + m, device=self._device)
 
-    def _within(self, lanes: Sequence[Views], columns: Tensor, objective: Objective) -> list[tuple[Rows, Tensor]]:
+    def _within(self, lanes: Sequence[Pair], columns: Tensor, objective: Objective) -> list[tuple[Rows, Tensor]]:
         moved = []
         for rows, (u, _) in zip(self._rows, lanes, strict=True):
             size, parts = max(1, CHUNK // (len(columns) + rows.columns.shape[1])), []
@@ -165,7 +172,7 @@ class PersistentField:
             moved.append((Rows.cat([p for p, _ in parts]), torch.cat([drift for _, drift in parts])))
         return moved
 
-    def _with_bank(self, lanes: Sequence[Views], objective: Objective) -> list[tuple[Rows, Tensor]]:
+    def _with_bank(self, lanes: Sequence[Pair], objective: Objective) -> list[tuple[Rows, Tensor]]:
         m = len(lanes[0][0])
         queries = torch.cat([u for u, _ in lanes]).to(self.store.rows.rest.dtype) / self._temperature
         found = self.store.search(queries, torch.cat([rows.columns for rows in self._rows]))
@@ -216,7 +223,7 @@ def _part(tile: int) -> str:
     return f"rows.{tile:06d}"
 
 
-def make_memory(config: Config, index: ShardIndex, device: torch.device) -> PersistentField | None:
+def make_persistent(config: Config, index: ShardIndex, device: torch.device) -> PersistentField | None:
     """The rows of a persistent field at their beginning, if the recursion is of that kind.
 
     Raises:

@@ -1,6 +1,6 @@
 """What a strategy is: how gradients get from lanes to parameters, and how weights move.
 
-A step (`train.step`) asks its strategy, in this order: `field` (embeddings to the loss and its gradient with respect to
+A step (`train.loop`) asks its strategy, in this order: `field` (embeddings to the loss and its gradient with respect to
 them), `backward` (that gradient into the parameters), `exchange` (between ranks), `update` (weights). Strategies:
 
 - `train.exact`: everything summed in one fixed order, the same bits on any number of ranks;
@@ -22,20 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from rkdo_dist.checkpoint import OptimizerState, optimizer_to_tensors
-from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.train.field import FieldResult, Views
-from rkdo_dist.train.persistent import PersistentField
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss or a gradient is not finite; raised alike on every rank, before any weight has changed."""
+from rkdo_dist.train.persistent import Pair, PersistentField
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Position of a global batch, and the global number of this rank's first lane."""
+class Position:
+    """Of a global batch in the run, and the global number of this rank's first lane."""
 
     epoch: int
     step: int
@@ -43,15 +37,45 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
-    """What became of a gradient, the same on every rank.
+class LossAndGradient:
+    """The field loss of a step on this rank.
 
     Attributes:
-        overflow: whether half precision overflowed under its loss scale, so that no weight moved.
-        loss_scale: the scale this step was computed with; None without loss scaling.
+        gradients: for each of this rank's lanes, what to push through its embeddings.
+        sums: "loss" and its parts (`field.objectives`), vectors whose entries `Strategy.mean` puts together.
+        known: parts that every rank knows by itself.
     """
 
-    overflow: bool = False
+    gradients: list[Pair]
+    sums: dict[str, Tensor]
+    known: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchanged:
+    """What came of the exchange between ranks besides gradients.
+
+    Attributes:
+        statistics: batch statistics summed over all lanes of all ranks, one row per forward.
+        finite: bool, whether this rank's gradients are: one for each lane, or a scalar where lanes are mixed already.
+    """
+
+    statistics: Tensor
+    finite: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What became of the weights, the same on every rank.
+
+    Attributes:
+        skipped: why no weight moved; empty when they did.
+        not_finite: whether that is a number that is not finite and no loss scale explains.
+        loss_scale: what half precision's gradients were multiplied by; None without loss scaling.
+    """
+
+    skipped: str = ""
+    not_finite: bool = False
     loss_scale: float | None = None
 
 
@@ -80,11 +104,11 @@ class Strategy(abc.ABC):
 
     Attributes:
         model: what embeds training lanes (the encoder, or a wrapper of it).
-        memory: the rows of a persistent field, if there is one.
+        persistent: the rows of a persistent field, if there is one.
     """
 
     model: nn.Module
-    memory: PersistentField | None = None
+    persistent: PersistentField | None = None
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer | None, runtime: Runtime) -> None:
         self._encoder, self._optimizer, self._runtime = encoder, optimizer, runtime
@@ -93,18 +117,17 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def field(
-        self, lanes: Sequence[Views], objective: Objective, at: Place, stop: int, labels: Tensor | None = None
-    ) -> FieldResult:
+        self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
+    ) -> LossAndGradient:
         """The loss over the global batch and its gradient with respect to this rank's embeddings.
 
         Args:
             lanes: embeddings (m, d) of both views of each of this rank's lanes, without graph.
-            stop: this rank's stop code.
             labels: (b,) of this rank's samples, in lane order, for objectives that need them.
         """
 
     @abc.abstractmethod
-    def backward(self, outputs: Iterator[Views], field: FieldResult, at: Place) -> None:
+    def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:
         """Push the embedding gradients into the parameters.
 
         Args:
@@ -112,35 +135,35 @@ class Strategy(abc.ABC):
         """
 
     @abc.abstractmethod
-    def exchange(self, at: Place) -> None:
-        """Bring gradients of all ranks together.
-
-        Raises:
-            NonFiniteError: if the gradient is not finite and no loss scale explains it.
-        """
+    def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
+        """Bring gradients and batch statistics (one tensor per lane) of all ranks together."""
 
     @abc.abstractmethod
-    def sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
-        """The sum of batch statistics over all lanes of all ranks."""
+    def mean(self, sums: Tensor) -> Tensor:
+        """Means (K,) over the global batch, from what `field` has found on all ranks: (R, K) float64, in rank order."""
 
-    def update(self, at: Place) -> Update:
-        """Move the weights by the gradient in `.grad`, unless half precision overflowed.
+    def update(self, at: Position, overflow: str) -> Update:
+        """Move the weights by the gradient in `.grad`, unless it is not finite.
 
-        Raises:
-            NonFiniteError: if the gradient is not finite and no loss scale explains it.
+        Args:
+            overflow: the gradient that is not finite, in words (of `Facts`); empty if all are.
         """
         if self._scale is None:
+            if overflow:
+                return Update(overflow, not_finite=True)
             if self._optimizer is not None:
                 self._optimizer.step()
             return Update()
-        scale = self._scale.scale
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        overflow = bool(group.all_reduce_max(float(not torch.isfinite(sum_of_all(gradients)))))
         if not overflow:
-            torch._foreach_mul_(gradients, 1 / scale)
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self._scale.scale)
             if self._optimizer is not None:
                 self._optimizer.step()
-        return self._scaled_update(overflow, scale, at)
+        return self._scaled_update(bool(overflow), at)
+
+    def discard(self) -> None:
+        """Forget the gradient of a step that is not finite; no weight moves."""
+        return
 
     def state(self) -> TrainState:
         """The whole state; tensors on ranks other than zero must not be relied on."""
@@ -162,15 +185,16 @@ class Strategy(abc.ABC):
         if self._scale is not None and state:
             self._scale.load(state)
 
-    def _scaled_update(self, overflow: bool, scale: float, at: Place) -> Update:
-        """Adapt the loss scale to what has happened at `scale`."""
+    def _scaled_update(self, overflow: bool, at: Position) -> Update:
+        """Adapt the loss scale to what has happened with it."""
         assert self._scale is not None
+        scale = self._scale.scale
         self._scale.update(overflow)
         if self._scale.exhausted:
-            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite at any loss scale, now {scale:g}")
-        return Update(overflow, scale)
+            return Update(f"the gradient of step {at.step + 1} is not finite at any loss scale, now {scale:g}", True)
+        return Update(f"half precision overflowed at loss scale {scale:g}" if overflow else "", loss_scale=scale)
 
-    def _scaled(self, weights: Views) -> Views:
+    def _scaled(self, weights: Pair) -> Pair:
         """Embedding gradients times the loss scale: half precision loses small gradients otherwise."""
         if self._scale is None:
             return weights
@@ -180,13 +204,3 @@ class Strategy(abc.ABC):
 def sum_of_all(tensors: Sequence[Tensor]) -> Tensor:
     """A scalar that is finite only if every element is (and their sum does not overflow)."""
     return torch.stack([t.sum() for t in tensors]).sum()
-
-
-def require_finite(lanes: Sequence[Sequence[Tensor]], what: str, at: Place) -> None:
-    """Raise on every rank if any tensor of any rank's lanes is not finite, naming rank and lane (collective)."""
-    mine = torch.stack([torch.stack([torch.isfinite(x).all() for x in tensors]).all() for tensors in lanes])
-    everyone = group.all_gather_rows(mine.to(torch.uint8)).tolist()
-    broken = [number for number, fine in enumerate(everyone) if not fine]
-    if broken:
-        rank, first = broken[0] // len(lanes), broken[0]
-        raise NonFiniteError(f"{what} of step {at.step + 1} is not finite (rank {rank}, lane {first})")

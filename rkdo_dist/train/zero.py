@@ -25,8 +25,8 @@ from torch.nn import functional
 from rkdo_dist.checkpoint import OptimizerState, optimizer_to_tensors
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.averaged import Averaged
-from rkdo_dist.train.field import FieldResult, Views
-from rkdo_dist.train.strategy import NonFiniteError, Place, TrainState, Update
+from rkdo_dist.train.persistent import Pair
+from rkdo_dist.train.strategy import Exchanged, LossAndGradient, Position, TrainState, Update
 
 
 class Zero(Averaged):
@@ -48,7 +48,7 @@ class Zero(Averaged):
         self._take_over(before)
         return self._engine
 
-    def backward(self, outputs: Iterator[Views], field: FieldResult, at: Place) -> None:
+    def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:
         """One backward pass, or one per lane when embedding again; the engine averages over ranks.
 
         The engine takes a scalar, so embedding gradients become the sum of embeddings times gradients. It multiplies
@@ -62,18 +62,24 @@ class Zero(Averaged):
         else:
             self._engine.backward(_inner(list(outputs), field.gradients), scale_wrt_gas=False)
 
-    def exchange(self, at: Place) -> None:
-        """Nothing: the engine exchanges during the backward pass (2, 3) or at the beginning of its step (1)."""
+    def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
+        """Statistics alone: the engine exchanges gradients during the backward pass (2, 3) or in its step (1)."""
+        return Exchanged(self._sum_statistics(statistics), torch.ones((), device=self._runtime.device))
 
-    def update(self, at: Place) -> Update:
+    def update(self, at: Position, overflow: str) -> Update:
         """The engine's step. It leaves the weights alone if the norm of the gradient is not finite on any rank."""
         self._engine.step()
-        overflow = bool(self._engine.optimizer.overflow)
+        overflowed = bool(self._engine.optimizer.overflow)
         if self._scale is not None:
-            return self._scaled_update(overflow, self._scale.scale, at)
-        if overflow:
-            raise NonFiniteError(f"the gradient of step {at.step + 1} is not finite")
+            return self._scaled_update(overflowed, at)
+        if overflowed:
+            return Update(f"the gradient of step {at.step + 1} is not finite", not_finite=True)
         return Update()
+
+    def discard(self) -> None:
+        """The engine finds out by itself, and forgets what it has accumulated."""
+        self._engine.step()
+        assert self._engine.optimizer.overflow, "a loss that is not finite has a gradient that is"
 
     def state(self) -> TrainState:
         """Weights and moments gathered one parameter at a time; rank zero keeps them, on the CPU."""
@@ -152,7 +158,7 @@ class _Autocast(nn.Module):
             return self.encoder(images)
 
 
-def _inner(lanes: Sequence[Views], weights: Sequence[Views]) -> Tensor:
+def _inner(lanes: Sequence[Pair], weights: Sequence[Pair]) -> Tensor:
     """A scalar whose gradient with respect to each embedding is its weight."""
     pairs = [(x, w) for lane, pair in zip(lanes, weights, strict=True) for x, w in zip(lane, pair, strict=True)]
     return torch.stack([(x * w).sum() for x, w in pairs]).sum()

@@ -1,6 +1,7 @@
-"""Where the time of a step goes: exclusive seconds by phase, only while a stopwatch is running.
+"""Where the time of a step goes: exclusive seconds by phase.
 
-Phases nest: an inner one stops the outer one's clock. Every collective is a phase of its own, "exchange" (the clock of
+A stopwatch is put around the functions of a step from outside (`Stopwatch.timed`); training knows nothing of it. Phases
+nest: an inner one stops the outer one's clock. Every collective is a phase of its own, "exchange" (the clock of
 `measure.ledger`), so waiting for slower ranks counts as exchange, wherever it happens. On an accelerator each change of
 phase waits for the device: measured steps are a little slower than others.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -51,6 +52,16 @@ class Stopwatch:
             self._book()
             self._running.pop()
 
+    def timed(self, owner: Any, name: str, phase: str) -> None:
+        """Book on `phase`, from now on, what the function `name` of the object `owner` takes."""
+        function = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self.phase(phase):
+                return function(*arguments, **options)
+
+        setattr(owner, name, call)
+
     def _book(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
@@ -58,22 +69,3 @@ class Stopwatch:
         if self._running:
             self.seconds[self._running[-1]] += now - self._since
         self._since = now
-
-
-_watch: Stopwatch | None = None
-
-
-def phase(name: str) -> AbstractContextManager[None]:
-    """Book the time inside on a phase; nothing happens without a running stopwatch."""
-    return _watch.phase(name) if _watch is not None else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def running(watch: Stopwatch) -> Iterator[Stopwatch]:
-    """While open, `phase` books its time on `watch`."""
-    global _watch
-    before, _watch = _watch, watch
-    try:
-        yield watch
-    finally:
-        _watch = before

@@ -1,0 +1,113 @@
+"""Facts of a step: one row of every rank, gathered in one collective before any weight moves.
+
+Whatever a rank alone knows and all must know arrives here: what is not finite, the loss and its parts, a request to
+stop, warnings for people, a batch that could not be read. A row is 64-bit words: floats of the device, integers of the
+host. The only host synchronisation of a step is the one that reads the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rkdo_dist.exchange import group
+from rkdo_dist.train.strategy import LossAndGradient, Position, Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What this rank's host has to tell the others.
+
+    Attributes:
+        stop: exit code of a request to stop, 0 for none.
+        replaced: damaged samples of the batch that were replaced.
+        warned: whether warnings for people are held here.
+        unread: whether the next batch could not be read here.
+        digests: SHA-256 of each lane's sample keys, 32 bytes a lane.
+    """
+
+    stop: int = 0
+    replaced: int = 0
+    warned: bool = False
+    unread: bool = False
+    digests: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a step, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch.
+        parts: of the loss (`field.objectives`), means over the global batch.
+        not_finite: the first embedding, or the loss, that is not finite, in words; empty if all are.
+        gradient_not_finite: the same for gradients.
+        stop, replaced, warned, unread: the largest, the sum, and whether any, over ranks (see `Told`).
+        digest: SHA-256 (hex) of the lanes' digests in lane order.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    not_finite: str
+    gradient_not_finite: str
+    stop: int
+    replaced: int
+    warned: bool
+    unread: bool
+    digest: str
+
+
+def gather(
+    strategy: Strategy, embeddings: Tensor, field: LossAndGradient, gradients: Tensor, told: Told, at: Position
+) -> Facts:
+    """Gather the facts of a step (collective).
+
+    Args:
+        strategy: whose order of summation the means of the loss follow.
+        embeddings: (lanes,) bool, whether the embeddings of each of this rank's lanes are finite.
+        field: the loss of the step.
+        gradients: bool, whether gradients are finite: one for each lane, or a scalar where lanes are not told apart.
+        told: by this rank's host.
+        at: the step.
+    """
+    sums = torch.stack([x.double() for x in field.sums.values()], dim=1)
+    numbers = torch.cat([x.double().flatten() for x in (embeddings, gradients, sums)])
+    words = np.array([told.stop, told.replaced, told.warned, told.unread], dtype=np.int64)
+    words = np.concatenate([words, np.frombuffer(told.digests, dtype=np.int64)])
+    row = torch.cat([numbers.view(torch.int64), torch.from_numpy(words).to(numbers.device)])
+    table = group.all_gather_rows(row[None]).cpu()
+
+    numbers, hosts = table[:, : len(numbers)].view(torch.float64), table[:, len(numbers) :].numpy()
+    embeddings_fine, gradients_fine, sums_found = numbers.split(
+        [embeddings.numel(), gradients.numel(), sums.numel()], dim=1
+    )
+    means = dict(zip(field.sums, strategy.mean(sums_found.reshape(-1, sums.shape[1])).tolist(), strict=True))
+    loss = means.pop("loss")
+    not_finite = _broken("an embedding", embeddings_fine, at, lanes=True)
+    if not not_finite and not np.isfinite(loss):
+        not_finite = f"the loss of step {at.step + 1} is {loss}"
+    stop, replaced, warned, unread = hosts[:, :4].T
+    return Facts(
+        loss=loss,
+        parts=means | field.known,
+        not_finite=not_finite,
+        gradient_not_finite=_broken("the gradient", gradients_fine, at, lanes=gradients.ndim > 0),
+        stop=int(stop.max()),
+        replaced=int(replaced.sum()),
+        warned=bool(warned.any()),
+        unread=bool(unread.any()),
+        digest=hashlib.sha256(hosts[:, 4:].tobytes()).hexdigest(),
+    )
+
+
+def _broken(what: str, fine: Tensor, at: Position, lanes: bool) -> str:
+    """In words, the first of (ranks, lanes) that is not `fine`; empty if all are."""
+    if bool(fine.all()):
+        return ""
+    rank, lane = (int(x) for x in (fine == 0).nonzero()[0])
+    where = f" (rank {rank}, lane {rank * fine.shape[1] + lane})" if lanes else ""
+    return f"{what} of step {at.step + 1} is not finite{where}"

@@ -1,0 +1,89 @@
+"""Checkpoints and evaluations of a run: written at its position, and read to continue it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+from rkdo_dist import checkpoint
+from rkdo_dist import config as configuration
+from rkdo_dist.evaluate.judge import evaluate_encoder
+from rkdo_dist.exchange import group
+from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.train.job import Job
+from rkdo_dist.train.journal import Journal
+
+
+def save(job: Job, journal: Journal) -> None:
+    """Write a checkpoint of the position, unless that is saved already (collective)."""
+    if job.saved == job.position:
+        return
+    journal.sync()
+    state = job.step.strategy.state()  # collective: shards are gathered
+    what = f"saving the checkpoint of step {job.position}"
+    building = group.on_main(lambda: checkpoint.begin(job.run.checkpoints, job.position), what)
+    if job.persistent is not None:
+        persistent, everyones = job.persistent, Path(group.from_rank_zero(str(building)))
+        persistent.store.finish()
+        group.together(lambda: persistent.write_parts(everyones), what)
+        shown = persistent.snapshot(job.position)
+        group.on_main(lambda: job.run.write_rows(shown), what)
+
+    def commit() -> None:
+        assert building is not None
+        extra = {
+            **job.facts(),
+            "configuration": configuration.decisive_tree(job.config),
+            "skipped_in_a_row": job.skipped_in_a_row,
+            "early_stop": job.early_stop.state(),
+            "loss_scale": state.loss_scale,
+            "launch": job.runtime.launch,
+        }
+        checkpoint.commit(building, state.model, state.optimizer, extra, keep=job.config.train.keep_checkpoints)
+        job.run.saved(job.position)
+
+    group.on_main(commit, what)
+    job.saved = job.position
+
+
+def restore(job: Job) -> None:
+    """Continue from the newest whole checkpoint of the run, if it has one.
+
+    Raises:
+        ValueError: if no checkpoint is whole (that it is this run's own, `RunDirectory.claim` has seen to).
+    """
+    found = newest_checkpoint(job.run, job.runtime)
+    if found is None:
+        return
+    assert found.optimizer is not None  # `save` writes it
+    job.encoder.load_state_dict(found.model)
+    checkpoint.tensors_to_optimizer(found.optimizer, job.optimizer, job.encoder.named_parameters())
+    if job.persistent is not None:
+        job.persistent.restore(found)
+    job.position = job.saved = found.step
+    job.skipped_in_a_row = found.extra["skipped_in_a_row"]
+    job.early_stop.restore(found.extra.get("early_stop", {}))
+    job.loss_scale = found.extra.get("loss_scale", {})
+    job.launch_before = found.extra.get("launch", job.runtime.launch)
+
+
+def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint of a run; if that is not the newest, rank zero says why."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", checkpoint.CheckpointWarning)
+        found = checkpoint.load_latest(run.checkpoints)
+    if runtime.is_main:
+        for warning in said:
+            print(f"rkdo: warning: {warning.message}", file=sys.stderr, flush=True)
+    return found
+
+
+def evaluate(job: Job, journal: Journal) -> None:
+    """Evaluate the encoder as it is now, unless that has been done (collective)."""
+    if group.from_rank_zero(job.run.evaluated(job.position)):
+        return
+    with job.step.strategy.whole() as encoder:
+        evaluate_encoder(job.config, job.runtime, job.index, job.run, encoder, job.position, journal.console)
+    journal.evaluated(job.position, job.run.evaluations / f"{job.position}.json")
