@@ -24,31 +24,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: consecutive states of a stream differ by it
+Words = TypeVar("Words", int, np.ndarray)
 _STREAM_SHARDS, _STREAM_START, _STREAM_WINDOW, _STREAM_SUBSTITUTE = 1, 2, 3, 4
+
+
+def finalised(state: Words) -> Words:
+    """SplitMix64's output for its states: integers in [0, 2**64), or an array of uint64."""
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
 
 
 def hash64(*words: int) -> int:
     """A 64-bit hash of integers: SplitMix64's finaliser folded over `words` (taken modulo 2**64)."""
     state = 0
     for word in words:
-        state = (state + _GOLDEN + (word & _MASK)) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
+        state = finalised((state + GOLDEN + (word & _MASK)) & _MASK)
     return state
 
 
 def permutation(size: int, key: int) -> np.ndarray:
     """A permutation of `range(size)` as int64, drawn from `key`: the ranks of `size` SplitMix64 outputs."""
-    state = np.uint64(key & _MASK) + np.uint64(_GOLDEN) * np.arange(1, size + 1, dtype=np.uint64)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(state ^ (state >> np.uint64(31)), kind="stable")
+    states = np.uint64(key & _MASK) + np.uint64(GOLDEN) * np.arange(1, size + 1, dtype=np.uint64)
+    return np.argsort(finalised(states), kind="stable")
 
 
 @dataclass(frozen=True)

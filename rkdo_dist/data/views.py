@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rkdo_dist.data.order import hash64
+from rkdo_dist.data.order import GOLDEN, finalised, hash64
 
 _STREAM_VIEWS = 16  # keeps these draws apart from those of `order`
 _TRIES = 10
@@ -60,16 +60,10 @@ def uniforms(ids: np.ndarray, seed: int, epoch: int, view: int, count: int) -> n
     Two rounds of SplitMix64's finaliser over a counter: the first makes a key of (seed, epoch, view, id),
     the second makes the numbers of that key.
     """
-    key = _mix(np.uint64(hash64(_STREAM_VIEWS, seed, epoch, view)) ^ _mix(ids.astype(np.uint64)))
-    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return (_mix(key[:, None] + steps) >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    golden, epoch_key = np.uint64(GOLDEN), np.uint64(hash64(_STREAM_VIEWS, seed, epoch, view))
+    key = finalised((epoch_key ^ finalised(ids.astype(np.uint64) + golden)) + golden)
+    steps = np.arange(2, count + 2, dtype=np.uint64) * golden
+    return (finalised(key[:, None] + steps) >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True)
