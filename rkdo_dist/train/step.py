@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rkdo_dist.batch_norm import BatchStatistics
+from rkdo_dist.data.order import hash64
 from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.averaged import Averaged
@@ -22,6 +23,7 @@ from rkdo_dist.train.exact import Exact
 from rkdo_dist.train.persistent import Pair, PersistentField
 from rkdo_dist.train.strategy import Position, Strategy
 
+_STREAM_ENCODER = 17  # keeps these draws apart from those of `data.order` and `data.views`
 # images (m, 3, H, W) uint8 on the device, ids (m,) on the CPU, epoch, view -> (m, 3, S, S) float32
 MakeView = Callable[[Tensor, Tensor, int, int], Tensor]
 
@@ -112,7 +114,8 @@ class Step:
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
         outputs, statistics = [], []
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.runtime.autocast():
-            torch.manual_seed(_lane_seed(self._settings.seed, at.epoch, at.step, at.first_lane + number))
+            lane_key = hash64(_STREAM_ENCODER, self._settings.seed, at.epoch, at.step, at.first_lane + number)
+            torch.manual_seed(lane_key >> 1)
             for x in inputs:
                 with self.statistics.discarding() if again else self.statistics.collecting():
                     outputs.append(model(x))
@@ -131,12 +134,3 @@ def _choose(
     if settings.reduction == "exact":
         return Exact(encoder, optimizer, runtime)
     return Averaged(encoder, optimizer, runtime, settings.exchange, settings.recompute)
-
-
-def _lane_seed(seed: int, epoch: int, step: int, lane: int) -> int:
-    """A different 63-bit seed for every micro-batch of a run, whatever rank computes it."""
-    mixed = 0
-    for part in (seed, epoch, step, lane):
-        mixed = ((mixed ^ part) * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & (2**64 - 1)
-        mixed ^= mixed >> 29
-    return mixed >> 1
