@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rkdo_dist import __version__
-from rkdo_dist.addresses import Parser, shown, traceback_without_secrets
+from rkdo_dist.addresses import Parser, traceback_without_secrets
 from rkdo_dist.export.commands import output_commands
 
 if TYPE_CHECKING:
@@ -32,20 +32,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:
         sys.excepthook = traceback_without_secrets
     options = parsed(list(sys.argv[1:] if arguments is None else arguments))
+    from rkdo_dist.diagnostics import logger, show_diagnostics
+
+    show_diagnostics()
     try:
         code = options.run(options)
     except KeyboardInterrupt:
-        _say("interrupted")
+        logger.info("interrupted")
         code = INTERRUPTED
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("rkdo_dist"):
             raise
-        _say(f"error: this command needs {error.name}, which is not installed: pip install 'rkdo_dist[train]'")
+        logger.error("this command needs %s, which is not installed: pip install 'rkdo_dist[train]'", error.name)
         code = USER_ERROR
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("RKDO_TRACEBACK") or not _is_users(error):
             raise
-        _say(f"error: {error}")
+        logger.error("%s", error)
         code = getattr(error, "exit_code", USER_ERROR)
     sys.stdout.flush()  # stderr is not buffered
     sys.exit(code)
@@ -75,12 +78,6 @@ def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr)
-
-
-def _say(text: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    prefix = "rkdo: " if rank == "0" else f"rkdo [rank {rank}]: "
-    print(prefix + shown(text), file=sys.stderr, flush=True)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ FLOORS = {
     "data": 3,
     "encoders": 3,
     "console": 0,
+    "diagnostics": 1,
     "batch_norm": 3,
     "checkpoint": 3,
     "history": 3,

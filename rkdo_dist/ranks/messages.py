@@ -3,7 +3,7 @@
 Python warnings and log records of level WARNING and above arrive here. Rank zero shows its own at once. Other ranks
 hold theirs until the end of the step, when its facts (`train.facts`) tell that some rank has any; so a warning
 that every rank has is one line, and nothing writes across the progress display. A rank that leaves because of an error
-prints what it still holds itself.
+shows what it still holds itself.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rkdo_dist.addresses import shown
+from rkdo_dist.diagnostics import logger, show_diagnostics
 from rkdo_dist.exchange import group
 
 _MOST = 100  # held at a time: a warning that differs at every step must not eat the memory
-_TALKATIVE = ("DeepSpeed",)  # loggers that print every rank's remarks themselves
+_DIVERTED = ("rkdo_dist", "DeepSpeed")  # loggers with handlers of their own, which would print on every rank
 
 
 class Messages:
@@ -43,7 +43,7 @@ class Messages:
             return
         self._known.add(text)
         if self._rank == 0 or os.getpid() != self._process:  # a loader worker takes part in no collective
-            _print(self._rank, text)
+            _show(self._rank, text)
         elif len(self._held) < _MOST:
             self._held.append(text)
 
@@ -53,14 +53,14 @@ class Messages:
         return held
 
     def show(self, by_rank: Sequence[Sequence[str]]) -> None:
-        """Print what other ranks have sent, each text once (rank zero; nothing on others)."""
+        """Show what other ranks have sent, each text once (rank zero; nothing on others)."""
         if self._rank != 0:
             return
         for rank, texts in enumerate(by_rank):
             for text in texts:
                 if text not in self._known:
                     self._known.add(text)
-                    _print(rank, text)
+                    _show(rank, text)
 
     def exchange(self) -> None:
         """`take` and `show` where no other collective is at hand (collective)."""
@@ -73,9 +73,9 @@ class Messages:
         return bool(self._held)
 
     def flush(self) -> None:
-        """Print what is held, without any other rank."""
+        """Show what is held, without any other rank."""
         for text in self.take():
-            _print(self._rank, text)
+            _show(self._rank, text)
 
 
 _current: Messages | None = None
@@ -99,13 +99,14 @@ def collected(rank: int) -> Iterator[Messages]:
 
     _current, warnings.showwarning = messages, receive
     logging.getLogger().addHandler(handler)
-    for name in _TALKATIVE:
+    show_diagnostics()
+    for name in _DIVERTED:
         logging.getLogger(name).addFilter(handler.divert)
     try:
         yield messages
     finally:
         messages.flush()
-        for name in _TALKATIVE:
+        for name in _DIVERTED:
             logging.getLogger(name).removeFilter(handler.divert)
         logging.getLogger().removeHandler(handler)
         _current, warnings.showwarning = before, show
@@ -117,14 +118,17 @@ class _Handler(logging.Handler):
         self._messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "rank"):  # collected already, and on its way to people
+            return
         with contextlib.suppress(Exception):  # a log record must not end the training
-            self._messages.add(f"{record.getMessage()} ({record.name})")
+            name = "" if record.name == logger.name else f" ({record.name})"
+            self._messages.add(record.getMessage() + name)
 
     def divert(self, record: logging.LogRecord) -> bool:
         """A filter that keeps records from a logger's own handlers; warnings come here instead."""
         if record.levelno >= self.level:
             self.emit(record)
-        return False
+        return hasattr(record, "rank") or (record.name == logger.name and record.levelno < self.level)
 
 
 def _sentence(text: str, category: type[Warning]) -> str:
@@ -132,6 +136,5 @@ def _sentence(text: str, category: type[Warning]) -> str:
     return text if ours else f"{text} ({category.__name__})"
 
 
-def _print(rank: int, text: str) -> None:
-    prefix = "rkdo" if rank == 0 else f"rkdo [rank {rank}]"
-    print(f"{prefix}: warning: {text}", file=sys.stderr, flush=True)
+def _show(rank: int, text: str) -> None:
+    logger.warning("%s", text, extra={"rank": rank})

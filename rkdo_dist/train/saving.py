@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
+from rkdo_dist.diagnostics import logger
 from rkdo_dist.evaluate.judge import evaluate_encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
@@ -76,7 +76,7 @@ def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpo
         found = checkpoint.load_latest(run.checkpoints)
     if runtime.is_main:
         for warning in said:
-            print(f"rkdo: warning: {warning.message}", file=sys.stderr, flush=True)
+            logger.warning("%s", warning.message)
     return found
 
 
