@@ -156,6 +156,17 @@ def require_labels(config: Config, index: ShardIndex) -> None:
         )
 
 
+def check_data(config: Config, index: ShardIndex) -> None:
+    """Whether a configuration fits the shards, as far as the index tells.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    run_length(config, index)
+    make_objective(config, 0.0)
+    make_views(config, index)
+
+
 def make_encoder(config: Config, *, pretrained: bool = True, code: bool = True) -> Encoder:
     """The encoder, with weights drawn from `run.seed` or read from `encoder.weights`: the same on every rank.
 

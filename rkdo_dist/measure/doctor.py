@@ -6,7 +6,6 @@ is trained and no file is written.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import socket
@@ -24,11 +23,12 @@ from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.encoders import Encoder
+from rkdo_dist.evaluate.judge import plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.measure import memory, wire
 from rkdo_dist.measure.ledger import sent_bytes
-from rkdo_dist.ranks import runtime
-from rkdo_dist.ranks.agreement import agree, code_digest, same_request
+from rkdo_dist.ranks import surroundings
+from rkdo_dist.ranks.agreement import code_digest
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.train.persistent import rows_bytes
 
@@ -44,30 +44,26 @@ def doctor(config: Config) -> int:
     Raises:
         ValueError: for a mistake in the request, alike on every rank.
     """
-    parts.require_source(config)
-    rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
-    try:
+    with surroundings.meet(config) as around:
+        rt, index = around.runtime, around.index
         console = Console() if rt.is_main else None
-        same_request(config)
-        agree(rt.launch)
-        in_effect = dataclasses.replace(config, run=dataclasses.replace(config.run, reduction=rt.reduction))
-        configuration.check_world(in_effect, rt.world)
-        index = group.together(lambda: parts.open_index(config), "reading the index")
-        agree({"the shards' index (digest)": index.digest()})
-        group.together(lambda: _check_parts(config, index), "checking the configuration")
+        around.check_world(config)
+        group.together(lambda: parts.check_data(config, index), "checking the configuration")
+        plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
         ranks: list[Any] = group.gather_objects(_this_rank(rt))
         _print(console, _launch_table(config, rt, ranks))
-        _check_shards(config, index, console)
+        splits = dict.fromkeys([config.data.split, *(plan.splits if config.evaluate.at_end else ())])
+        _check_shards(index, list(splits), console)
+        group.together(lambda: parts.require_labels(config, index), "looking at the labels")
         encoder = parts.make_encoder(config).to(rt.device)
         encoder.check_image_size(parts.make_views(config, index).size)
         shape = wire.shape_of(config, encoder, parts.make_objective(config, 0.0), rt.world, rt.launch)
         need = group.together(lambda: _memory(config, rt, index, encoder, shape), "measuring a forward pass")
         per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)
         _print(console, _run_table(config, index, shape), _wire_table(shape), _memory_table(need, rt, per_host))
+        _print(console, *([plan.note] if plan.note else []))
         _print(console, "[green]nothing stands in the way of training[/green]")
-        return 0
-    finally:
-        runtime.finish()
+    return 0
 
 
 def _print(console: Console | None, *things: Any) -> None:
@@ -75,25 +71,9 @@ def _print(console: Console | None, *things: Any) -> None:
         console.print(thing)  # type: ignore[union-attr]
 
 
-def _check_parts(config: Config, index: ShardIndex) -> None:
-    """What training builds before its first step, of which each part refuses what it cannot use."""
-    parts.run_length(config, index)
-    parts.make_objective(config, 0.0)
-    parts.make_views(config, index)
-    for split in _splits(config):
-        index.split(split)
-
-
-def _splits(config: Config) -> list[str]:
-    evaluated = [config.evaluate.test_split]
-    if config.evaluate.protocol == "full":
-        evaluated.insert(0, config.evaluate.train_split)
-    return list(dict.fromkeys([config.data.split, *(evaluated if config.evaluate.at_end else [])]))
-
-
-def _check_shards(config: Config, index: ShardIndex, console: Console | None) -> None:
+def _check_shards(index: ShardIndex, splits: list[str], console: Console | None) -> None:
     """Verify length, SHA-256 and sample count of every shard; the ranks of a node share the work."""
-    shards = [shard for split in _splits(config) for shard in index.split(split).shards]
+    shards = [shard for split in splits for shard in index.split(split).shards]
     if index.address is not None:
         _print(console, f"{len(shards)} shards lie elsewhere: each is verified when it has been fetched")
         return

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from rkdo_dist import __version__, parts
+from rkdo_dist import __version__
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
@@ -34,8 +34,8 @@ from rkdo_dist.files import write_atomic
 from rkdo_dist.measure import ledger, memory, wire
 from rkdo_dist.measure.ledger import Ledger
 from rkdo_dist.measure.stopwatch import COMPUTE, DATA, EXCHANGE, FIELD, OPTIMIZER, Stopwatch
-from rkdo_dist.ranks import runtime
-from rkdo_dist.ranks.agreement import agree, same_request
+from rkdo_dist.ranks import surroundings
+from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
@@ -54,22 +54,17 @@ def measure(config: Config, ways: Sequence[str], steps: int, out: Path) -> None:
     asked = {way: configuration.change(config, [f"run.reduction={way}"]) for way in ways}
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
-    rt = runtime.start(config.run.threads, config.run.timeout, "exact" if "exact" in ways else "fast")
-    try:
-        same_request(config)
-        agree({"ways": list(ways), "steps": steps, **rt.launch})
+    with surroundings.meet(config, "exact" if "exact" in ways else "fast") as around:
+        rt = around.runtime
+        agree({"ways": list(ways), "steps": steps})
         if rt.zero_stage and "exact" in ways:
             raise ConfigError(f"{rt.strategy} sums gradients itself: measure --ways fast or ring")
         for way in ways:
             configuration.check_world(asked[way], rt.world)
-        index = group.together(lambda: parts.open_index(config), "reading the index")
-        agree({"the shards' index (digest)": index.digest()})
-        points = [_measured(asked[way], way, rt, index, steps) for way in ways]
+        points = [_measured(asked[way], way, rt, around.index, steps) for way in ways]
         settings = configuration.flatten(configuration.without_secrets(config))
         facts = {"version": __version__, "settings": settings, "points": points}
         group.on_main(lambda: write_atomic(out, json.dumps(facts, indent=1)), f"writing {out}")
-    finally:
-        runtime.finish()
 
 
 def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: int) -> dict[str, Any]:

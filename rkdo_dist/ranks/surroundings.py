@@ -1,14 +1,22 @@
-"""Context of a job: its peers, its messages to people, and its status in the run directory."""
+"""Context of a job: its ranks meet, its messages reach people, the run directory gets its status."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
-from rkdo_dist.ranks import messages
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config
+from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.exchange import group
+from rkdo_dist.parts import open_index, require_source
+from rkdo_dist.ranks import messages, runtime
+from rkdo_dist.ranks.agreement import agree, same_request
 from rkdo_dist.ranks.messages import Messages
 from rkdo_dist.ranks.peers import Peers
+from rkdo_dist.ranks.runtime import Reduction, Runtime
 from rkdo_dist.ranks.signals import INTERRUPTED, PREEMPTED
 from rkdo_dist.rundir import RunDirectory
 
@@ -16,12 +24,30 @@ _WORDS = {0: "complete", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 
 
 class Surroundings:
-    """Attributes: `peers`, `messages`. A run whose directory is `claimed` gets a status file, kept by rank zero."""
+    """What `meet` gives. A run whose directory is `claimed` gets a status file, kept by rank zero.
+
+    Attributes:
+        peers, messages: of this job.
+        runtime: this process's place in it.
+        index: of the shards, the same on every rank.
+    """
+
+    runtime: Runtime
+    index: ShardIndex
 
     def __init__(self, others: Peers, said: Messages) -> None:
         self.peers, self.messages = others, said
         self._run: RunDirectory | None = None
         self._step: Callable[[], int] = lambda: 0
+
+    def check_world(self, config: Config) -> None:
+        """Whether these ranks can share the lanes of a step, with sums formed as they are in effect.
+
+        Raises:
+            ConfigError: saying which setting to change.
+        """
+        run = dataclasses.replace(config.run, reduction=self.runtime.reduction)
+        configuration.check_world(dataclasses.replace(config, run=run), self.runtime.world)
 
     def claimed(self, run: RunDirectory | None, step: Callable[[], int]) -> None:
         """From now on `run` is this job's, and its status is "running".
@@ -48,8 +74,39 @@ class Surroundings:
 
 
 @contextlib.contextmanager
+def meet(config: Config, reduction: Reduction | None = None) -> Iterator[Surroundings]:
+    """Join the ranks that a launcher has started, see that all were started alike, open the shards' index (collective).
+
+    While open, warnings of every rank reach people through rank zero; afterwards the process group is left.
+
+    Args:
+        reduction: in place of `run.reduction`.
+
+    Raises:
+        ConfigError: if no data is named.
+        ValueError: for a launch or an index that cannot be used, on every rank.
+        RankError: for ranks that differ in settings, code or shards, naming what differs and the rank.
+        PeerLostError: if a collective fails because another process is gone, now or while this is open.
+    """
+    require_source(config)
+    with entered(config.run.timeout) as around:
+        try:
+            around.runtime = runtime.start(
+                config.run.threads, config.run.timeout, config.run.reduction if reduction is None else reduction
+            )
+            around.peers.meet()
+            same_request(config)
+            agree(around.runtime.launch)
+            around.index = group.together(lambda: open_index(config), "reading the index")
+            agree({"the shards' index (digest)": around.index.digest()})
+            yield around
+        finally:
+            runtime.finish()
+
+
+@contextlib.contextmanager
 def entered(timeout: int) -> Iterator[Surroundings]:
-    """Enter before joining the process group.
+    """Enter before joining the process group: `meet` without what a configuration says.
 
     Args:
         timeout: `run.timeout`.

@@ -180,8 +180,8 @@ def build(config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory
     Raises:
         ValueError: for any setting that does not fit the data or the ranks.
     """
+    parts.check_data(config, index)
     steps_per_epoch, total_steps = parts.run_length(config, index)
-    parts.make_objective(config, 0.0)
     if config.data.on_corrupt == "abort":
         check_shards(index, config.data.split)
     parts.require_labels(config, index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.evaluate.judge import evaluate_encoder, plan_evaluation
 from rkdo_dist.exchange import group
-from rkdo_dist.ranks import runtime, surroundings
-from rkdo_dist.ranks.agreement import agree, code_digest, same_request
-from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.ranks import surroundings
+from rkdo_dist.ranks.agreement import agree, code_digest
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory, RunError
@@ -37,28 +35,20 @@ def train(config: Config) -> int:
     """
     if not config.run.dir:
         raise ConfigError("run.dir is not set: name the directory for this run, e.g. run.dir=runs/first")
-    parts.require_source(config)
     run = RunDirectory(config.run.dir)
-    with contextlib.closing(run), surroundings.entered(config.run.timeout) as around:
-        return _train(config, run, around)
-
-
-def _train(config: Config, run: RunDirectory, around: Surroundings) -> int:
-    rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
-    try:
-        around.peers.meet()
-        job = _set_up(config, rt, run)
-        around.claimed(job.run if rt.is_main else None, lambda: job.position)
+    with contextlib.closing(run), surroundings.meet(config) as around:
+        job = _set_up(config, around, run)
+        around.claimed(run if job.runtime.is_main else None, lambda: job.position)
         job.begin()
-        console = Console(stderr=True) if rt.is_main else None
-        already = job.position
         trackers = group.on_main(lambda: _trackers(job, config), "starting run.trackers")
+        console = Console(stderr=True) if job.runtime.is_main else None
+        already = job.position
         with (
-            Journal(job.run.metrics, already, job.total_steps, console, job.objective(0).name, trackers) as journal,
+            Journal(run.metrics, already, job.total_steps, console, job.objective(0).name, trackers) as journal,
             StopRequest() as stop,
         ):
             if already:
-                journal.say(f"continuing {job.run.path} at step {already} of {job.total_steps}")
+                journal.say(f"continuing {run.path} at step {already} of {job.total_steps}")
             for line in _remarks(job, config):
                 journal.say(line)
             around.messages.exchange()
@@ -67,20 +57,16 @@ def _train(config: Config, run: RunDirectory, around: Surroundings) -> int:
             journal.say(_farewell(job, code))
         around.ended(code)
         return code
-    finally:
-        runtime.finish()
 
 
-def _set_up(config: Config, rt: Runtime, run: RunDirectory) -> Job:
+def _set_up(config: Config, around: Surroundings, run: RunDirectory) -> Job:
     """Everything that can fail because of the request fails here, on every rank alike."""
-    same_request(config)
-    in_effect = dataclasses.replace(config, run=dataclasses.replace(config.run, reduction=rt.reduction))
-    configuration.check_world(in_effect, rt.world)
+    rt, index = around.runtime, around.index
+    around.check_world(config)
     group.on_main(lambda: tracking.check(config.run.trackers), "looking at run.trackers")
-    index = group.together(lambda: parts.open_index(config), "reading the index")
     job = group.together(lambda: build(config, rt, index, run), "building the run")
     group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
-    agree({**job.facts(), **rt.launch})
+    agree(job.facts())
     source = group.together(lambda: other_run(config), "looking at run.resume")
     data = index.digest()
     group.on_main(lambda: run.claim(config, source, data), "claiming run.dir")
@@ -161,24 +147,15 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
         raise ConfigError(
             "only settings that do not change the run can be overridden here (evaluate.*, data.source, ...)"
         )
-    with contextlib.closing(run), surroundings.entered(config.run.timeout) as around:
-        _evaluate(run, config, around, any(o.partition("=")[0] == "encoder.backbone" for o in overrides))
-
-
-def _evaluate(run: RunDirectory, config: Config, around: Surroundings, code: bool) -> None:
-    rt = runtime.start(config.run.threads, config.run.timeout, config.run.reduction)
-    try:
-        around.peers.meet()
+    code = any(override.partition("=")[0] == "encoder.backbone" for override in overrides)
+    with contextlib.closing(run), surroundings.meet(config) as around:
+        rt, index = around.runtime, around.index
         group.on_main(run.lock, f"locking {run.path}")
-        index = group.together(lambda: parts.open_index(config), "reading the index")
         encoder = parts.make_encoder(config, pretrained=False, code=code).to(rt.device)
         found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
         if found is None:
             raise RunError(f"{run.path} has no checkpoint yet: train it first")
-        checked = found
-        group.together(lambda: run.refuse_foreign(checked, config), "comparing the checkpoint with config.yaml")
+        group.together(lambda: run.refuse_foreign(found, config), "comparing the checkpoint with config.yaml")
         agree({"step of the checkpoint": found.step})
         encoder.load_state_dict(found.model)
         evaluate_encoder(config, rt, index, run, encoder, found.step, Console(stderr=True) if rt.is_main else None)
-    finally:
-        runtime.finish()
