@@ -177,6 +177,11 @@ class Cell:
         """RKDO against I-Con, seed by seed; None without values."""
         return paired(self.rkdo, self.icon) if self.rkdo else None
 
+    @property
+    def published_percent(self) -> float:
+        """The paper's percentage, NaN where it has none."""
+        return math.nan if self.published is None else self.published.percent
+
     def away(self, objective: str) -> float:
         """Our mean minus the published one, in published standard deviations; NaN where one is missing."""
         if self.published is None or not self.seeds:

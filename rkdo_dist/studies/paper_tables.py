@@ -44,14 +44,12 @@ def table_1(results: Results) -> Sheet:
         _loss_caption(results),
     )
     for (dataset, epochs, cell), share, p in zip(cells, shares, _adjusted(shares), strict=True):
-        lower = f"{_times(cell.percent(True))}\n{_percent(cell)}"
+        lower = f"{_percent(cell.percent(True))}\n{_percent(cell.published_percent)}"
         attained = "\n".join(of_values(getattr(share, o), 1, percent=True) for o in OBJECTIVES)
-        sheet.rows.append(
-            [_title(dataset), str(epochs), *map(_side(cell), OBJECTIVES), lower, attained, _verdict(share, p)]
-        )
+        sides = [_side(cell, objective) for objective in OBJECTIVES]
+        sheet.rows.append([_title(dataset), str(epochs), *sides, lower, attained, _verdict(share, p)])
         row = {"dataset": dataset, "epochs": epochs, **_columns(request, cell)}
-        row |= {"rkdo_lower_percent": cell.percent(True)}
-        row |= {"published_percent": cell.published.percent if cell.published else math.nan}
+        row |= {"rkdo_lower_percent": cell.percent(True), "published_percent": cell.published_percent}
         ours = {k: v for k, v in _columns(request, share, p).items() if k not in ("protocol", "seeds")}
         ours = {k: v for k, v in ours.items() if "published" not in k and "away" not in k}
         sheet.data.append(row | {f"attained_{k}": v for k, v in ours.items()})
@@ -125,21 +123,12 @@ def _accuracies(
     columns = [*labels[0], *_sides(), "RKDO vs I-Con\nhere\npublished", "difference", "evidence?"]
     sheet = Sheet(name, title, columns, _ADJUSTED)
     for label, cell, p in zip(labels, cells, _adjusted(cells), strict=True):
-        relative = (
-            f"{cell.percent():+.2f} %\n{_percent(cell, sign=True)}" if cell.seeds else f"-\n{_percent(cell, True)}"
-        )
-        sheet.rows.append(
-            [*label.values(), *map(_side(cell), OBJECTIVES), relative, _difference(cell), _verdict(cell, p)]
-        )
+        relative = f"{_percent(cell.percent(), '+')}\n{_percent(cell.published_percent, '+')}"
+        sides = [_side(cell, objective) for objective in OBJECTIVES]
+        sheet.rows.append([*label.values(), *sides, relative, _difference(cell), _verdict(cell, p)])
         names = {key.replace("data set", "dataset"): value for key, value in label.items()}
-        published_percent = cell.published.percent if cell.published else math.nan
-        data = {
-            **names,
-            **_columns(request, cell, p),
-            "percent": cell.percent(),
-            "published_percent": published_percent,
-        }
-        sheet.data.append(data)
+        percents = {"percent": cell.percent(), "published_percent": cell.published_percent}
+        sheet.data.append({**names, **_columns(request, cell, p), **percents})
     return sheet
 
 
@@ -155,23 +144,14 @@ def _sides() -> list[str]:
     return [f"{NAMES[objective]}\nhere\npublished\naway" for objective in OBJECTIVES]
 
 
-def _side(cell: Cell) -> Any:
-    def text(objective: str) -> str:
-        theirs = "-" if cell.published is None else spread(*getattr(cell.published, objective))
-        away = cell.away(objective)
-        return f"{of_values(getattr(cell, objective))}\n{theirs}\n{'-' if math.isnan(away) else f'{away:+.2f} sd'}"
-
-    return text
+def _side(cell: Cell, objective: str) -> str:
+    theirs = "-" if cell.published is None else spread(*getattr(cell.published, objective))
+    away = cell.away(objective)
+    return f"{of_values(getattr(cell, objective))}\n{theirs}\n{'-' if math.isnan(away) else f'{away:+.2f} sd'}"
 
 
-def _percent(cell: Cell, sign: bool = False) -> str:
-    if cell.published is None:
-        return "-"
-    return f"{cell.published.percent:+.2f} %" if sign else f"{cell.published.percent:.2f} %"
-
-
-def _times(percent: float) -> str:
-    return "-" if math.isnan(percent) else f"{percent:.2f} %"
+def _percent(value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.2f} %"
 
 
 def _difference(cell: Cell) -> str:
@@ -208,11 +188,8 @@ def _columns(request: Request, cell: Cell, p: float | None = None) -> dict[str, 
 
 
 def _loss_caption(results: Results) -> str:
-    gaps = []
-    for dataset in results.request.datasets:
-        values = results.at_uniform(dataset)
-        if values is not None:
-            gaps.append(f"{100 * (values[1] - values[0]) / values[1]:.1f} % on {_title(dataset)}")
+    starts = {dataset: results.at_uniform(dataset) for dataset in results.request.datasets}
+    gaps = [f"{100 * (b - a) / b:.1f} % on {_title(d)}" for d, start in starts.items() if start for a, b in [start]]
     before = (
         f" Before any training RKDO's loss is lower by {', '.join(gaps)}: it is a different function." if gaps else ""
     )
