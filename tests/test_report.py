@@ -245,6 +245,31 @@ def test_tsne_separates_what_is_far_apart_and_repeats_itself() -> None:
         maps.tsne(features[:5])
 
 
+@pytest.fixture
+def page(reference: Path, tmp_path: Path) -> Path:
+    """The page of a real run and a made-up one."""
+    other = fake_run(tmp_path / "other", "icon", 42, [2.7], {4: scores_of(0.1)})
+    code, text = command(["report", str(reference), str(other), "--out", str(tmp_path / "page.html")])
+    assert code == 0, text
+    return tmp_path / "page.html"
+
+
+def require_everything(text: str) -> None:
+    """All sections and pictures of `page`, and nothing from elsewhere."""
+    found = require_self_contained(text)
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    for title in ("What the loss gap consists of", "Scores", "Curves", "Resources", "Pictures: RKDO", "Settings"):
+        assert title in titles
+    pictures = [a["src"] or "" for name, a in found.tags if name == "img"]
+    assert sum(src.startswith("data:image/svg+xml") for src in pictures) >= 4, "curves, resources and the embedding map"
+    assert sum(src.startswith("data:image/png") for src in pictures) >= 8 * 7, "neighbours and the field"
+    assert "Field heat maps" in text
+
+
+def test_a_real_run_is_shown_whole_and_asks_for_nothing(page: Path) -> None:
+    require_everything(page.read_text())
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------
 
 
@@ -255,7 +280,7 @@ def browser() -> str:
     )
     if found is None:
         if os.environ.get("CI"):
-            pytest.fail("no Chromium here, and CI is set: .ci/run installs one")
+            pytest.fail("no Chromium here, and CI is set: apt-get install chromium")
         pytest.skip("no Chromium here")
     return found
 
@@ -278,26 +303,12 @@ def requested(log: Path) -> set[str]:
     return {url for origin, url in found if origin != "not an origin" and not url.startswith(("file:", "data:"))}
 
 
-def test_a_browser_shows_a_real_run_and_asks_for_nothing(small: list[str], tmp_path: Path) -> None:
-    assert browser()
-    code, text = command([*small, "evaluate.at_end=true", "train.max_steps=2"])
-    assert code == 0, text
-    run = small[-1].removeprefix("run.dir=")
-    other = fake_run(tmp_path / "other", "icon", 42, [2.7], {4: scores_of(0.1)})
-    page = tmp_path / "page.html"
-    code, text = command(["report", run, str(other), "--out", str(page)])
-    assert code == 0, text
+@pytest.mark.nightly
+def test_a_browser_shows_a_real_run_and_asks_for_nothing(page: Path, tmp_path: Path) -> None:
     shown = open_page(page, tmp_path / "dom", "--dump-dom")
     assert "CONSOLE" not in shown.stderr, shown.stderr
     assert not requested(tmp_path / "dom" / "net.json")
-    dom = require_self_contained(shown.stdout)
-    titles = re.findall(r"<h2>(.*?)</h2>", shown.stdout)
-    for title in ("What the loss gap consists of", "Scores", "Curves", "Resources", "Pictures: RKDO", "Settings"):
-        assert title in titles
-    pictures = [a["src"] or "" for name, a in dom.tags if name == "img"]
-    assert sum(src.startswith("data:image/svg+xml") for src in pictures) >= 4, "curves, resources and the embedding map"
-    assert sum(src.startswith("data:image/png") for src in pictures) >= 8 * 7, "neighbours and the field"
-    assert "Field heat maps" in shown.stdout
+    require_everything(shown.stdout)
     open_page(
         page, tmp_path / "shot", f"--screenshot={tmp_path / 'page.png'}", "--window-size=1100,1400", "--hide-scrollbars"
     )
@@ -306,6 +317,7 @@ def test_a_browser_shows_a_real_run_and_asks_for_nothing(small: list[str], tmp_p
     assert 0.002 < np.mean(picture < 128) < 0.3, "text on white paper, neither empty nor black"
 
 
+@pytest.mark.nightly
 def test_the_browser_test_would_notice(tmp_path: Path) -> None:
     """The controls: a page that asks for something, and one that complains."""
     page = tmp_path / "bad.html"

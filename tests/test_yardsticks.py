@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -9,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from threadpoolctl import threadpool_limits
 
+from rkdo_dist import checkpoint, parts
+from rkdo_dist import config as configuration
 from rkdo_dist.evaluate import yardsticks as common
+from rkdo_dist.evaluate.judge import evaluate_encoder
 from rkdo_dist.field.objectives import Objective, dense
+from rkdo_dist.ranks import runtime
+from rkdo_dist.rundir import RunDirectory
 from tests.jobs import command, run_of
 
 
@@ -162,10 +169,15 @@ def test_every_evaluation_holds_them_and_the_pairs_do_not_depend_on_the_seed(sma
     assert first["own_objective"] == "rkdo"
     assert {"infonce", "alignment", "uniformity", "effective_rank", "own_kl_3", "own_entropy_p"} <= set(first)
     assert 0 <= first["alignment"] <= 4
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace("seed: 42", "seed: 43"))
-    assert command(["evaluate", str(run)])[0] == 0
-    assert json.loads((run / "evaluations" / "2.json").read_text())["yardsticks"] == first
+    other = RunDirectory(tmp_path / "other")
+    other.path.mkdir()
+    settings = configuration.load(small[1], [*small[2:], "run.seed=43"])
+    encoder = parts.make_encoder(settings)
+    encoder.load_state_dict(checkpoint.load(run / "checkpoints" / "2").model)
+    with contextlib.closing(other):
+        rt = runtime.start(1, 60, "exact")
+        evaluate_encoder(settings, rt, parts.open_index(settings), other, encoder, 2, Console(quiet=True))
+    assert json.loads((other.evaluations / "2.json").read_text())["yardsticks"] == first
     code, text = command(["compare", str(run), str(run)])
     assert code == 0
     assert "InfoNCE at 0.5" in text
