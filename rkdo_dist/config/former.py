@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,8 @@ _DECISIVE = (
     "train.weight_decay train.schedule train.warmup_steps train.early_stop_slope train.early_stop_window run.seed "
     "run.reduction run.threads"
 )
+
+_said: set[str] = set()  # a run reads its settings more than once
 
 
 def with_names_of_now(tree: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -103,7 +106,9 @@ def rename(tree: dict[Any, Any], key: str, value: Any) -> None:
                 _require_same(key, value, former, said, meant)
     values[name] = meant
     line = f"{key} is called {former.now} now: use {former.now}={meant} (the former name works in this version only)"
-    logging.getLogger(__name__).warning(line)
+    if line not in _said and os.environ.get("RANK", "0") == "0":
+        _said.add(line)
+        logging.getLogger(__name__).warning(line)
 
 
 def _require_same(key: str, value: Any, former: Former, said: Any, meant: Any) -> None:
