@@ -388,6 +388,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from rkdo_dist.console import say
     from rkdo_dist.studies import sheets
     from rkdo_dist.studies.report.charts import write_loss_chart
     from rkdo_dist.studies.report.groups import overview, read_groups
@@ -396,13 +397,14 @@ def _compare(options: argparse.Namespace) -> int:
     console = sheets.console()
     sheets.show(console, [overview(groups)])
     for remark in remarks:
-        console.print(remark, soft_wrap=True)
+        say(console, remark)
     if options.figure and write_loss_chart(groups, options.figure):
-        console.print(f"figure: {options.figure}", soft_wrap=True)
+        say(console, f"figure: {options.figure}")
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
+    from rkdo_dist.console import say
     from rkdo_dist.studies import sheets
     from rkdo_dist.studies.report.page import write_report
 
@@ -412,17 +414,18 @@ def _report(options: argparse.Namespace) -> int:
     with console.status("reading the runs") as status:
         table = write_report(runs, out, status.update)
     sheets.show(sheets.console(), [table])
-    console.print(f"report: {out}", soft_wrap=True)
+    say(console, f"report: {out}")
     return 0
 
 
 def _field(options: argparse.Namespace) -> int:
+    from rkdo_dist.console import say
     from rkdo_dist.studies.field_figure import write_figure
 
     console = _console(stderr=True)
     with console.status("drawing"):
         paths = write_figure(options.directory, options.out or options.directory)
-    console.print(f"figure: {paths[0]}", soft_wrap=True)
+    say(console, f"figure: {paths[0]}")
     return 0
 
 
@@ -482,6 +485,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _scale(options: argparse.Namespace) -> int:
+    from rkdo_dist.console import say
     from rkdo_dist.studies import scaling, scaling_tables, sheets
 
     console = sheets.console()
@@ -501,8 +505,8 @@ def _scale(options: argparse.Namespace) -> int:
     page = scaling_tables.write(study, out)
     sheets.show(console, scaling_tables.tables(study))
     for note in scaling_tables.notes(study):
-        console.print(f"- {note}")
-    console.print(f"page: {page}", soft_wrap=True)
+        say(console, f"- {note}")
+    say(console, f"page: {page}")
     return 0
 
 

@@ -20,16 +20,21 @@ from rich.table import Table
 from rich.text import Text
 
 
+def say(console: Console, text: str, style: str = "") -> None:
+    """One line for people, in one piece and as it stands: a path in it may be called `[/red]`."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def progress_bar(console: Console, **options: Any) -> Progress:
     """The project's one kind of progress display."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         **options,
     )

@@ -85,3 +85,25 @@ def test_a_journal_that_is_too_short_or_longer(whole: list[str], tmp_path: Path)
     code, text = command([*whole, f"run.dir={run}", "run.resume=auto", "train.max_steps=3"])
     assert code == 0, text
     assert [record["step"] for record in metrics(run)] == [1, 2, 3]
+
+
+def test_a_path_is_no_markup(whole: list[str], tmp_path: Path) -> None:
+    """What rich would read as the end of a colour that was never begun, or drop as a style."""
+    for name in ("[/red]", "[bold]x", "m[/red]"):
+        run = tmp_path / name
+        words = [*whole, f"run.dir='{run}'", "train.max_steps=1", "evaluate.at_end=true"]
+        for arguments in (words, [*words, "run.resume=auto"], ["report", str(run)], ["compare", str(run)]):
+            code, text = command(arguments)
+            assert code == 0, text
+        assert f"done: {run}" in command([*words, "run.resume=auto"])[1]
+    data = tmp_path / "d[/x]"
+    for _ in range(2):
+        code, text = command(["prepare", "digits", "--out", str(data)])
+        assert code == 0, text
+    code, text = command(["doctor", whole[1], f"data.shards='{data}'", f"run.dir='{tmp_path / '[/z]'}'"])
+    assert code == 0, text
+    out = tmp_path / "[/sweep]"
+    code, text = command(
+        ["sweep", whole[1], "--vary", "field.depth=0", "--set", f"data.shards='{data}'", "--out", str(out)]
+    )
+    assert code == 2, text

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rkdo_dist import parts
 from rkdo_dist.config import Config
-from rkdo_dist.console import progress_bar
+from rkdo_dist.console import progress_bar, say
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
@@ -236,8 +236,8 @@ def _score(
     path = run.write_evaluation(step, {"step": step, **result})
     console.print(_table(step, result))
     if reason is not None:
-        console.print(f"no scores that need labels: {reason}", soft_wrap=True)
-    console.print(f"evaluation: {path}", soft_wrap=True)
+        say(console, f"no scores that need labels: {reason}")
+    say(console, f"evaluation: {path}")
 
 
 def _yardsticks(

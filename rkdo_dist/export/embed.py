@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from rkdo_dist.config import RunConfig
-from rkdo_dist.console import counting
+from rkdo_dist.console import counting, say
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.source import open_source
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
@@ -85,7 +85,7 @@ def embed(
             found = [(name, *_split(encoder, index, name, rt, console)) for name in names]
             group.together(lambda: _write(out, found, index, what) if rt.is_main else None, "writing the features")
             if console is not None:
-                console.print(f"features: {out}", soft_wrap=True)
+                say(console, f"features: {out}")
         finally:
             runtime.finish()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
@@ -46,7 +47,7 @@ def doctor(config: Config) -> int:
     """
     with surroundings.meet(config) as around:
         rt, index = around.runtime, around.index
-        console = Console() if rt.is_main else None
+        console = Console(markup=False) if rt.is_main else None
         around.check_world(config)
         group.together(lambda: parts.check_data(config, index), "checking the configuration")
         plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
@@ -62,7 +63,7 @@ def doctor(config: Config) -> int:
         per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)
         _print(console, _run_table(config, index, shape), _wire_table(shape), _memory_table(need, rt, per_host))
         _print(console, *([plan.note] if plan.note else []))
-        _print(console, "[green]nothing stands in the way of training[/green]")
+        _print(console, Text("nothing stands in the way of training", "green"))
     return 0
 
 
@@ -203,7 +204,7 @@ def _memory_table(need: dict[str, int], rt: Runtime, per_host: int) -> Table:
     else:
         table.add_row("the device has", _bytes(there))
     if total * (per_host if on_cpu else 1) > there:
-        table.caption = "[red]this does not fit: lower train.micro_batch, or use train.recompute=true[/red]"
+        table.caption = Text("this does not fit: lower train.micro_batch, or use train.recompute=true", "red")
     return table
 
 

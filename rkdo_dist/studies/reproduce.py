@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rkdo_dist.addresses import shown
 from rkdo_dist.config import ConfigError
+from rkdo_dist.console import say
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.index import load_index
 from rkdo_dist.files import write_atomic
@@ -56,7 +57,7 @@ def reproduce(request: Request, data: tuple[str, ...], processes: int, console: 
         except DataError as error:
             absent.append(paper.missing(dataset, places[dataset], error))
     for line in absent:
-        console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
+        say(console, line, "yellow")
     outcome = run_all(runs, processes, console) if runs else Outcome()
     results = Results(request)
     if results.runs:
@@ -101,7 +102,7 @@ def write(results: Results, notes: list[str], absent: list[str], console: Consol
     figures = all_figures(results, folder / "figures")
     said = [*paper_tables.agreement(results), *notes]
     for line in said:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     facts: dict[str, Any] = {
         "protocol": results.request.protocol,
         "changes": [shown(change) for change in results.request.changes],
@@ -115,7 +116,7 @@ def write(results: Results, notes: list[str], absent: list[str], console: Consol
         **environment(),
     }
     write_atomic(folder / "reproduction.json", json.dumps(_plain(facts), indent=2) + "\n")
-    console.print(f"tables: {folder / 'tables'}   figures: {figures[0].parent}", highlight=False, soft_wrap=True)
+    say(console, f"tables: {folder / 'tables'}   figures: {figures[0].parent}")
 
 
 def _plain(value: Any) -> Any:

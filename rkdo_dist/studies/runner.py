@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from rkdo_dist import addresses
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
-from rkdo_dist.console import progress_bar
+from rkdo_dist.console import progress_bar, say
 from rkdo_dist.files import write_atomic
 from rkdo_dist.lock import LockedError, holder
 from rkdo_dist.ranks.signals import StopRequest
@@ -81,7 +80,7 @@ class Outcome:
     def report(self, console: Console) -> int:
         """Print a line for every run that failed, and how to continue; the exit code: 0, 2 or that of the request."""
         for name, reason in self.failed.items():
-            console.print(f"[red]failed:[/red] {escape(f'{name}: {reason}')}", highlight=False, soft_wrap=True)
+            say(console, f"failed: {name}: {reason}", "red")
         if self.stopped:
             console.print("stopped: the tables hold what is complete; the same command goes on")
         return self.stopped or (2 if self.failed else 0)
@@ -165,13 +164,11 @@ class _Crew:
             self._say(f"{name}: done")
         elif not self.outcome.stopped:
             self.outcome.failed[name] = f"exit code {code}: {process.last_words()}"
-            self.console.print(
-                f"[red]{name}: failed[/red] (exit code {code}, {process.log})", highlight=False, soft_wrap=True
-            )
+            say(self.console, f"{name}: failed (exit code {code}, {process.log})", "red")
 
     def _say(self, text: str) -> None:
         if not self.console.is_terminal:  # the bar shows it there
-            self.console.print(text, highlight=False, soft_wrap=True)
+            say(self.console, text)
 
 
 class _Process:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from rkdo_dist.addresses import shown
 from rkdo_dist.config import ConfigError
+from rkdo_dist.console import say
 from rkdo_dist.rundir import SCORE_TITLES
 from rkdo_dist.studies import sheets
 from rkdo_dist.studies.grid import Axis, Row, Sweep, plan, results
@@ -126,7 +127,7 @@ def write(asked: Sweep, rows: list[Row], console: Console) -> None:
         sheets.show(console, [sheet])
         paths = figures(this, rows, asked.out / folder, sheet.title)
         drawn = ", ".join(path.name for path in paths)
-        console.print(f"table: {asked.out / name}.csv   {folder}: {drawn}", highlight=False, soft_wrap=True)
+        say(console, f"table: {asked.out / name}.csv   {folder}: {drawn}")
 
 
 def _names(scores: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

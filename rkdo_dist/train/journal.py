@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rkdo_dist.console import progress_bar
+from rkdo_dist.console import progress_bar, say
 from rkdo_dist.files import write_atomic
 from rkdo_dist.rundir import RunError, read_object, read_steps
 from rkdo_dist.train.tracking import Trackers
@@ -83,7 +83,7 @@ class Journal:
         if self.console.is_terminal or (time.monotonic() - self._plain_at < 10 and step < self._total):
             return
         self._plain_at = time.monotonic()
-        self.console.print(f"{self._label}: step {step}/{self._total}  {note}", highlight=False)
+        say(self.console, f"{self._label}: step {step}/{self._total}  {note}")
 
     def evaluated(self, step: int, path: Path) -> None:
         """Pass the scores of an evaluation that has just been written to the trackers."""
@@ -99,7 +99,7 @@ class Journal:
     def say(self, text: str) -> None:
         """One line for people."""
         if self.console is not None:
-            self.console.print(text, soft_wrap=True)  # a path in it stays in one piece
+            say(self.console, text)
 
 
 def _cut(path: Path, steps: int) -> None:
