@@ -157,7 +157,7 @@ def _tests(report: _Report) -> Element | None:
     if not rows:
         return None
     header = [
-        "score", "pair", "difference", "95 % interval", "p (Holm)", "verdict", "p (t)", "p (Wilcoxon)", "d_z",
+        "score", "first - second", "difference", "95 % interval", "p (Holm)", "verdict", "p (t)", "p (Wilcoxon)", "d_z",
         "mean ± sd of the first", "of the second",
     ]  # fmt: skip
     note = (
