@@ -486,7 +486,8 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _scale(options: argparse.Namespace) -> int:
     from rkdo_dist.console import say
-    from rkdo_dist.studies import scaling, scaling_tables, sheets
+    from rkdo_dist.measure import scaling
+    from rkdo_dist.studies import scaling_tables, sheets
 
     console = sheets.console()
     if bool(options.source) == bool(options.config):

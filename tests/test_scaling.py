@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from rkdo_dist.measure import scaling
+from rkdo_dist.measure.scaling import Plan, ScalingError
 from rkdo_dist.measure.wire import StepShape, step_payloads
-from rkdo_dist.studies import scaling, scaling_tables
-from rkdo_dist.studies.scaling import Plan, ScalingError
+from rkdo_dist.studies import scaling_tables
 from tests.jobs import command, environment
 
 SHAPE = StepShape(
@@ -143,7 +144,7 @@ def test_refused_before_anything_is_started(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("started a process")
 
-    monkeypatch.setattr("rkdo_dist.studies.scaling.subprocess.run", never)
+    monkeypatch.setattr("rkdo_dist.measure.scaling.subprocess.run", never)
     code, text = command(["scale", *small[1:], "--out", str(tmp_path / "out"), *arguments])
     assert code == 2, text
     assert words in " ".join(text.split())

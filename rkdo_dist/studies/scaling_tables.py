@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rkdo_dist.measure.scaling import Row, Study
 from rkdo_dist.studies import html
 from rkdo_dist.studies.plots import BAD, DARK, colour, encoded, pyplot
-from rkdo_dist.studies.scaling import Row, Study
 from rkdo_dist.studies.sheets import Sheet
 
 _SHORT = {"forward/backward": "fwd/bwd", "optimizer": "optim."}
