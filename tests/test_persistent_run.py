@@ -214,5 +214,5 @@ def test_a_checkpoint_without_rows_is_refused(small: list[str]) -> None:
     checkpoint.save(run / "checkpoints", 2, whole.model, whole.optimizer, whole.extra)
     code, text = command([*settings, "train.max_steps=4", "run.resume=auto"])
     assert code == 2
-    assert "do not fit this run" in " ".join(text.split())
+    assert "do not match this run" in " ".join(text.split())
     assert json.loads((run / "rows" / "2.json").read_text())["step"] == 2

@@ -1,4 +1,4 @@
-"""Judge an encoder: frozen features from all ranks, scores on rank zero, one JSON file and one table."""
+"""Evaluation of an encoder: frozen features from all ranks, scores on rank zero, one JSON file and one table."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class EvaluationPlan:
 
     @property
     def note(self) -> str | None:
-        """What a user should know before training; None if nothing is amiss."""
+        """Remark for the user before training; None if everything can be evaluated."""
         if self.unscored is None:
             return None
         return (
@@ -60,7 +60,7 @@ class EvaluationPlan:
 
 
 def plan_evaluation(config: Config, index: ShardIndex) -> EvaluationPlan:
-    """What the evaluations of a run can do, from its index and the first samples of its splits.
+    """Plan of the evaluations of a run, from its index and the first samples of its splits.
 
     Raises:
         DataError: for a split that was asked for by name and is not there.
@@ -97,7 +97,7 @@ def evaluate_encoder(
     step: int,
     console: Console | None,
 ) -> None:
-    """Judge `encoder` by `evaluate.protocol` and write `evaluations/<step>.json` (collective).
+    """Evaluate `encoder` by `evaluate.protocol` and write `evaluations/<step>.json` (collective).
 
     The block of `BLOCK` samples is the unit of arithmetic, so the result does not depend on the world
     size.

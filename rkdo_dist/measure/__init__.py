@@ -1,1 +1,1 @@
-"""What a step costs: measured, by formula, and checked before training."""
+"""Cost of a step: measured, by formula, and checked before training."""

@@ -1,4 +1,4 @@
-"""What a step costs: floating point operations by PyTorch's counter, and seconds.
+"""Cost of a step in floating point operations, by PyTorch's counter, and in seconds.
 
 Convention: a multiply-add is two operations, and only convolutions and matrix products are counted (that is what
 `torch.utils.flop_counter` does, and torch.profiler does nearly the same). So elementwise work, which is all that a

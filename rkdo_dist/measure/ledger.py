@@ -1,4 +1,4 @@
-"""What this rank's collectives carry, counted and timed while `counting` is open: nothing of it runs in training.
+"""Ledger of this rank's collectives, counted and timed while `counting` is open; nothing of it runs in training.
 
 While open, the functions of torch.distributed that the package calls are replaced by ones that note operation, payload
 and purpose. What a collective is for is said by the function that makes it (`_PURPOSES`). A payload is an exact number
@@ -63,7 +63,7 @@ class Ledger:
         self.calls[entry] += calls
 
     def take(self) -> Ledger:
-        """What has been noted since the last call."""
+        """The entries since the last call."""
         taken = Ledger(self.payload, self.calls)
         self.payload, self.calls = Counter(), Counter()
         return taken
@@ -146,7 +146,7 @@ def _noted(
 
 
 def _purpose() -> str | None:
-    """What the collective being called is for; None if it is not the package that calls it."""
+    """Purpose of the collective being called; None if it is not the package that calls it."""
     frame = sys._getframe(2)
     if not frame.f_globals.get("__name__", "").startswith("rkdo_dist."):
         return None
@@ -159,7 +159,7 @@ def _purpose() -> str | None:
 
 
 class _TimedWork:
-    """A collective under way, whose `wait` is timed."""
+    """A pending collective, whose `wait` is timed."""
 
     def __init__(self, work: dist.Work, clock: Clock) -> None:
         self._work, self._clock = work, clock

@@ -1,4 +1,4 @@
-"""`rkdo measure`: what a few steps of a configuration cost on the ranks that a launcher has started.
+"""`rkdo measure`: the cost of a few steps of a configuration on the ranks that a launcher has started.
 
 The steps are those of training (same samples, same arithmetic), with the stopwatch on. Nothing of a run is written,
 only one JSON file with the facts of every way asked for. `rkdo scale` starts this at several sizes; on a cluster, start

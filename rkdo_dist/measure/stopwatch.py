@@ -1,4 +1,4 @@
-"""Where the time of a step goes: exclusive seconds by phase.
+"""Stopwatch of a step: exclusive seconds by phase.
 
 A stopwatch is put around the functions of a step from outside (`Stopwatch.timed`); training knows nothing of it. Phases
 nest: an inner one stops the outer one's clock. Every collective is a phase of its own, "exchange" (the clock of

@@ -1,4 +1,4 @@
-"""What a training step sends, by formula: the payload of every collective, exact to the byte.
+"""Traffic of a training step by formula: the payload of every collective, exact to the byte.
 
 With W ranks, L lanes of m samples (B = L m, b = B / W per rank), P trainable parameters, C channels of tracked batch
 norms, V column views ("v", or "uv" for joint and symmetric pairings), F forwards per lane (1, or 2 with views apart),
@@ -139,7 +139,7 @@ def step_payloads(shape: StepShape) -> Ledger:
 
 
 def bytes_agree(shape: StepShape, wire: Iterable[Sequence[Any]]) -> bool | None:
-    """Whether `step_payloads` gives exactly what the ledger has counted, purpose by purpose.
+    """Whether `step_payloads` equals the counts of the ledger, purpose by purpose.
 
     None where it cannot: DeepSpeed's own traffic is not counted, and what rows of a persistent field send depends on
     the samples that meet.

@@ -1,4 +1,4 @@
-"""Warnings for people, from whichever rank: each once, those of other ranks with their number, all through rank zero.
+"""Warnings of all ranks, printed once by rank zero; those of other ranks carry their number.
 
 Python warnings and log records of level WARNING and above arrive here. Rank zero shows its own at once. Other ranks
 hold theirs until the end of the step, when its facts (`train.facts`) tell that some rank has any; so a warning
@@ -24,7 +24,7 @@ _DIVERTED = ("rkdo_dist", "DeepSpeed")  # loggers with handlers of their own, wh
 
 
 class Messages:
-    """What this rank has to tell people.
+    """Warnings of this rank for the user.
 
     Args:
         rank: of this process.
@@ -73,7 +73,7 @@ class Messages:
         return bool(self._held)
 
     def flush(self) -> None:
-        """Show what is held, without any other rank."""
+        """Show the warnings that are held, without any other rank."""
         for text in self.take():
             _show(self._rank, text)
 

@@ -1,4 +1,4 @@
-"""The process and its peers: the only file that knows Accelerate.
+"""Runtime of a process: ranks, device, precision. The only module that uses Accelerate.
 
 A launcher (`accelerate launch`, torchrun, or nothing at all) has set the environment; `start` turns it into a device, a
 process group, a strategy, a precision and a rank. The Accelerate configuration alone chooses strategy and precision:
@@ -34,7 +34,7 @@ _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LaunchError(ValueError):
-    """The launch and the configuration do not fit together; the message says what to change."""
+    """The launch and the configuration contradict each other; the message says what to change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank zero, which alone writes files and talks to the terminal."""
+        """Whether this is rank zero, which alone writes files and prints."""
         return self.rank == 0
 
     @property
     def launch(self) -> dict[str, str]:
-        """What the launch has decided, for environment.json and checkpoints."""
+        """Choices of the launch, for environment.json and checkpoints."""
         return {"strategy": self.strategy, "precision": self.precision, "reduction": self.reduction}
 
     @property
@@ -165,7 +165,7 @@ def _refuse_what_is_not_run() -> None:
 
 
 def _prepare_for_deepspeed(on_cpu: bool) -> None:
-    """What must hold before DeepSpeed is imported.
+    """Prepare the import of DeepSpeed.
 
     Raises:
         LaunchError: if it, or what Accelerate needs for it, is not installed.
@@ -187,7 +187,7 @@ def _prepare_for_deepspeed(on_cpu: bool) -> None:
 
 
 def _without_compiler() -> None:
-    """Keep DeepSpeed on CPUs from compiling an operator for inference (a minute, and a compiler to be there)."""
+    """Keep DeepSpeed on CPUs from compiling an operator for inference (it takes a minute and needs a compiler)."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -213,7 +213,7 @@ def _loss_scale(accelerator: Accelerator) -> LossScale:
 
 
 def _settle_deepspeed(config: dict[str, Any], on_cpu: bool) -> None:
-    """Make a DeepSpeed configuration compute this project's mathematics, or refuse it.
+    """Adapt a DeepSpeed configuration so that it computes the same as other strategies, or refuse it.
 
     Micro-batches are the step's own (each is its own backward pass, one `step` ends them), precision is autocast, and
     nothing clips: Accelerate would clip at 1.0 where the configuration says "auto".

@@ -24,7 +24,7 @@ _WORDS = {0: "complete", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 
 
 class Surroundings:
-    """What `meet` gives. A run whose directory is `claimed` gets a status file, kept by rank zero.
+    """The result of `meet`. A run whose directory is `claimed` gets a status file, written by rank zero.
 
     Attributes:
         peers, messages: of this job.
@@ -75,7 +75,7 @@ class Surroundings:
 
 @contextlib.contextmanager
 def meet(config: Config, reduction: Reduction | None = None) -> Iterator[Surroundings]:
-    """Join the ranks that a launcher has started, see that all were started alike, open the shards' index (collective).
+    """Join the ranks that a launcher has started, check that they agree, open the shards' index (collective).
 
     While open, warnings of every rank reach people through rank zero; afterwards the process group is left.
 

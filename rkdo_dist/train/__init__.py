@@ -1,1 +1,1 @@
-"""Floor 6: one training run (runtime, journal, step, loop)."""
+"""Training: the loop, the step, strategies of summation, persistent rows, checkpoints and log of a run."""

@@ -42,19 +42,19 @@ class Averaged(Strategy):
         self.model = self._wrap(encoder)
 
     def _wrap(self, encoder: nn.Module) -> nn.Module:
-        """What embeds training lanes and averages their gradients."""
+        """The model that embeds training lanes and averages their gradients."""
         return self._runtime.wrap(encoder)
 
     def field(
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
     ) -> LossAndGradient:
-        """Formed on all local rows at once."""
+        """The field loss, formed on all local rows at once."""
         if self.persistent is not None and objective.recursion == "persistent":
             return averaged_persistent_field(lanes, objective, self.persistent)
         return averaged_field(lanes, objective, self._exchange, labels)
 
     def mean(self, sums: Tensor) -> Tensor:
-        """Of the ranks' means."""
+        """Mean of the ranks' means."""
         return sums.mean(0)
 
     def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:

@@ -35,7 +35,7 @@ class Exact(Strategy):
     def field(
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
     ) -> LossAndGradient:
-        """Formed per lane."""
+        """The field loss, formed per lane."""
         self._batch = sum(len(u) for u, _ in lanes) * self._runtime.world
         return exact_field(lanes, objective, at.first_lane, self.persistent, labels)
 

@@ -20,7 +20,7 @@ from rkdo_dist.train.strategy import LossAndGradient, Position, Strategy
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """What this rank's host has to tell the others.
+    """Facts of this rank's host for the others.
 
     Attributes:
         stop: exit code of a request to stop, 0 for none.
@@ -39,7 +39,7 @@ class Told:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of a step, the same on every rank.
+    """Facts of a step, the same on every rank.
 
     Attributes:
         loss: mean over the global batch.

@@ -120,7 +120,7 @@ class Job:
             parameters["lr"] = rate
 
     def told(self, batch: Batch, stop: int, unread: bool) -> Told:
-        """What this rank's host tells the others of a step."""
+        """Facts of this rank's host on a step, for the others."""
         return Told(
             stop=stop,
             replaced=sum(lane.skipped for lane in batch.lanes),
@@ -165,7 +165,7 @@ class Job:
         return epochs in train.evaluate_at or (train.evaluate_every is not None and epochs % train.evaluate_every == 0)
 
     def facts(self) -> dict[str, Any]:
-        """What decides the result, for environment.json and for the comparison between ranks."""
+        """Facts that decide the result, for environment.json and for the comparison between ranks."""
         return {
             "settings": configuration.digest(self.config),
             "data": self.index.digest(),
@@ -175,7 +175,7 @@ class Job:
 
 
 def build(config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory) -> Job:
-    """The parts of a run at its beginning.
+    """Build the parts of a run at its beginning.
 
     Raises:
         ValueError: for any setting that does not fit the data or the ranks.

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, trackers, one progress display for people. Rank zero only."""
+"""Metrics log and progress display: metrics.jsonl, trackers, one progress bar. Rank zero only."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Journal:
         self._tell_plainly(record["step"], note)
 
     def _tell_plainly(self, step: int, note: str) -> None:
-        """Without a terminal a line now and then takes the place of the bar."""
+        """Without a terminal, an occasional line instead of the bar."""
         assert self.console is not None
         if self.console.is_terminal or (time.monotonic() - self._plain_at < 10 and step < self._total):
             return

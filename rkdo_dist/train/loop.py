@@ -1,4 +1,4 @@
-"""The method, from batch to weights: `train_step` is one step, `steps` all of a run, `run` what is written of them."""
+"""The method, from batch to weights: `train_step` is a step, `steps` the whole run, `run` adds log and checkpoints."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def train_step(
         lanes: this rank's micro-batches, in lane order.
         objective: resolved for this step.
         epoch, number: position of the batch (steps count from 0), which keys all randomness.
-        tell: what this rank's host has to tell the others, asked for as late as possible.
+        tell: returns the facts of this rank's host for the others; called as late as possible.
 
     Returns:
-        What is known of the step, and what became of the weights; the same on every rank.
+        The facts of the step and the outcome of the update; the same on every rank.
     """
     strategy, persistent = step.strategy, step.strategy.persistent if objective.recursion == "persistent" else None
     at = Position(epoch, number, step.runtime.rank * len(lanes))
@@ -77,7 +77,7 @@ def steps(job: Job, stop: StopRequest) -> Iterator[tuple[Facts, dict[str, Any]]]
     """Train from the job's position to its end, one step at a time (collective).
 
     Yields:
-        Of each step its facts and its line of metrics.jsonl, when the weights have moved.
+        The facts of each step and its line of metrics.jsonl, after the weights have moved.
 
     Raises:
         NonFiniteError: on every rank, when more steps in a row than `train.skip_nonfinite` were not finite.
@@ -115,8 +115,8 @@ def run(job: Job, journal: Journal, stop: StopRequest) -> int:
     """Train from the job's position to its end, with journal, checkpoints and evaluations.
 
     Returns:
-        0 when the run is complete, otherwise the exit code of the request to stop (`ranks.signals`); in both cases
-        the last step is in a checkpoint.
+        0 if the run is complete, otherwise the exit code of the stop request (`ranks.signals`); in both cases the last
+        step is in a checkpoint.
     """
     if job.evaluation_due():
         evaluate(job, journal)

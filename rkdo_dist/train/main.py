@@ -1,4 +1,4 @@
-"""The two jobs of this floor, from a configuration to an exit code: `train` and `evaluate_run`."""
+"""Entry points from a configuration to an exit code: `train` and `evaluate_run`."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
 
 
 def _remarks(job: Job, config: Config) -> list[str]:
-    """What a user should know about strategy and precision, once."""
+    """Remarks on strategy and precision for the user, once."""
     rt, before, lines = job.runtime, job.launch_before, [*job.index.notes]
     note = plan_evaluation(config, job.index).note
     if note is not None:
@@ -132,7 +132,7 @@ def _farewell(job: Job, code: int) -> str:
 
 
 def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
-    """Judge the newest whole checkpoint of a run and write `evaluations/<step>.json`.
+    """Evaluate the newest complete checkpoint of a run and write `evaluations/<step>.json`.
 
     Args:
         directory: a run directory.

@@ -61,7 +61,7 @@ class PersistentField:
         self._moved: Rows | None = None
 
     def begin(self, step: int, samples: Tensor) -> None:
-        """Begin to fetch the rows of a step, unless they are under way.
+        """Begin to fetch the rows of a step, unless they are in transit.
 
         Args:
             step: as for `schedule`.
@@ -87,7 +87,7 @@ class PersistentField:
         return self._restricted
 
     def recur(self, lanes: Sequence[Pair], columns: Tensor, objective: Objective) -> dict[str, Tensor]:
-        """Where the rows of the step move to (eq. 3); `commit` lets them.
+        """Compute the new rows of the step (eq. 3); `commit` stores them.
 
         Args:
             lanes: embeddings of this rank's lanes, without graph.
@@ -115,7 +115,7 @@ class PersistentField:
         return {name: torch.stack([report[name] for report in reports]) for name in reports[0]}
 
     def commit(self) -> None:
-        """Send the rows of the step home, and begin to fetch those of the next."""
+        """Send the rows of the step to their owners, and begin to fetch those of the next."""
         if self._moved is not None:
             self.store.write(self._samples, self._moved)
             self._moved = None
@@ -145,7 +145,7 @@ class PersistentField:
             try:
                 self.store.load(tile, found.part(_part(tile)))
             except ValueError as error:
-                raise ValueError(f"the rows in {found.path} do not fit this run: {error}") from error
+                raise ValueError(f"the rows in {found.path} do not match this run: {error}") from error
 
     def _fetch(self, step: int) -> None:
         if self._ahead is not None:
@@ -224,7 +224,7 @@ def _part(tile: int) -> str:
 
 
 def make_persistent(config: Config, index: ShardIndex, device: torch.device) -> PersistentField | None:
-    """The rows of a persistent field at their beginning, if the recursion is of that kind.
+    """The initial rows of a persistent field, if the recursion is of that kind.
 
     Raises:
         ConfigError: if the data set or the memory does not have room for them.
@@ -256,7 +256,7 @@ def make_persistent(config: Config, index: ShardIndex, device: torch.device) -> 
 
 
 def make_rows(samples: int, stored: int, width: int | None, device: torch.device) -> RowStore:
-    """The rows of `samples` samples at their beginning, sharded over the ranks, if there is room for them.
+    """The initial rows of `samples` samples, sharded over the ranks, if there is room for them.
 
     Args:
         samples, stored, width, device: see `RowStore`.

@@ -17,7 +17,7 @@ from rkdo_dist.train.journal import Journal
 
 
 def save(job: Job, journal: Journal) -> None:
-    """Write a checkpoint of the position, unless that is saved already (collective)."""
+    """Write a checkpoint of the position, unless this step is already saved (collective)."""
     if job.saved == job.position:
         return
     journal.sync()
@@ -49,7 +49,7 @@ def save(job: Job, journal: Journal) -> None:
 
 
 def restore(job: Job) -> None:
-    """Continue from the newest whole checkpoint of the run, if it has one.
+    """Continue from the newest complete checkpoint of the run, if it has one.
 
     Raises:
         ValueError: if no checkpoint is whole (that it is this run's own, `RunDirectory.claim` has seen to).
@@ -70,7 +70,7 @@ def restore(job: Job) -> None:
 
 
 def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint of a run; if that is not the newest, rank zero says why."""
+    """The newest complete checkpoint of a run; if it is not the newest, rank zero says why."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", checkpoint.CheckpointWarning)
         found = checkpoint.load_latest(run.checkpoints)
@@ -81,7 +81,7 @@ def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpo
 
 
 def evaluate(job: Job, journal: Journal) -> None:
-    """Evaluate the encoder as it is now, unless that has been done (collective)."""
+    """Evaluate the encoder as it is now, unless this step is already evaluated (collective)."""
     if group.from_rank_zero(job.run.evaluated(job.position)):
         return
     with job.step.strategy.whole() as encoder:

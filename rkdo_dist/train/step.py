@@ -1,4 +1,4 @@
-"""What a step is made of: views and encoder, which embed micro-batches (lanes), and a strategy, which does the rest.
+"""Parts of a step: views and encoder, which embed micro-batches (lanes), and a strategy, which does the rest.
 
 The objective couples every sample of the global batch, so a step (`train.loop`) has two passes over the micro-batches
 of this rank (GradCache, Gao et al. 2021): embed them all; form the loss and its gradient with respect to embeddings;
@@ -30,7 +30,7 @@ MakeView = Callable[[Tensor, Tensor, int, int], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """How a step is computed; see `config.TrainConfig`, `EncoderConfig` and `RunConfig`."""
+    """Options of a step; see `config.TrainConfig`, `EncoderConfig` and `RunConfig`."""
 
     seed: int
     reduction: str
@@ -57,7 +57,7 @@ class Embedded:
 
 
 class Step:
-    """What `train.loop.train_step` works with.
+    """The parts that `train.loop.train_step` uses.
 
     Args:
         encoder: images to unit-norm embeddings; the same weights on every rank.

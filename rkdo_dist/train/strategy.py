@@ -1,4 +1,4 @@
-"""What a strategy is: how gradients get from lanes to parameters, and how weights move.
+"""Strategies: how gradients get from lanes to parameters, and how weights move.
 
 A step (`train.loop`) asks its strategy, in this order: `field` (embeddings to the loss and its gradient with respect to
 them), `backward` (that gradient into the parameters), `exchange` (between ranks), `update` (weights). Strategies:
@@ -29,7 +29,7 @@ from rkdo_dist.train.persistent import Pair, PersistentField
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Of a global batch in the run, and the global number of this rank's first lane."""
+    """Position of a global batch in the run, and the global number of this rank's first lane."""
 
     epoch: int
     step: int
@@ -53,7 +53,7 @@ class LossAndGradient:
 
 @dataclasses.dataclass(frozen=True)
 class Exchanged:
-    """What came of the exchange between ranks besides gradients.
+    """Results of the exchange between ranks besides gradients.
 
     Attributes:
         statistics: batch statistics summed over all lanes of all ranks, one row per forward.
@@ -66,7 +66,7 @@ class Exchanged:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What became of the weights, the same on every rank.
+    """Outcome of an update of the weights, the same on every rank.
 
     Attributes:
         skipped: why no weight moved; empty when they did.
@@ -81,7 +81,7 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything of a run that a strategy owns, whole, in float32 and by global names.
+    """The state of a run that a strategy owns, unsharded, in float32 and by global names.
 
     Attributes:
         model: parameters and buffers.
@@ -136,7 +136,7 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
-        """Bring gradients and batch statistics (one tensor per lane) of all ranks together."""
+        """Sum gradients and batch statistics (one tensor per lane) over all ranks."""
 
     @abc.abstractmethod
     def mean(self, sums: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class Strategy(abc.ABC):
         return self._scaled_update(bool(overflow), at)
 
     def discard(self) -> None:
-        """Forget the gradient of a step that is not finite; no weight moves."""
+        """Drop the gradient of a step that is not finite; no weight moves."""
         return
 
     def state(self) -> TrainState:
@@ -186,7 +186,7 @@ class Strategy(abc.ABC):
             self._scale.load(state)
 
     def _scaled_update(self, overflow: bool, at: Position) -> Update:
-        """Adapt the loss scale to what has happened with it."""
+        """Adapt the loss scale after a step."""
         assert self._scale is not None
         scale = self._scale.scale
         self._scale.update(overflow)

@@ -77,7 +77,7 @@ class Zero(Averaged):
         return Update()
 
     def discard(self) -> None:
-        """The engine finds out by itself, and forgets what it has accumulated."""
+        """The engine detects this by itself, and drops what it has accumulated."""
         self._engine.step()
         assert self._engine.optimizer.overflow, "a loss that is not finite has a gradient that is"
 
