@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from rkdo_dist.field.kernels import Place
+    from rkdo_dist.field.objectives import Slice
 
 # What lists the columns of p(0): (r,) samples' positions in the batch and B -> (r, K) int64 positions of samples, each
 # once in a row, and (r, K) float64 weights that sum to 1. The columns are the positive's view of these samples.
@@ -49,68 +50,78 @@ class Supervisor(Protocol):
         """Release the workspace."""
 
 
-@dataclass(frozen=True)
-class Identity:
-    """p(0) = (1 - a) [the positive] + a / N.
+class _Smoothed:
+    """p(0) = (1 - a) [even over the row's positives] + a / N: what `Identity` and `SameLabel` share.
 
-    Attributes:
-        rows: b.
+    Sums that `add_dot` makes are not yet multiplied by 1 - a.
+
+    Args:
+        positives: columns that are positive (b,) float64.
         taking_part: N, the columns of a row that are not excluded.
         debias: a.
-        device: of the rows.
     """
 
-    rows: int
-    taking_part: int
-    debias: float
-    device: torch.device
-
-    @property
-    def spreads(self) -> bool:
-        """Whether every column has a share."""
-        return self.debias > 0
-
-    def add_dot(self, into: Tensor, values: Tensor, place: Place) -> None:
-        """The value at the positive, not yet times 1 - a."""
-        if place.positive is not None:
-            into.add_(values.diagonal(place.positive))
+    def __init__(self, positives: Tensor, taking_part: int, debias: float) -> None:
+        self._positives, self._taking_part, self._debias = positives, taking_part, debias
+        self.spreads = debias > 0
 
     def mean(self, total: Tensor, dot: Tensor) -> Tensor:
         """See `Supervisor`."""
-        return (1 - self.debias) * dot.double() + self.debias / self.taking_part * total.double()
-
-    def add_mass(self, into: Tensor, values: Tensor, place: Place) -> None:
-        """The value at the positive."""
-        self.add_dot(into, values, place)
-
-    def add(self, to: Tensor, place: Place, factor: float, of_row: Tensor | None = None) -> None:
-        """A diagonal, which costs nothing beside the rest of a strip."""
-        _add_share(to, factor * self.debias / self.taking_part, of_row)
-        if place.positive is None:
-            return
-        kept, diagonal = factor * (1 - self.debias), to.diagonal(place.positive)
-        diagonal.add_(kept) if of_row is None else diagonal.add_(of_row, alpha=kept)
+        return (1 - self._debias) * dot.double() + self._debias / self._taking_part * total.double()
 
     def mixed_entropy(self, taking_part: int, kept: float = 1.0) -> Tensor:
-        """See `Supervisor`."""
-        one = torch.ones(self.rows, dtype=torch.float64, device=self.device)
-        return _entropy_of_two(one, taking_part, self.debias, kept)
+        """See `Supervisor`; p has two values."""
+        positives = self._positives
+        low = torch.full_like(positives, kept * (self._debias / taking_part) + (1 - kept) / taking_part)
+        high = kept * (1 - self._debias) / positives + low
+        return -positives * torch.xlogy(high, high) - (taking_part - positives) * torch.xlogy(low, low)
 
     def release(self) -> None:
-        """There is none."""
+        """See `Supervisor`."""
+
+    def _add_share(self, to: Tensor, factor: float, of_row: Tensor | None) -> None:
+        share = factor * self._debias / self._taking_part
+        if share:
+            to.add_(share) if of_row is None else to.add_(of_row[:, None], alpha=share)
 
 
-class SameLabel:
-    """p(0) = (1 - a) [even over the columns of the row's label, the excluded one left out] + a / N.
+class Identity(_Smoothed):
+    """The positive is the other view: a diagonal, which costs nothing beside the rest of a strip.
+
+    Args:
+        rows: b.
+        device: of the rows.
+        taking_part, debias: see `_Smoothed`.
+    """
+
+    def __init__(self, rows: int, device: torch.device, taking_part: int, debias: float) -> None:
+        super().__init__(torch.ones(rows, dtype=torch.float64, device=device), taking_part, debias)
+
+    def add_dot(self, into: Tensor, values: Tensor, place: Place) -> None:
+        """See `Supervisor`."""
+        if place.positive is not None:
+            into.add_(values.diagonal(place.positive))
+
+    add_mass = add_dot
+
+    def add(self, to: Tensor, place: Place, factor: float, of_row: Tensor | None = None) -> None:
+        """See `Supervisor`."""
+        self._add_share(to, factor, of_row)
+        if place.positive is not None:
+            kept, diagonal = factor * (1 - self._debias), to.diagonal(place.positive)
+            diagonal.add_(kept) if of_row is None else diagonal.add_(of_row, alpha=kept)
+
+
+class SameLabel(_Smoothed):
+    """The positives are the columns of the row's label, without an excluded one.
 
     Which columns these are is a mask of the strip, made anew for every strip: it may be most of them.
 
     Args:
         labels: (B,) integers.
         first_row, rows: which b samples the rows belong to.
-        columns: how many columns each sample has, and whether the row's own is excluded.
-        taking_part: N.
-        debias: a.
+        piece: one of the objective's matrices.
+        taking_part, debias: see `_Smoothed`.
         dtype: of the computation.
     """
 
@@ -119,44 +130,31 @@ class SameLabel:
         labels: Tensor,
         first_row: int,
         rows: int,
-        columns: tuple[int, bool],
+        piece: Slice,
         taking_part: int,
         debias: float,
         dtype: torch.dtype,
     ) -> None:
         self._labels, self._mine = labels, labels[first_row : first_row + rows]
         _, which, counts = labels.unique(return_inverse=True, return_counts=True)
-        views, excludes = columns
-        self._counts = (counts[which[first_row : first_row + rows]] * views - int(excludes)).to(dtype)
-        self._taking_part, self._debias = taking_part, debias
+        mine = counts[which[first_row : first_row + rows]] * len(piece.columns) - int(piece.excluded is not None)
+        super().__init__(mine.double(), taking_part, debias)
+        self._counts = mine.to(dtype)
         self._last: tuple[Place, Tensor] | None = None
 
-    @property
-    def spreads(self) -> bool:
-        """Whether every column has a share."""
-        return self._debias > 0
-
     def add_dot(self, into: Tensor, values: Tensor, place: Place) -> None:
-        """The mean over the positives, not yet times 1 - a."""
+        """See `Supervisor`."""
         into.add_((values * self._mask(values, place)).sum(1) / self._counts_at(values, place))
 
-    def mean(self, total: Tensor, dot: Tensor) -> Tensor:
-        """See `Supervisor`."""
-        return (1 - self._debias) * dot.double() + self._debias / self._taking_part * total.double()
-
     def add_mass(self, into: Tensor, values: Tensor, place: Place) -> None:
-        """The sum over the positives."""
+        """See `Supervisor`."""
         into.add_((values * self._mask(values, place)).sum(1))
 
     def add(self, to: Tensor, place: Place, factor: float, of_row: Tensor | None = None) -> None:
         """See `Supervisor`."""
-        _add_share(to, factor * self._debias / self._taking_part, of_row)
+        self._add_share(to, factor, of_row)
         kept = (1 - self._debias) / self._counts_at(to, place)
         to.addcmul_(self._mask(to, place), (kept if of_row is None else kept * of_row)[:, None], value=factor)
-
-    def mixed_entropy(self, taking_part: int, kept: float = 1.0) -> Tensor:
-        """See `Supervisor`."""
-        return _entropy_of_two(self._counts.double(), taking_part, self._debias, kept)
 
     def release(self) -> None:
         """Forget the last strip's mask."""
@@ -272,15 +270,3 @@ class Listed:
         inside = (positions >= 0) & (positions < place.block)
         positions = torch.where(inside, positions + place.piece.positive * place.block, 0)
         return positions, torch.where(inside, extra, 0)
-
-
-def _add_share(to: Tensor, share: float, of_row: Tensor | None) -> None:
-    if share:
-        to.add_(share) if of_row is None else to.add_(of_row[:, None], alpha=share)
-
-
-def _entropy_of_two(positives: Tensor, taking_part: int, debias: float, kept: float) -> Tensor:
-    """Entropy of kept p + (1 - kept) / N, where p has two values; `positives` (b,) float64 columns have the larger."""
-    low = torch.full_like(positives, kept * (debias / taking_part) + (1 - kept) / taking_part)
-    high = kept * (1 - debias) / positives + low
-    return -positives * torch.xlogy(high, high) - (taking_part - positives) * torch.xlogy(low, low)

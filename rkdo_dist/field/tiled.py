@@ -292,15 +292,13 @@ def _supervisor(
         assert objective.supervisor == "rows", "only an objective whose supervisor is rows is given any"
         return given
     if objective.needs_labels and labels is not None:
-        piece = objective.slices[0]
-        columns = len(piece.columns), piece.excluded is not None
-        return SameLabel(labels, first_row, rows, columns, taking_part, debias, dtype)
+        return SameLabel(labels, first_row, rows, objective.slices[0], taking_part, debias, dtype)
     if objective.supervisor in LISTED:
         positions, weights = LISTED[objective.supervisor](
             torch.arange(first_row, first_row + rows, device=device), batch
         )
         return Listed.of(positions, weights, taking_part, debias, dtype)
-    return Identity(rows, taking_part, debias, device)
+    return Identity(rows, device, taking_part, debias)
 
 
 def _recursive_kernel(
