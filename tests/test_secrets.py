@@ -115,6 +115,14 @@ def test_train_evaluate_doctor_report_and_index(
     assert_silent(text, tmp_path / "again", cache)
 
 
+def test_starting_configurations(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    code, text = command(["init", str(out), "--data", url])
+    assert code == 0, text
+    assert any(addresses.shown(url) in path.read_text() for path in out.rglob("*.yaml"))
+    assert_silent(text, out, tmp_path / "cache")
+
+
 def test_a_sweep_over_addresses(small: list[str], url: str, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     words = ["sweep", config_of(small), "--vary", f"data.shards='{url}','{digits}'", "--out", str(out)]
@@ -184,6 +192,11 @@ def test_a_scaling_study(small: list[str], url: str, tmp_path: Path) -> None:
         ["index", "URL"],
         ["index", "DIGITS", "URL"],
         ["prepare", "URL", "--out", "RUN"],
+        ["init", "RUN", "--data", "NOWHERE"],
+        ["init", "RUN", "--data", "[URL]"],
+        ["settings", "--URL"],
+        ["flops", "CONFIG", "URL"],
+        ["measure", "CONFIG", "data.shards=NOWHERE", "--out", "RUN"],
         ["sweep", "CONFIG", "--vary", "data.shards"],
         ["sweep", "CONFIG", "--vary", "data.shards=[URL", "--out", "RUN"],
         ["sweep", "CONFIG", "--vary", "data.shards=[URL,x]", "--out", "RUN"],
