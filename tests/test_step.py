@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch.nn import functional
 
 from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.encoders import Encoder
+from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field.objectives import Objective, dense
+from rkdo_dist.measure import ledger
 from rkdo_dist.ranks import runtime
 from rkdo_dist.train.facts import Told
 from rkdo_dist.train.loop import train_step
+from rkdo_dist.train.persistent import PersistentField
 from rkdo_dist.train.step import Step, StepSettings
 from tests.ranks import RankFailed, run_ranks
 
@@ -289,3 +293,61 @@ def _uneven(rank: int, world: int) -> None:
     rt = runtime.start(1, 10, "exact")
     step = Step(SmallEncoder(), make_view, rt, StepSettings(3, "exact", False, True, "gather"))
     train_step(step, [micro_batch(0, lane) for lane in range(rank + 1)], OBJECTIVES["rkdo"], 0, 0)
+
+
+def _collectives(rank: int, world: int, reduction: str) -> list[tuple[str, int]]:
+    """What a step after the first sends, by operation; DDP's own buckets apart."""
+    rt = runtime.start(1, 60, reduction)
+    torch.manual_seed(0)
+    encoder = SmallEncoder()
+    step = Step(encoder, make_view, rt, StepSettings(3, reduction, False, True, "gather"))
+    with ledger.counting() as book:
+        for t in range(2):
+            book.take()
+            train_step(step, [micro_batch(t, lane) for lane in own(rank, world)], OBJECTIVES["rkdo"], 0, t)
+    operations: Counter[str] = Counter()
+    for (_, operation), calls in book.calls.items():
+        operations[operation] += calls
+    return sorted(operations.items())
+
+
+def test_a_step_has_six_collectives_and_four_beside_ddps() -> None:
+    # Columns, statistics, facts and the summed gradient; column gradients and the gradient's parts.
+    for found in run_ranks(_collectives, 2, "exact"):
+        assert found == [("all_gather", 4), ("all_to_all", 2)]
+    for found in run_ranks(_collectives, 2, "fast"):  # columns and facts; statistics; column gradients
+        assert found == [("all_gather", 2), ("all_reduce", 1), ("reduce_scatter", 1)]
+
+
+def _skipped_step(rank: int, world: int, reduction: str) -> dict[str, Any]:
+    """Persistent rows and bank after three steps, of which the second has a NaN on rank zero."""
+    rt = runtime.start(1, 60, reduction)
+    torch.manual_seed(0)
+    samples = torch.arange(LANES * MICRO)
+    persistent = PersistentField(RowStore(LANES * MICRO, 8, 16), "bank", 0.3, lambda step: samples, rt.device)
+
+    def poisoned(images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
+        out = make_view(images, ids, epoch, view)
+        return out * float("nan") if poison and view == 1 and 0 in ids.tolist() else out
+
+    step = Step(SmallEncoder(), poisoned, rt, StepSettings(3, reduction, False, True, "gather"), None, persistent)
+    states, skipped = [], []
+    for t in range(3):
+        poison = t == 1
+        lanes = [micro_batch(t, lane) for lane in own(rank, world)]
+        skipped.append(train_step(step, lanes, Objective.persistent(0.5, 0.4), 0, t)[1].skipped)
+        persistent.store.finish()
+        states.append(persistent.store.rows.dense().numpy().copy())
+    assert persistent.store.bank is not None
+    return {"rows": states, "skipped": skipped, "bank": bool(persistent.store.bank.isfinite().all())}
+
+
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_persistent_rows_stay_as_they_were_in_a_step_that_is_skipped(reduction: str) -> None:
+    for found in run_ranks(_skipped_step, 2, reduction):
+        first, second, third = found["rows"]
+        assert np.array_equal(first, second)
+        assert not np.array_equal(second, third)
+        assert np.isfinite(third).all()
+        assert found["bank"]
+        assert ["finite" in text for text in found["skipped"]] == [False, True, False]
