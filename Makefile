@@ -1,4 +1,4 @@
-# The one door: `make demo` and `make test` set everything up by themselves.
+# Entry points: `make demo` and `make test` set everything up by themselves.
 #
 #   PYTHON=python3.12           another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL             another index for torch and torchvision, e.g. the CPU builds at

@@ -1,4 +1,4 @@
-"""End-to-end training throughput against two yardsticks, in alternation in one run.
+"""End-to-end training throughput against two baselines, in alternation in one run.
 
     python benchmarks/throughput.py SHARDS [--batch 256] [--steps 6] [--rounds 3] [--threads 2] [--backbone resnet18]
 

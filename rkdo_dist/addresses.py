@@ -18,7 +18,7 @@ from typing import NoReturn
 
 VARIABLE = "RKDO_ADDRESSES"  # whole addresses with blanks between them
 _SCHEME = r"[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2}"  # a pathlib.Path has lost the second /
-_OPTIONS = ("torchvision:", "imagefolder:")  # what stands in their query is no secret, and needed
+_OPTIONS = ("torchvision:", "imagefolder:")  # their query is not secret, and needed
 _ADDRESS = re.compile(rf"{_SCHEME}(?:(?!{_SCHEME})\S)*")
 _CLOSING = re.compile(r"[\]})>\"'`,;:.]*$")
 

@@ -5,7 +5,7 @@ environment.json    versions, devices, world size, commit
 metrics.jsonl       one object per step
 status.json         running, complete, preempted, interrupted or failed; the steps done and the last checkpoint's
 checkpoints/        <step>/, and `latest`
-evaluations/        <step>.json, with the digest of the weights judged
+evaluations/        <step>.json, with the digest of the weights evaluated
 .lock               held by the process that writes here
 rows/               <step>.json: a few rows of a persistent field as they were at that checkpoint
 """
@@ -173,7 +173,7 @@ class RunDirectory:
         if lost is not None:
             raise RunError(
                 f"{origin.checkpoints} holds no checkpoint, but {origin.metrics} has {steps} steps and the run had "
-                f"{lost}: put the checkpoint back to continue; to begin anew, choose another run.dir"
+                f"{lost}: put the checkpoint back to continue; to start over, choose another run.dir"
             )
         if origin is not self:
             raise RunError(f"run.resume={origin.path} has no checkpoint to continue from")

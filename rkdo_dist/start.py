@@ -170,7 +170,7 @@ def _script(found: Found) -> str:
 #!/usr/bin/env bash
 # Written by `rkdo init`: train on {found.machine}, with {ranks} {"process" if ranks == 1 else "processes"}.
 #   ./train.sh [CONFIG] [key=value ...]     RANKS=N for another number
-# A run that was stopped goes on where it was, also on another number of processes.
+# A stopped run continues where it was, also on another number of processes.
 set -euo pipefail
 cd "$(dirname "$0")"
 config=rkdo.yaml

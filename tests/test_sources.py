@@ -165,7 +165,7 @@ def test_a_flat_folder_of_all_kinds_of_pictures(tmp_path: Path) -> None:
     index = open_source(str(root))
     assert (index.split("train").samples, index.classes, index.image_size) == (10, (), None)
     assert "10 images without labels" in index.notes[0]
-    assert "1 files are no images and are left out (notes.txt)" in index.notes[1]
+    assert "1 files are not images and are left out (notes.txt)" in index.notes[1]
     blocks = [m for _, m in evaluation_stream(index, "train", 10, size=12)]
     assert blocks[0].images.shape == (10, 3, 12, 12)
     assert blocks[0].labels.tolist() == [-1] * 10

@@ -101,7 +101,7 @@ class OpenItems:
         """The image of an item, uint8 (3, H, W), fitted to `size` if that is given.
 
         Raises:
-            DataError: if the data set raises, or gives something that is no image.
+            DataError: if the data set raises, or gives something that is not an image.
         """
         return pixels_of(_image(self._item(position)[0], self.where(position)), self.where(position), size)
 

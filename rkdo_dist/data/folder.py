@@ -86,7 +86,7 @@ class OpenRun:
         payload = listing.read(file)
         if hashlib.sha256(payload).hexdigest() != self._run.digests[position]:
             raise DataError(
-                f"{self.where(position)} has changed since its index was made: start again to index it anew"
+                f"{self.where(position)} has changed since its index was made: start again to index it again"
             )
         return decode(payload, self.where(position), size)
 
@@ -114,7 +114,7 @@ def folder_index(
     Args:
         root: see `listing.list_images`.
         labels: False: no classes, whatever folders there are.
-        on_corrupt: "abort" refuses a folder with a file that is no readable image; "skip" leaves such files out.
+        on_corrupt: "abort" refuses a folder with a file that is not a readable image; "skip" leaves such files out.
         progress: called as progress(done, total, label) with counts of files that had to be read.
 
     Raises:
@@ -176,7 +176,7 @@ def _notes(listing: Listing, broken: Sequence[ImageFile]) -> Iterator[str]:
     else:
         yield f"{listing.root}: {len(listing.files)} images without labels"
     for what, names in (
-        ("are no images and are left out", listing.ignored),
+        ("are not images and are left out", listing.ignored),
         ("cannot be read as images and are left out", tuple(file.name for file in broken)),
     ):
         if names:

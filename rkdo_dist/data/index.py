@@ -115,7 +115,7 @@ class ShardIndex:
         source, identity, seed, shard_size: what the shards were made from and how.
         address: of the index, if the shards lie elsewhere (see `remote`); None: they are files below `root`.
         notes: what a user should know of the source before training on it.
-        title: what messages call the source, if it is no directory.
+        title: what messages call the source, if it is not a directory.
     """
 
     root: Path

@@ -41,7 +41,7 @@ def open_source(
     Args:
         source: a path or an address.
         allow_remote: follow a local index to shards that it says lie elsewhere.
-        on_corrupt: what becomes of files of a folder that are no images, see `folder.folder_index`.
+        on_corrupt: what becomes of files of a folder that are not images, see `folder.folder_index`.
         workers: whether loader processes will read the samples.
         progress: for a folder that is indexed for the first time.
 

@@ -103,7 +103,7 @@ def evaluate_encoder(
     size.
 
     Args:
-        step: of the checkpoint that is judged, the file's name.
+        step: of the checkpoint that is evaluated, the file's name.
         console: for progress and the table, on rank zero.
 
     Raises:

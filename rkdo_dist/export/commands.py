@@ -34,7 +34,7 @@ def output_commands(command: Command) -> None:
     add("data", metavar="SOURCE", help="as data.source: a folder of images, shards, an address")
     add("--out", type=Path, required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
     add("--split", action="append", default=[], metavar="NAME", help="only this split; may be repeated (default: all)")
-    add("--on-corrupt", choices=("abort", "skip"), default="abort", help="files that are no images: stop, or leave out")
+    add("--on-corrupt", choices=("abort", "skip"), default="abort", help="files that are not images: stop, or skip")
     add("--what", choices=("both", "features", "embeddings"), default="both", help="which arrays (default: both)")
     add("--force", action="store_true", help="replace FILE")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="encoder.backbone=... if the backbone is your code")

@@ -59,7 +59,7 @@ def embed(
         splits: which; none: all.
         what: "both", "features" or "embeddings".
         force: replace `out` if it is there.
-        on_corrupt: "abort", or "skip" to leave out files of a folder that are no images.
+        on_corrupt: "abort", or "skip" to leave out files of a folder that are not images.
         allow_remote: as `data.allow_remote`.
 
     Raises:

@@ -1,6 +1,6 @@
 """Stopwatch of a step: exclusive seconds by phase.
 
-A stopwatch is put around the functions of a step from outside (`Stopwatch.timed`); training knows nothing of it. Phases
+A stopwatch is put around the functions of a step from outside (`Stopwatch.timed`); training is not aware of it. Phases
 nest: an inner one stops the outer one's clock. Every collective is a phase of its own, "exchange" (the clock of
 `measure.ledger`), so waiting for slower ranks counts as exchange, wherever it happens. On an accelerator each change of
 phase waits for the device: measured steps are a little slower than others.

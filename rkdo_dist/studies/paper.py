@@ -38,8 +38,8 @@ class Request:
     """The request.
 
     Attributes:
-        protocol: "paper": the released notebook's (an "epoch" is 11 batches, everything judged on the first 11 test
-            batches); "full": whole epochs, whole splits.
+        protocol: "paper": the released notebook's (an "epoch" is 11 batches, everything evaluated on the first 11
+            test batches); "full": whole epochs, whole splits.
         changes: settings ("section.key=value") that differ from the protocol, for every run.
     """
 

@@ -34,7 +34,7 @@ _DECIDED = (
 
 
 def reproduce(request: Request, data: tuple[str, ...], processes: int, console: Console) -> int:
-    """Train, judge and tabulate.
+    """Train, evaluate and tabulate.
 
     Args:
         data: where the shards are (`paper.locations`).

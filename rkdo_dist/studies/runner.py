@@ -82,7 +82,7 @@ class Outcome:
         for name, reason in self.failed.items():
             say(console, f"failed: {name}: {reason}", "red")
         if self.stopped:
-            console.print("stopped: the tables hold what is complete; the same command goes on")
+            console.print("stopped: the tables hold what is complete; the same command continues")
         return self.stopped or (2 if self.failed else 0)
 
 

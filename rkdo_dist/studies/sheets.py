@@ -83,7 +83,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def console() -> Console:
-    """Standard output; where it is no terminal, wide enough for our tables."""
+    """Standard output; wide enough for our tables where it is not a terminal."""
     found = Console()
     return found if found.is_terminal else Console(width=_WIDTH)
 

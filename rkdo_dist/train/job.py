@@ -40,7 +40,7 @@ class Job:
         persistent: the rows of a persistent field, if the recursion is of that kind.
         launch_before: strategy, precision and reduction of the checkpoint continued from; this launch's if none.
         loss_scale: state of the loss scale in that checkpoint.
-        position: steps done. With the configuration it is all that is needed to go on.
+        position: steps done. With the configuration it is all that is needed to continue.
         saved: position of the newest checkpoint.
         skipped_in_a_row: steps before the position that were not finite.
         step: encoder and strategy; from `begin` on, they own weights and optimizer state.
