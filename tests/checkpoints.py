@@ -19,7 +19,7 @@ def network(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
 
 
-def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def take_steps(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for i in steps:
         torch.manual_seed(i)
         optimizer.zero_grad()
@@ -37,7 +37,7 @@ def content(seed: int) -> tuple[dict[str, Tensor], checkpoint.OptimizerState]:
     """Weights and optimizer after two steps of training."""
     module = network(seed)
     optimizer = torch.optim.Adam(module.parameters())
-    train(module, optimizer, range(2))
+    take_steps(module, optimizer, range(2))
     return module.state_dict(), checkpoint.optimizer_to_tensors(optimizer, module.named_parameters())
 
 

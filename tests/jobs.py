@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -48,40 +47,12 @@ def on_ranks(world: int, arguments: list[str], timeout: float = 120) -> list[tup
     return run_ranks(rank_command, world, arguments, timeout=timeout)
 
 
-def launch(ranks: int, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch -m rkdo_dist ...`, as a user would."""
-    return subprocess.run(
-        launch_words(ranks, arguments),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=240,
-        check=False,
-        **options,
-    )
-
-
-def launch_words(ranks: int, arguments: list[str]) -> list[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    many = (
-        ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", "0"]
-        if ranks > 1
-        else ["--num_processes", "1"]
-    )
-    return [*launcher, "--dynamo_backend", "no", *many, "-m", "rkdo_dist", *arguments]
-
-
-def environment() -> dict[str, str]:
-    """This process's environment with one thread per process."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def launch(ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch -m rkdo_dist ...` on several ranks, as a user would."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", "--multi_gpu", "--num_processes", str(ranks), "--main_process_port", "0"]
+    words += ["-m", "rkdo_dist", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
 
 
 def fingerprint(run: Path, step: int) -> dict[str, str]:

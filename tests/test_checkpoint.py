@@ -13,7 +13,7 @@ from torch import nn
 
 from rkdo_dist import checkpoint
 from rkdo_dist.checkpoint import CheckpointError
-from tests.checkpoints import in_memory, network, quietly, same, train, whole, write
+from tests.checkpoints import in_memory, network, quietly, same, take_steps, whole, write
 
 
 @pytest.fixture
@@ -132,13 +132,13 @@ def grouped(module: nn.Module, backwards: bool = False) -> list[dict[str, Any]]:
 def test_an_optimizer_continues_bit_by_bit(kind: str, tmp_path: Path) -> None:
     module = network()
     optimizer = OPTIMIZERS[kind](grouped(module))
-    train(module, optimizer, range(3))
+    take_steps(module, optimizer, range(3))
     state = checkpoint.optimizer_to_tensors(optimizer, module.named_parameters())
     checkpoint.save(tmp_path, 3, module.state_dict(), state)
 
     restored = network(seed=9)
     continued = OPTIMIZERS[kind](grouped(restored, backwards=True))
-    train(restored, continued, range(5, 6))  # state that has to go
+    take_steps(restored, continued, range(5, 6))  # state that has to go
     for group in continued.param_groups:
         group["lr"] = 77.0
     found = quietly(tmp_path)
@@ -153,15 +153,15 @@ def test_an_optimizer_continues_bit_by_bit(kind: str, tmp_path: Path) -> None:
         assert {k: (type(v), v) for k, v in group.items() if k != "params"} == {
             k: (type(v), v) for k, v in other.items() if k != "params"
         }
-    train(module, optimizer, range(3, 6))
-    train(restored, continued, range(3, 6))
+    take_steps(module, optimizer, range(3, 6))
+    take_steps(restored, continued, range(3, 6))
     assert same(restored.state_dict(), module.state_dict())
 
 
 def test_an_optimizer_that_does_not_fit_is_refused_unchanged() -> None:
     module = network()
     optimizer = torch.optim.Adam(module.parameters())
-    train(module, optimizer, range(1))
+    take_steps(module, optimizer, range(1))
     state = checkpoint.optimizer_to_tensors(optimizer, module.named_parameters())
     fewer = torch.optim.Adam(list(module.parameters())[:-1])
     with pytest.raises(ValueError, match=r"parameters differ, the first is 3\.bias"):

@@ -67,7 +67,7 @@ def test_nodes_that_do_not_share_the_run_directory_are_told_so(small: list[str])
 
 
 @contextlib.contextmanager
-def launched(where: list[list[str]], address: str, arguments: list[str], logs: Path) -> Iterator[list[Script]]:
+def on_nodes(where: list[list[str]], address: str, arguments: list[str], logs: Path) -> Iterator[list[Script]]:
     """launch/multinode.sh with one rank on each of two nodes."""
     variables = environment(PORT=str(free_port()))
     with contextlib.ExitStack() as stack:
@@ -90,7 +90,7 @@ def test_two_nodes_are_one_run_though_the_cable_is_cut(small: list[str], straigh
     arguments = [*small, *FORTY, "train.checkpoint_every=5", "run.resume=auto", f"run.timeout={TIMEOUT}"]
     with two_nodes() as (where, address, plug):
         print("two nodes:", "network namespaces and a cable" if plug else "two launchers on the loopback")
-        with launched(where, address, arguments, tmp_path) as (first, second):
+        with on_nodes(where, address, arguments, tmp_path) as (first, second):
             wait_until(lambda: steps(run) >= 6, first, second)
             began = time.monotonic()
             if plug is not None:
@@ -110,7 +110,7 @@ def test_two_nodes_are_one_run_though_the_cable_is_cut(small: list[str], straigh
             plug(True)
         assert RunDirectory(run).status()["status"] == "failed"
         assert 6 <= steps(run) < 40
-        with launched(where, address, arguments, tmp_path) as scripts:
+        with on_nodes(where, address, arguments, tmp_path) as scripts:
             assert [script.wait() for script in scripts] == [0, 0], [script.text for script in scripts]
             assert f"done: {run}" in scripts[0].text
             assert scripts[1].text == ""  # rank zero alone speaks

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rkdo_dist.lock import DirectoryLock, LockedError, holder
-from tests.jobs import command, environment, fingerprint, metrics, on_ranks, run_of, steps
-from tests.launching import Script, wait_until
+from tests.jobs import command, fingerprint, metrics, on_ranks, run_of, steps
+from tests.launching import Script, environment, wait_until
 from tests.runs import locked_elsewhere
 
 LONG = ["train.epochs=20", "train.batches_per_epoch=20", "train.checkpoint_every=2"]

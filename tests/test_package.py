@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.jobs import ROOT, command, environment
+from tests.jobs import ROOT, command
+from tests.launching import environment
 
 BARE = """
 import builtins, sys

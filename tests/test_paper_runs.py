@@ -22,7 +22,8 @@ from rkdo_dist.data.prepare import prepare
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import reproduce, runner
 from rkdo_dist.studies.paper import Results
-from tests.jobs import command, environment, metrics
+from tests.jobs import command, metrics
+from tests.launching import environment
 from tests.runs import Forked, locked_elsewhere
 
 ROOT = Path(__file__).resolve().parent.parent

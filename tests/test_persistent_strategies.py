@@ -21,7 +21,7 @@ from tests.test_step import LANES, MICRO, make_view, micro_batch, own
 STEPS = 4
 
 
-def train(rank: int, world: int, strategies: list[tuple[str, bool]]) -> list[dict[str, Any]]:
+def train_rows(rank: int, world: int, strategies: list[tuple[str, bool]]) -> list[dict[str, Any]]:
     """Losses, diagnostics, and the moments of the optimizer and the rows after a few steps of each strategy."""
     found = []
     for strategy, recompute in strategies:
@@ -52,7 +52,7 @@ def train(rank: int, world: int, strategies: list[tuple[str, bool]]) -> list[dic
     return found
 
 
-def agree(got: list[dict[str, Any]], right: dict[str, Any]) -> None:
+def require_one_process(got: list[dict[str, Any]], right: dict[str, Any]) -> None:
     """Whether rank zero's losses, diagnostics and moments, and all ranks' rows, are those of one process."""
     assert got[0]["losses"] == pytest.approx(right["losses"], rel=1e-5)
     for name, value in right["parts"].items():
@@ -63,19 +63,19 @@ def agree(got: list[dict[str, Any]], right: dict[str, Any]) -> None:
 
 
 def test_ddp_is_one_process() -> None:
-    right = train(0, 1, [("exact", False)])[0]
+    right = train_rows(0, 1, [("exact", False)])[0]
     assert right["parts"]["p_positive"] < 0.9  # rows that have moved
     ways = [("fast", False), ("fast", True)]
-    answers = run_ranks(train, 2, ways)
+    answers = run_ranks(train_rows, 2, ways)
     for k in range(len(ways)):
-        agree([answer[k] for answer in answers], right)
+        require_one_process([answer[k] for answer in answers], right)
 
 
 @pytest.mark.slow
 def test_zero_is_one_process() -> None:
     pytest.importorskip("deepspeed")
-    right = train(0, 1, [("exact", False)])[0]
+    right = train_rows(0, 1, [("exact", False)])[0]
     ways = [("zero-1", False), ("zero-2", True), ("zero-3", False)]
-    answers = run_ranks(train, 2, ways, timeout=300)
+    answers = run_ranks(train_rows, 2, ways, timeout=300)
     for k in range(len(ways)):
-        agree([answer[k] for answer in answers], right)
+        require_one_process([answer[k] for answer in answers], right)

@@ -15,7 +15,8 @@ from rkdo_dist.measure import scaling
 from rkdo_dist.measure.scaling import Plan, ScalingError
 from rkdo_dist.measure.wire import StepShape, step_payloads
 from rkdo_dist.studies import scaling_tables
-from tests.jobs import command, environment
+from tests.jobs import command
+from tests.launching import environment
 
 SHAPE = StepShape(
     world=1, lanes=64, micro_batch=16, dimension=64, parameters=1_000_000, channels=5000,

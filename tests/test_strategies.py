@@ -16,8 +16,8 @@ import pytest
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.runtime import LaunchError
-from tests.jobs import command, environment, metrics, run_of, steps
-from tests.launching import Script, wait_until
+from tests.jobs import command, metrics, run_of, steps
+from tests.launching import Script, environment, wait_until
 from tests.ranks import run_ranks
 from tests.strategies import ALL, ZERO, Task, gradients, launched, session, train
 
