@@ -157,6 +157,14 @@ def test_supcon_is_trained_from_a_configuration_with_the_same_bits_on_1_2_and_4_
             assert record[name] == pytest.approx(wanted[name], rel=1e-4)
 
 
+def test_what_looks_at_a_configuration_takes_every_objective(small: list[str]) -> None:
+    for name in ("supcon", "simclr"):
+        for words in (["flops", small[1], "--repeats", "0"], ["doctor", *small[1:]]):
+            code, text = command([*words, f"field.objective={name}"])
+            assert code == 0, text
+            assert name in text
+
+
 @pytest.mark.parametrize("missing", ["some", "all"])
 def test_supcon_without_labels_is_refused_before_the_first_step(
     small: list[str], digits: Path, tmp_path: Path, missing: str

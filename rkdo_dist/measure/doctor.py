@@ -26,6 +26,7 @@ from rkdo_dist.data.shards import open_shard
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate.judge import plan_evaluation
 from rkdo_dist.exchange import group
+from rkdo_dist.field.presets import named
 from rkdo_dist.measure import memory, wire
 from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.ranks import surroundings
@@ -145,7 +146,7 @@ def _run_table(config: Config, index: ShardIndex, shape: wire.StepShape) -> Tabl
     )
     table.add_row("index digest", index.digest()[:16])
     table.add_row("settings digest", configuration.digest(config)[:16])
-    table.add_row("objective", f"{f.objective}, depth {f.depth}, pairing {f.value('pairing')}")
+    table.add_row("objective", f"{named(f.objective, f.recursion)}, depth {f.depth}, pairing {f.value('pairing')}")
     table.add_row("encoder", f"{config.encoder.backbone}, {shape.parameters:,} parameters, d = {shape.dimension}")
     table.add_row("step", f"{shape.batch} pairs = {shape.lanes} lanes of {shape.micro_batch}; {shape.rows} per process")
     table.add_row("memory policy", "embed again (recompute)" if train.recompute else "keep activations")

@@ -31,6 +31,7 @@ from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.losses import FieldLoss
 
+_LABELS = 10  # classes, for objectives that need labels
 _COUNTED_BATCH = 64  # at most: of the loss
 PAPER = {1: 9.5537e9, 3: 9.5545e9}  # section 4.3: forward, ResNet-18, batch 64, CIFAR-10, by depth
 
@@ -93,10 +94,11 @@ def loss_flops(objective: Objective, batch: int, width: int) -> tuple[float, flo
     """Operations of the loss over a global batch of embeddings (batch, width): forward, and with its gradients."""
     small = min(batch, _COUNTED_BATCH)
     u, v = (functional.normalize(torch.randn(small, width), dim=1).requires_grad_() for _ in range(2))
+    labels = torch.arange(small) % _LABELS
     with counter() as forward:
-        dense(objective, u, v)
+        dense(objective, u, v, labels)
     with counter() as both:
-        _value(FieldLoss(objective, exchange="local")(u, v)).backward()
+        _value(FieldLoss(objective, exchange="local")(u, v, labels)).backward()
     scale = (batch / small) ** 2
     return forward.get_total_flops() * scale, both.get_total_flops() * scale
 
@@ -170,7 +172,8 @@ def _one_step(
     pairs, forward = _timed(lambda: [encoder(lane).chunk(2) for lane in lanes], device)
     u, v = (torch.cat([pair[k] for pair in pairs]) for k in (0, 1))
     leaves = [x.detach().requires_grad_() for x in (u, v)]
-    gradients, loss = _timed(lambda: torch.autograd.grad(_value(loss_fn(*leaves)), leaves), device)
+    labels = torch.arange(len(u), device=device) % _LABELS
+    gradients, loss = _timed(lambda: torch.autograd.grad(_value(loss_fn(*leaves, labels)), leaves), device)
     _, backward = _timed(lambda: torch.autograd.backward([u, v], gradients), device)
     return forward, loss, backward
 
@@ -203,7 +206,8 @@ def cost_table(config: Config, image_size: int, repeats: int) -> Table:
         repeats: steps to time; 0: count only.
     """
     field = config.field
-    depths = sorted({1, 3, field.depth}) if field.objective == "rkdo" else [1]
+    objective = parts.make_objective(config, 0.0)
+    depths = sorted({1, 3, field.depth}) if objective.recursion == "in_batch" else [1]
     columns = [dataclasses.replace(config, field=dataclasses.replace(field, depth=depth)) for depth in depths]
     costs = [step_flops(column, image_size) for column in columns]
     table = Table(
@@ -213,7 +217,7 @@ def cost_table(config: Config, image_size: int, repeats: int) -> Table:
     )
     table.add_column("")
     for depth in depths:
-        table.add_column(f"{field.objective}, depth {depth}" if len(depths) > 1 else field.objective, justify="right")
+        table.add_column(f"{objective.name}, depth {depth}" if len(depths) > 1 else objective.name, justify="right")
     table.add_row("forward, GFLOPs", *(f"{cost.forward / 1e9:.4f}" for cost in costs))
     if _is_papers(config, image_size):
         table.add_row("  the paper", *(f"{PAPER[d] / 1e9:.4f}" if d in PAPER else "-" for d in depths))
