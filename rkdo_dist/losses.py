@@ -14,7 +14,6 @@ scales them and sends the columns' share home. On a ring, forward makes the walk
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,24 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rkdo_dist.exchange.columns import GatheredColumns, LocalColumns, RingColumns
-from rkdo_dist.exchange.group import Group, all_gather_rows, gather_objects, rank
+from rkdo_dist.exchange.columns import GatheredColumns, LocalColumns, RingColumns, UnevenColumns
+from rkdo_dist.exchange.group import Group, world_size
+from rkdo_dist.exchange.inputs import FieldInputError as FieldInputError
+from rkdo_dist.exchange.inputs import Shares, check_inputs
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import COOLING, COUPLING, DEPTH, PRESETS
 from rkdo_dist.field.tiled import FieldRows, computing_dtype
 
 EXCHANGES = ("gather", "ring", "local")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# How far the squared norm of a row may be from 1: normalising in bfloat16 errs by less, and wider tensors may hold
-# embeddings that were narrow before.
-NORM_TOLERANCE = 0.03
 _RKDO, _ICON, _INFONCE, _SUPCON = (PRESETS[name] for name in ("rkdo", "icon", "infonce", "supcon"))
 
-Columns = LocalColumns | GatheredColumns | RingColumns
-
-
-class FieldInputError(ValueError):
-    """A loss was called with input it cannot use; raised alike on every rank."""
+Columns = LocalColumns | GatheredColumns | UnevenColumns | RingColumns
 
 
 class FieldLoss(nn.Module):
@@ -52,7 +45,13 @@ class FieldLoss(nn.Module):
         group: process group; None is the default group, or one rank without a process group.
         temperature: a scalar tensor that replaces tau0; an `nn.Parameter` is learned.
         validate: check every call's inputs and that all ranks agree (one small collective and one host
-            synchronisation). Without, wrong input may give wrong numbers or a rank that waits for ever.
+            synchronisation). Without, wrong input may give wrong numbers or a rank that waits for ever, and all ranks
+            must have equal numbers of rows and of extra columns.
+        normalise: bring rows to unit norm first, in at least float32; without, they must have it.
+
+    Inside a `torch.compile`d step the loss is one graph break: it runs as it is between the compiled parts. It may be
+    copied, pickled (with the default group) and checkpointed, and works under autocast and DDP, also with static_graph.
+    There is no second derivative; asking for one is an error.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -66,6 +65,7 @@ class FieldLoss(nn.Module):
         group: Group = None,
         temperature: Tensor | None = None,
         validate: bool = True,
+        normalise: bool = False,
     ) -> None:
         super().__init__()
         if exchange not in EXCHANGES:
@@ -77,6 +77,7 @@ class FieldLoss(nn.Module):
         self.group = group
         self.temperature = temperature
         self.validate = validate
+        self.normalise = normalise
 
     def forward(
         self,
@@ -85,15 +86,21 @@ class FieldLoss(nn.Module):
         labels: Tensor | None = None,
         *,
         temperature: Tensor | None = None,
+        extra_columns: Tensor | None = None,
         parts: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Mean over this rank's rows of their losses against all columns.
 
+        Ranks may have different numbers of rows (with exchange="gather"). A rank's value is then W / B times the sum
+        over its rows, so that the mean over ranks, and DDP's gradient, are those of the mean over all B rows.
+
         Args:
-            u, v: this rank's unit-norm embeddings of view 1 and view 2, (b, d) with b equal on all ranks; float64
-                (computed in float64), float32, bfloat16 or float16 (computed in float32, also under autocast).
+            u, v: this rank's unit-norm embeddings of view 1 and view 2, (b, d); float64 (computed in float64), float32,
+                bfloat16 or float16 (computed in float32, also under autocast).
             labels: (b,) integers, for objectives whose supervisor is labels.
             temperature: scalar tensor that replaces tau0 in this call (`1 / logit_scale.exp()` in CLIP's terms).
+            extra_columns: (m, d) more columns that are nobody's positive: hard negatives, or a queue (detached). Those
+                of all ranks are columns of every row. For pairing="cross" that is not symmetric; not on a ring.
             parts: whether to return the parts of the loss as well.
 
         Returns:
@@ -105,19 +112,42 @@ class FieldLoss(nn.Module):
         Raises:
             FieldInputError: on every rank alike, naming argument and rank: shapes, dtypes or devices that disagree, an
                 empty batch, a global batch of one sample, embeddings that are not finite or not of unit norm, labels
-                missing or not integers, row counts or objectives that differ between ranks, a temperature <= 0.
+                missing or not integers, objectives that differ between ranks (or row counts, on a ring), a
+                temperature <= 0.
+            ValueError: extra columns where they cannot be.
         """
+        # Through a wrapper that keeps the compiler out, so that compiling a step need not compile this.
+        run = _uncompiled if torch.compiler.is_compiling() else FieldLoss._forward
+        return run(self, u, v, labels, temperature, extra_columns, parts)
+
+    def _forward(
+        self,
+        u: Tensor,
+        v: Tensor,
+        labels: Tensor | None,
+        temperature: Tensor | None,
+        extra: Tensor | None,
+        parts: bool,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         tau = self.temperature if temperature is None else temperature
         objective = self.objective
-        columns = _columns(self.exchange, self.group)
+        world = 1 if self.exchange == "local" else world_size(self.group)
+        if extra is not None:
+            self._refuse_extra(objective)
+        if self.normalise:
+            u, v = _normalised(u), _normalised(v)
+            extra = None if extra is None else _normalised(extra)
         if self.validate:
-            _check_inputs(u, v, labels, tau, objective, columns.world, self.group)
+            shares = check_inputs(u, v, labels, tau, extra, objective, world, self.group, self.exchange == "ring")
+        else:
+            shares = Shares((len(u),) * world, (0 if extra is None else len(extra),) * world)
+        columns = _columns(self.exchange, self.group, shares)
         if tau is not None:
             objective = objective.with_temperature(float(tau.detach()))
         if objective.needs_labels and labels is not None:
-            labels = all_gather_rows(labels, self.group) if columns.world > 1 else labels
-        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, v, tau))
-        loss, values = _FieldFunction.apply(u, v, tau, _Call(objective, columns, labels, parts, wanted))
+            labels = _all_labels(labels, columns, shares)
+        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, v, extra, tau))
+        loss, values = _FieldFunction.apply(u, v, extra, tau, _Call(objective, columns, shares, labels, parts, wanted))
         if not parts:
             return loss
         return loss, dict(zip(objective.part_names, values.unbind(), strict=True))
@@ -125,6 +155,18 @@ class FieldLoss(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print()."""
         return f"{self.objective}, exchange={self.exchange!r}"
+
+    def _refuse_extra(self, objective: Objective) -> None:
+        listed = objective.supervisor not in ("identity", "labels")
+        if objective.pairing != "cross" or objective.symmetric or listed or self.exchange == "ring":
+            raise ValueError(
+                "extra_columns go with pairing='cross', symmetric=False, a supervisor that is the identity or labels, "
+                "and exchange='gather' or 'local'"
+            )
+
+
+# Imports the compiler when it is called, and not before: importing a loss must stay cheap.
+_uncompiled = torch._disable_dynamo(FieldLoss._forward)
 
 
 class RKDOLoss(FieldLoss):
@@ -142,7 +184,7 @@ class RKDOLoss(FieldLoss):
         symmetric: for "cross", the mean of both directions.
         clock: "depth" (temperature falls with the level) or "training" (with `set_progress`).
         debias: a in [0, 1]: the recursion begins with p(0) = (1 - a) identity + a / N.
-        exchange, group, validate: see `FieldLoss`.
+        exchange, group, validate, normalise: see `FieldLoss`.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -163,12 +205,14 @@ class RKDOLoss(FieldLoss):
         exchange: str = "gather",
         group: Group = None,
         validate: bool = True,
+        normalise: bool = False,
     ) -> None:
         number, tensor = _split_temperature(temperature)
         self._settings = (depth, coupling, number, cooling, pairing, supervisor_grad, symmetric, clock)
         self._debias = debias
         objective = Objective.rkdo(*self._settings, debias=debias)
-        super().__init__(objective, exchange=exchange, group=group, temperature=tensor, validate=validate)
+        options: dict[str, Any] = {"exchange": exchange, "group": group, "validate": validate, "normalise": normalise}
+        super().__init__(objective, temperature=tensor, **options)
 
     def set_progress(self, progress: float) -> None:
         """Share of the training done, in [0, 1], for clock="training"."""
@@ -180,7 +224,7 @@ class IConLoss(FieldLoss):
 
     Args:
         debias: a in [0, 1].
-        temperature, pairing, symmetric: see `RKDOLoss`; exchange, group, validate: see `FieldLoss`.
+        temperature, pairing, symmetric: see `RKDOLoss`; exchange, group, validate, normalise: see `FieldLoss`.
     """
 
     def __init__(
@@ -193,17 +237,19 @@ class IConLoss(FieldLoss):
         exchange: str = "gather",
         group: Group = None,
         validate: bool = True,
+        normalise: bool = False,
     ) -> None:
         number, tensor = _split_temperature(temperature)
         objective = Objective.icon(debias, number, pairing, symmetric)
-        super().__init__(objective, exchange=exchange, group=group, temperature=tensor, validate=validate)
+        options: dict[str, Any] = {"exchange": exchange, "group": group, "validate": validate, "normalise": normalise}
+        super().__init__(objective, temperature=tensor, **options)
 
 
 class InfoNCELoss(FieldLoss):
     """InfoNCE: symmetric=True is CLIP's loss, pairing="joint" is SimCLR's NT-Xent.
 
     Args:
-        temperature, pairing, symmetric: see `RKDOLoss`; exchange, group, validate: see `FieldLoss`.
+        temperature, pairing, symmetric: see `RKDOLoss`; exchange, group, validate, normalise: see `FieldLoss`.
     """
 
     def __init__(
@@ -215,10 +261,12 @@ class InfoNCELoss(FieldLoss):
         exchange: str = "gather",
         group: Group = None,
         validate: bool = True,
+        normalise: bool = False,
     ) -> None:
         number, tensor = _split_temperature(temperature)
         objective = Objective.infonce(number, pairing, symmetric)
-        super().__init__(objective, exchange=exchange, group=group, temperature=tensor, validate=validate)
+        options: dict[str, Any] = {"exchange": exchange, "group": group, "validate": validate, "normalise": normalise}
+        super().__init__(objective, temperature=tensor, **options)
 
 
 class SupervisedLoss(FieldLoss):
@@ -229,7 +277,7 @@ class SupervisedLoss(FieldLoss):
     Args:
         temperature: tau > 0; a number or a scalar tensor.
         debias: a in [0, 1], see `IConLoss`.
-        pairing, symmetric: see `RKDOLoss`; exchange, group, validate: see `FieldLoss`.
+        pairing, symmetric: see `RKDOLoss`; exchange, group, validate, normalise: see `FieldLoss`.
     """
 
     def __init__(
@@ -242,10 +290,12 @@ class SupervisedLoss(FieldLoss):
         exchange: str = "gather",
         group: Group = None,
         validate: bool = True,
+        normalise: bool = False,
     ) -> None:
         number, tensor = _split_temperature(temperature)
         objective = Objective.supervised(number, debias, pairing, symmetric)
-        super().__init__(objective, exchange=exchange, group=group, temperature=tensor, validate=validate)
+        options: dict[str, Any] = {"exchange": exchange, "group": group, "validate": validate, "normalise": normalise}
+        super().__init__(objective, temperature=tensor, **options)
 
 
 def _split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
@@ -258,11 +308,27 @@ def _split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | Non
     return float(temperature.detach()), temperature
 
 
-def _columns(exchange: str, group: Group) -> Columns:
+def _columns(exchange: str, group: Group, shares: Shares) -> Columns:
     """The columns that travel as `exchange` says, one of `EXCHANGES`."""
     if exchange == "local":
         return LocalColumns()
-    return RingColumns(group) if exchange == "ring" else GatheredColumns(group)
+    if exchange == "ring":
+        return RingColumns(group)
+    return GatheredColumns(group) if len(set(shares.columns)) == 1 else UnevenColumns(shares.columns, group)
+
+
+def _normalised(x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.normalize(x.to(computing_dtype(x.dtype)), dim=1)
+
+
+def _all_labels(labels: Tensor, columns: Columns, shares: Shares) -> Tensor:
+    """The labels of all columns; an extra column has one that no row has."""
+    block = labels.new_full((shares.columns[columns.rank],), torch.iinfo(labels.dtype).min)
+    block[: len(labels)] = labels
+    if isinstance(columns, RingColumns):
+        columns = GatheredColumns(columns.group)
+    return columns.gather(block[None, :, None])[0, :, 0]
 
 
 @dataclass(frozen=True)
@@ -272,45 +338,52 @@ class _Call:
     Attributes:
         objective: what to compute, with this call's temperature.
         columns: how columns travel.
-        labels: (B,) labels of the global batch, for objectives that need them.
+        shares: every rank's rows and extra columns.
+        labels: of all columns, for objectives that need them.
         parts: whether the parts are asked for.
         differentiable: whether a backward pass may follow.
     """
 
     objective: Objective
     columns: Columns
+    shares: Shares
     labels: Tensor | None
     parts: bool
     differentiable: bool
 
-    def own_block(self, u: Tensor, v: Tensor) -> Tensor:
-        """This rank's columns (V, b, d) in the computing precision, contiguous."""
+    def own_block(self, u: Tensor, v: Tensor, extra: Tensor | None) -> Tensor:
+        """This rank's columns (V, b + m, d) in the computing precision, contiguous."""
         views, dtype = {"u": u.detach(), "v": v.detach()}, computing_dtype(u.dtype)
         chosen = [views[name].to(dtype) for name in self.objective.column_views]
+        if extra is not None:  # columns whose samples have no rows
+            chosen = [torch.cat([chosen[0], extra.detach().to(dtype)])]
         return torch.stack(chosen) if len(chosen) > 1 else chosen[0].contiguous()[None]
 
     def rows(self, u: Tensor, v: Tensor) -> FieldRows:
         """This rank's rows of the field."""
-        b, columns = len(u), self.columns
-        batch = columns.world * b
-        block = batch if columns.resident else b
+        columns, counts = self.columns, self.shares.columns
+        batch, first = sum(counts), sum(counts[: columns.rank])
         views = {"u": u.detach(), "v": v.detach()}
-        return FieldRows(self.objective, views, batch, columns.rank * b, block, self.labels, self.parts)
+        block = batch if columns.resident else len(u)
+        return FieldRows(self.objective, views, batch, first, block, self.labels, self.parts)
 
 
 class _FieldFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, temperature: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, u: Tensor, v: Tensor, extra: Tensor | None, temperature: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor]:
+        rows = call.shares.mean_rows
         with torch.autocast(u.device.type, enabled=False):
-            own, field = call.own_block(u, v), call.rows(u, v)
+            own, field = call.own_block(u, v, extra), call.rows(u, v)
             home = _walk(call, field, own)
             field.release()
-            loss = (field.loss() / len(u)).to(own.dtype)
-            parts = torch.stack(list(field.parts().values())) / len(u) if call.parts else loss.new_empty(0)
+            loss = (field.loss() / rows).to(own.dtype)
+            parts = torch.stack(list(field.parts().values())) / rows if call.parts else loss.new_empty(0)
         parts = parts.to(own.dtype)
         ctx.mark_non_differentiable(parts)
         if call.differentiable:
-            ctx.save_for_backward(u, v, temperature)
+            ctx.save_for_backward(u, v, extra, temperature)
             ctx.call, ctx.field, ctx.home = call, field, home
         return loss, parts
 
@@ -318,18 +391,19 @@ class _FieldFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: the gradients below would look like constants
             raise RuntimeError("the field loss has no second derivative; field.objectives.dense has")
-        u, v, temperature = ctx.saved_tensors  # raises if u or v were changed in place since
+        u, v, extra, temperature = ctx.saved_tensors  # raises if u or v were changed in place since
         call, field = ctx.call, ctx.field
-        scale = gradient / len(u)
+        scale = gradient / call.shares.mean_rows
         with torch.autocast(u.device.type, enabled=False):
-            home = _gradients_home(call, field, call.own_block(u, v), ctx.home, scale)
+            home = _gradients_home(call, field, call.own_block(u, v, extra), ctx.home, scale)
             found = {name: rows * scale for name, rows in field.gradients.items()}
             for name, part in zip(call.objective.column_views, home, strict=True):
-                found[name] += part
+                found[name] += part[: len(u)]
+            more = None if extra is None else home[0, len(u) :].to(extra.dtype)
             slope = None
             if temperature is not None:
                 slope = (field.temperature_gradient() * scale).to(temperature.dtype).view_as(temperature)
-        return found["u"].to(u.dtype), found["v"].to(v.dtype), slope, None
+        return found["u"].to(u.dtype), found["v"].to(v.dtype), more, slope, None
 
 
 def _walk(call: _Call, field: FieldRows, own: Tensor) -> Tensor | None:
@@ -362,113 +436,3 @@ def _gradients_home(call: _Call, field: FieldRows, own: Tensor, home: Tensor | N
         return call.columns.walk_home(own, visit)
     assert home is not None
     return call.columns.send_home(home * scale)
-
-
-def _check_inputs(
-    u: Tensor,
-    v: Tensor,
-    labels: Tensor | None,
-    temperature: Tensor | None,
-    objective: Objective,
-    world: int,
-    group: Group,
-) -> None:
-    """Refuse input that would give wrong numbers, on every rank alike.
-
-    Costs one pass over the embeddings, one small all-gather if world > 1, and one host synchronisation.
-
-    Args:
-        u, v, labels, temperature: the arguments of the loss.
-        objective: its objective.
-        world: number of ranks that share columns; 1 for local columns.
-        group: their process group.
-
-    Raises:
-        FieldInputError: naming argument and rank.
-    """
-    problem = _local_problem(u, v, labels, objective)
-    device = u.device if isinstance(u, Tensor) else torch.device("cpu")
-    facts = [float(problem is not None), float(zlib.crc32(repr(objective).encode()))]
-    if problem is None:
-        facts += [u.shape[0], u.shape[1], DTYPES.index(u.dtype)]
-        measured = torch.stack([_norm_deviation(u), _norm_deviation(v), _temperature_value(temperature, u)])
-    else:
-        facts += [0.0, 0.0, 0.0]
-        measured = torch.ones(3, dtype=torch.float64, device=device)
-    row = torch.cat([torch.tensor(facts, dtype=torch.float64).to(device), measured])[None]
-    table = (all_gather_rows(row, group) if world > 1 else row).tolist()
-    ranks = range(world) if world > 1 else [rank(group)]
-    if any(facts[0] for facts in table):
-        texts = gather_objects(problem, group) if world > 1 else [problem]
-        raise FieldInputError("; ".join(f"rank {r}: {text}" for r, text in zip(ranks, texts, strict=True) if text))
-    _require_equal("row counts b", [int(facts[2]) for facts in table])
-    _require_equal("dimensions d", [int(facts[3]) for facts in table])
-    _require_equal("dtypes", [DTYPES[int(facts[4])] for facts in table])
-    _require_equal("objectives (checksums)", [f"{int(facts[1]):08x}" for facts in table])
-    if world * u.shape[0] < 2:
-        raise FieldInputError("u and v: a global batch of one sample has no other column to compare with")
-    for r, facts in zip(ranks, table, strict=True):
-        _check_values(r, facts)
-
-
-def _local_problem(u: Tensor, v: Tensor, labels: Tensor | None, objective: Objective) -> str | None:
-    """What is wrong with this rank's arguments by their form, or None."""
-    for name, x in (("u", u), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 2:
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            return f"{name} must be a tensor of embeddings (b, d), got {shape}"
-        if x.dtype not in DTYPES:
-            return f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}"
-        if x.shape[0] == 0 or x.shape[1] == 0:
-            return f"{name} is empty: shape {tuple(x.shape)}"
-    for what in ("shape", "dtype", "device"):
-        a, b = getattr(u, what), getattr(v, what)
-        if a != b:
-            return f"u and v must have the same {what}, got {a} and {b}".replace("torch.Size", "")
-    if not objective.needs_labels:
-        return None
-    if labels is None:
-        return f"labels are missing: objective {objective.name} needs labels (b,)"
-    if labels.is_floating_point() or tuple(labels.shape) != (u.shape[0],) or labels.device != u.device:
-        return (
-            f"labels must be ({u.shape[0]},) integers on {u.device}, "
-            f"got {tuple(labels.shape)} {labels.dtype} on {labels.device}"
-        )
-    return None
-
-
-def _norm_deviation(x: Tensor) -> Tensor:
-    """The largest | |x_i|^2 - 1 |, float64 scalar; NaN or infinite if any entry is."""
-    squares = torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).square()
-    return (squares - 1).abs().amax().double()
-
-
-def _temperature_value(temperature: Tensor | None, like: Tensor) -> Tensor:
-    if temperature is None:
-        return torch.ones((), dtype=torch.float64, device=like.device)
-    return temperature.detach().to(like.device, torch.float64).reshape(())
-
-
-def _require_equal(what: str, found: Sequence[object]) -> None:
-    """Facts that must agree between ranks."""
-    if any(x != found[0] for x in found):
-        listed = ", ".join(f"rank {r}: {x}" for r, x in enumerate(found))
-        raise FieldInputError(f"u and v need equal {what} on all ranks, got {listed}")
-
-
-def _check_values(rank: int, facts: list[float]) -> None:
-    """Norms and temperature of one rank; a comparison with NaN is False."""
-    for name, deviation in zip("uv", facts[5:7], strict=True):
-        if not deviation <= NORM_TOLERANCE:
-            raise FieldInputError(f"rank {rank}: {_norm_text(name, deviation)}")
-    if not 0 < facts[7] < float("inf"):
-        raise FieldInputError(f"rank {rank}: temperature must be finite and > 0, got {facts[7]}")
-
-
-def _norm_text(name: str, deviation: float) -> str:
-    if deviation != deviation or deviation == float("inf"):
-        return f"{name} has entries that are not finite"
-    return (
-        f"{name} must have rows of unit norm, but a squared norm differs from 1 by {deviation:.3g}; "
-        f"use torch.nn.functional.normalize({name}, dim=1)"
-    )

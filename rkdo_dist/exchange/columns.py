@@ -5,17 +5,18 @@ The field is sharded by row: each of W ranks holds b rows and needs all B = W b 
 
 - `LocalColumns`: a rank's columns are its own samples (no exchange).
 - `GatheredColumns`: all-gather of the columns; reduce-scatter of their gradients.
-- `ExactColumns`: the same, but gradients are summed in one fixed order.
+- `UnevenColumns`: the same where ranks have different numbers of columns.
+- `ExactColumns`: as gathered ones, but gradients are summed in one fixed order.
 - `RingColumns`: blocks travel from rank to rank, and a rank holds at most two besides its own; gradients travel with
   their block until they are home. Exchange overlaps with computation.
 
 The gradient of a column is the SUM of what all ranks' rows contribute (the adjoint of all-gather), see `group`.
-Every rank must take part in every call. Blocks have the same shape on every rank.
+Every rank must take part in every call. But for `UnevenColumns`, blocks have the same shape on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,40 @@ class GatheredColumns:
         return home[0]
 
 
+class UnevenColumns:
+    """`GatheredColumns` for ranks that have different numbers of columns: padded to the largest on the way.
+
+    Args:
+        counts: every rank's columns.
+        group: see `GatheredColumns`.
+    """
+
+    resident = True
+
+    def __init__(self, counts: Sequence[int], group: Group = None) -> None:
+        self._counts, self._group = list(counts), group
+        self.world, self.rank = ranks.world_size(group), ranks.rank(group)
+        self._parts = [slice(k * max(counts), k * max(counts) + n) for k, n in enumerate(counts)]
+
+    def gather(self, own: Tensor) -> Tensor:
+        """All ranks' `own` (V, n_r, d) side by side in rank order, (V, sum of n, d). No autograd."""
+        views, n, d = own.shape
+        padded = own.new_zeros(1, views, max(self._counts), d)
+        padded[0, :, :n] = own
+        flat = ranks.all_gather_rows(padded, self._group).transpose(0, 1).reshape(views, -1, d)
+        return torch.cat([flat[:, part] for part in self._parts], dim=1)
+
+    def send_home(self, gradients: Tensor) -> Tensor:
+        """This rank's share (V, n_r, d) of the sum over ranks of `gradients` (V, sum of n, d)."""
+        views, _, d = gradients.shape
+        padded = gradients.new_zeros(self.world, views, max(self._counts), d)
+        for k, part in enumerate(gradients.split(self._counts, dim=1)):
+            padded[k, :, : part.shape[1]] = part
+        home = torch.empty_like(padded[:1])
+        ranks.reduce_scatter_single(home, padded, group=self._group)
+        return home[0, :, : self._counts[self.rank]]
+
+
 class ExactColumns(GatheredColumns):
     """`GatheredColumns` whose gradients are summed in tree order: the same bits on any number of ranks."""
 
@@ -92,7 +127,7 @@ class RingColumns:
     resident = False
 
     def __init__(self, group: Group = None) -> None:
-        self._group = group
+        self.group = group
         self.world, self.rank = ranks.world_size(group), ranks.rank(group)
 
     def walk(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -143,10 +178,10 @@ class RingColumns:
     def _pass_on(self, block: Tensor, into: Tensor) -> list[dist.Work]:
         """Start sending `block` to the next rank and receiving the previous rank's."""
         following, previous = ((self.rank + step) % self.world for step in (1, -1))
-        if self._group is not None:
-            following, previous = (dist.get_global_rank(self._group, r) for r in (following, previous))
-        send = dist.P2POp(dist.isend, block, following, self._group)
-        receive = dist.P2POp(dist.irecv, into, previous, self._group)
+        if self.group is not None:
+            following, previous = (dist.get_global_rank(self.group, r) for r in (following, previous))
+        send = dist.P2POp(dist.isend, block, following, self.group)
+        receive = dist.P2POp(dist.irecv, into, previous, self.group)
         return dist.batch_isend_irecv([send, receive])
 
 

@@ -1,0 +1,179 @@
+"""Checks of what a loss is called with, made once per call and agreed on by all ranks.
+
+A rank that raises alone leaves its peers waiting in the next collective. So every rank first looks at its own input,
+then all exchange a few numbers, and all raise the same error, which names the argument and the rank.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rkdo_dist.exchange.group import Group, all_gather_rows, gather_objects, rank
+from rkdo_dist.field.objectives import Objective
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# How far the squared norm of a row may be from 1: normalising in bfloat16 errs by less, and wider tensors may hold
+# embeddings that were narrow before.
+NORM_TOLERANCE = 0.03
+
+
+class FieldInputError(ValueError):
+    """A loss was called with input it cannot use; raised alike on every rank."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many rows, and extra columns, each rank brings.
+
+    Attributes:
+        rows: b of every rank.
+        extra: m of every rank.
+    """
+
+    rows: tuple[int, ...]
+    extra: tuple[int, ...]
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Columns of every rank: its rows' own and the extra ones."""
+        return tuple(b + m for b, m in zip(self.rows, self.extra, strict=True))
+
+    @property
+    def mean_rows(self) -> float:
+        """B / W: what a rank's sum is divided by, so that the mean over ranks is the mean over all rows."""
+        return sum(self.rows) / len(self.rows)
+
+
+def check_inputs(
+    u: Tensor,
+    v: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor | None,
+    extra: Tensor | None,
+    objective: Objective,
+    world: int,
+    group: Group,
+    even: bool,
+) -> Shares:
+    """Refuse input that would give wrong numbers, on every rank alike.
+
+    Costs one pass over the embeddings, one small all-gather if world > 1, and one host synchronisation.
+
+    Args:
+        u, v, labels, temperature, extra: the arguments of the loss.
+        objective: its objective.
+        world: number of ranks that share columns; 1 for local columns.
+        group: their process group.
+        even: whether all ranks must have equal numbers of rows.
+
+    Returns:
+        Each rank's rows and extra columns.
+
+    Raises:
+        FieldInputError: naming argument and rank.
+    """
+    problem = _local_problem(u, v, labels, extra, objective)
+    device = u.device if isinstance(u, Tensor) else torch.device("cpu")
+    facts = [float(problem is not None), float(zlib.crc32(repr(objective).encode()))]
+    if problem is None:
+        m = 0 if extra is None else extra.shape[0]
+        facts += [u.shape[0], u.shape[1], DTYPES.index(u.dtype), m]
+        deviations = [_norm_deviation(x) for x in (u, v, extra if extra is not None and m else u)]
+        measured = torch.stack([*deviations, _temperature_value(temperature, u)])
+    else:
+        facts += [0.0, 0.0, 0.0, 0.0]
+        measured = torch.ones(4, dtype=torch.float64, device=device)
+    row = torch.cat([torch.tensor(facts, dtype=torch.float64).to(device), measured])[None]
+    table = (all_gather_rows(row, group) if world > 1 else row).tolist()
+    ranks = range(world) if world > 1 else [rank(group)]
+    if any(facts[0] for facts in table):
+        texts = gather_objects(problem, group) if world > 1 else [problem]
+        raise FieldInputError("; ".join(f"rank {r}: {text}" for r, text in zip(ranks, texts, strict=True) if text))
+    rows = [int(facts[2]) for facts in table]
+    if even:
+        _require_equal("row counts b (exchange='gather' takes different ones)", rows)
+    _require_equal("dimensions d", [int(facts[3]) for facts in table])
+    _require_equal("dtypes", [DTYPES[int(facts[4])] for facts in table])
+    _require_equal("objectives (checksums)", [f"{int(facts[1]):08x}" for facts in table])
+    columns = [int(facts[5]) for facts in table]
+    if sum(rows) + sum(columns) < 2:
+        raise FieldInputError("u and v: a global batch of one sample has no other column to compare with")
+    for r, facts in zip(ranks, table, strict=True):
+        _check_values(r, facts)
+    return Shares(tuple(rows), tuple(columns))
+
+
+def _local_problem(
+    u: Tensor, v: Tensor, labels: Tensor | None, extra: Tensor | None, objective: Objective
+) -> str | None:
+    """What is wrong with this rank's arguments by their form, or None."""
+    for name, x in (("u", u), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            return f"{name} must be a tensor of embeddings (b, d), got {shape}"
+        if x.dtype not in DTYPES:
+            return f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}"
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            return f"{name} is empty: shape {tuple(x.shape)}"
+    for what in ("shape", "dtype", "device"):
+        a, b = getattr(u, what), getattr(v, what)
+        if a != b:
+            return f"u and v must have the same {what}, got {a} and {b}".replace("torch.Size", "")
+    if extra is not None:
+        if not isinstance(extra, Tensor) or extra.dim() != 2 or extra.shape[1] != u.shape[1]:
+            shape = tuple(extra.shape) if isinstance(extra, Tensor) else type(extra).__name__
+            return f"extra_columns must be embeddings (m, {u.shape[1]}), got {shape}"
+        if (extra.dtype, extra.device) != (u.dtype, u.device):
+            return f"extra_columns must be {u.dtype} on {u.device} as u and v, got {extra.dtype} on {extra.device}"
+    if not objective.needs_labels:
+        return None
+    if labels is None:
+        return f"labels are missing: objective {objective.name} needs labels (b,)"
+    if labels.is_floating_point() or tuple(labels.shape) != (u.shape[0],) or labels.device != u.device:
+        return (
+            f"labels must be ({u.shape[0]},) integers on {u.device}, "
+            f"got {tuple(labels.shape)} {labels.dtype} on {labels.device}"
+        )
+    return None
+
+
+def _norm_deviation(x: Tensor) -> Tensor:
+    """The largest | |x_i|^2 - 1 |, float64 scalar; NaN or infinite if any entry is."""
+    squares = torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+    return (squares - 1).abs().amax().double()
+
+
+def _temperature_value(temperature: Tensor | None, like: Tensor) -> Tensor:
+    if temperature is None:
+        return torch.ones((), dtype=torch.float64, device=like.device)
+    return temperature.detach().to(like.device, torch.float64).reshape(())
+
+
+def _require_equal(what: str, found: Sequence[object]) -> None:
+    """Facts that must agree between ranks."""
+    if any(x != found[0] for x in found):
+        listed = ", ".join(f"rank {r}: {x}" for r, x in enumerate(found))
+        raise FieldInputError(f"u and v need equal {what} on all ranks, got {listed}")
+
+
+def _check_values(rank: int, facts: list[float]) -> None:
+    """Norms and temperature of one rank; a comparison with NaN is False."""
+    for name, deviation in zip(("u", "v", "extra_columns"), facts[6:9], strict=True):
+        if not deviation <= NORM_TOLERANCE:
+            raise FieldInputError(f"rank {rank}: {_norm_text(name, deviation)}")
+    if not 0 < facts[9] < float("inf"):
+        raise FieldInputError(f"rank {rank}: temperature must be finite and > 0, got {facts[9]}")
+
+
+def _norm_text(name: str, deviation: float) -> str:
+    if deviation != deviation or deviation == float("inf"):
+        return f"{name} has entries that are not finite"
+    return (
+        f"{name} must have rows of unit norm, but a squared norm differs from 1 by {deviation:.3g}; "
+        f"use torch.nn.functional.normalize({name}, dim=1), or the loss's normalise=True"
+    )
