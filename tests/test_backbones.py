@@ -348,6 +348,7 @@ def test_mistakes_end_the_run_before_its_first_step_on_every_rank(small: list[st
         (["encoder.backbone=tests.nets:tiny_vti"], "did you mean tiny_vit"),
         (["encoder.weights=nowhere.pt"], "nowhere.pt"),
         (["encoder.freeze=nothing"], "no such part"),
+        (["encoder.backbone=tests.nets:of_rank"], "the encoder's weights (digest)"),
     ):
         for code, text in on_ranks(2, [*small, *change], timeout=60):
             assert code == 2, text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -109,6 +110,14 @@ class Encoder(nn.Module):
         for module in self._frozen:
             module.eval()
         return self
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over all weights and buffers."""
+        found = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def check_image_size(self, size: int) -> None:
         """Check that the backbone takes images of size x size and gives features (n, f), by one forward pass.

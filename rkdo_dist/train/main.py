@@ -11,6 +11,7 @@ from rich.console import Console
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.encoders import is_code
 from rkdo_dist.evaluate.judge import evaluate_encoder, plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
@@ -67,6 +68,9 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory) -> Job:
     job = group.together(lambda: build(config, rt, index, run), "building the run")
     group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     agree(job.facts())
+    if config.encoder.weights != "none" or is_code(config.encoder.backbone):
+        # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.
+        agree({"the encoder's weights (digest)": job.encoder.digest()})
     source = group.together(lambda: other_run(config), "looking at run.resume")
     data = index.digest()
     group.on_main(lambda: run.claim(config, source, data), "claiming run.dir")
