@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from rkdo_dist.addresses import shown
-from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.index import DataError, ShardIndex
 from rkdo_dist.data.source import open_source
 from rkdo_dist.files import write_atomic
 
@@ -30,6 +30,7 @@ class Found:
     split: str
     labelled: bool
     test: bool
+    broken: bool
     devices: int
     cores: int
     slurm: bool
@@ -81,12 +82,16 @@ def look(source: str | None) -> Found:
         "slurm": shutil.which("sbatch") is not None,
     }
     if source is None:
-        return Found("data/digits", 8, 1437, "train", True, True, **machine)
-    index = open_source(source, on_corrupt="skip", workers=False)
+        return Found("data/digits", 8, 1437, "train", True, True, False, **machine)
+    broken = False
+    try:
+        index = open_source(source, workers=False)
+    except DataError:  # of files that cannot be read, or for another reason, which the next call gives too
+        index, broken = open_source(source, on_corrupt="skip", workers=False), True
     split = "train" if "train" in index.splits else next(iter(index.splits))
     place = source if "://" in source or not Path(source).exists() else str(Path(source).resolve())
     samples, labelled = index.split(split).samples, bool(index.classes)
-    return Found(shown(place), _side(index), samples, split, labelled, "test" in index.splits, **machine)
+    return Found(shown(place), _side(index), samples, split, labelled, "test" in index.splits, broken, **machine)
 
 
 def _side(index: ShardIndex) -> int | None:
@@ -117,6 +122,7 @@ def _configuration(found: Found, objective: str) -> str:
         if found.test and found.labelled
         else ("the data have no labels or no split `test`, so evaluations give what needs neither")
     )
+    corrupt = "  on_corrupt: skip           # some files are no images that can be read\n" if found.broken else ""
     views = (
         "views:                       # digits change their meaning when flipped; colours they have none\n"
         "  crop_scale: [0.5, 1.0]\n  flip: 0.0\n  jitter: [0.4, 0.4, 0.0, 0.0]\n  grayscale: 0.0\n"
@@ -139,7 +145,7 @@ data:
   source: {yaml.safe_dump(found.source).strip().removesuffix("...").strip()}
   split: {found.split}
   image_size: {size}
-  workers: {max(1, min(4, found.cores // ranks - 1))}                 # loader processes of each rank
+{corrupt}  workers: {max(1, min(4, found.cores // ranks - 1))}                 # loader processes of each rank
 {views}encoder:
   backbone: resnet18         # any of torchvision's, timm/NAME, or your package.module:factory
   stem: {"cifar                # for small images" if small else "imagenet"}
