@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.info("interrupted")
         code = INTERRUPTED
     except ModuleNotFoundError as error:
-        if not error.name or error.name.startswith("rkdo_dist"):
+        if not error.name or "." in error.name:  # not a library, but a fault in one or here
             raise
         logger.error("this command needs %s, which is not installed: pip install 'rkdo_dist[train]'", error.name)
         code = USER_ERROR

@@ -16,6 +16,8 @@ from torchvision import models
 from rkdo_dist.encoders import Encoder
 from tests.jobs import command, fingerprint, metrics, on_ranks
 from tests.nets import Pooled, tiny_vit
+from tests.ranks import run_ranks
+from tests.strategies import launched
 
 SMALL = "cifar_resnet8"
 VIT = ["encoder.backbone=tests.nets:tiny_vit", "data.image_size=16"]
@@ -340,6 +342,29 @@ def test_frozen_weights_stay_and_a_stopped_run_goes_on(small: list[str], tmp_pat
     code, text = command([*halves, "run.resume=auto"])
     assert code == 0, text
     assert fingerprint(run_of(halves), 4) == fingerprint(run_of(straight), 4)
+
+
+def sharded(rank: int, world: int, strategy: str, arguments: list[str]) -> tuple[int, str]:
+    """A run as a launcher of this strategy starts it."""
+    with launched(strategy):
+        return command(arguments)
+
+
+def test_frozen_weights_under_zero_are_those_of_one_process(small: list[str]) -> None:
+    """Saved by stage 2, continued by stage 3, which shards the frozen ones too."""
+    changes = [f"encoder.backbone={SMALL}", "encoder.freeze=3"]
+    alone, zero = with_run(small, "alone", *changes), with_run(small, "zero", *changes, "run.reduction=fast")
+    assert command(alone)[0] == 0
+    for strategy, arguments in (("zero-2", [*zero, "train.max_steps=2"]), ("zero-3", [*zero, "run.resume=auto"])):
+        answers = run_ranks(sharded, 2, strategy, arguments)
+        assert [code for code, _ in answers] == [0, 0], answers
+    torch.manual_seed(42)
+    start = Encoder(backbone=SMALL, embedding_dim=16).state_dict()
+    found, expected = (load_file(run_of(a) / "checkpoints" / "4" / "model.safetensors") for a in (zero, alone))
+    for name, tensor in expected.items():
+        frozen = re.match(r"backbone\.[0-3]\.", name) is not None
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0 if frozen else 1e-4)
+        assert torch.equal(found[name], start[name]) == frozen or not tensor.is_floating_point(), name
 
 
 def test_mistakes_end_the_run_before_its_first_step_on_every_rank(small: list[str]) -> None:

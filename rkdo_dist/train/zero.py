@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -39,6 +40,7 @@ class Zero(Averaged):
         optimizer = self._optimizer
         assert optimizer is not None, "DeepSpeed owns the optimizer"
         self._named = dict(encoder.named_parameters())
+        self._trained = {name: p for name, p in self._named.items() if p.requires_grad}  # others have no state
         self._hollow = _hollow(encoder) if self._runtime.zero_stage == 3 else None
         before = optimizer_to_tensors(optimizer, self._named)
         self._groups = before.groups
@@ -87,12 +89,12 @@ class Zero(Averaged):
         assert optimizer is not None
         shard_states = list(optimizer.state.values())
         for key in _shaped_keys(optimizer):
-            for name, parameter in self._named.items():
+            for name, parameter in self._trained.items():
                 found = safe_get_full_optimizer_state(parameter, key)
                 if self._runtime.is_main:
                     tensors[f"{name}.{key}"] = found.to("cpu", copy=True)
         if shard_states and "step" in shard_states[0]:
-            tensors |= {f"{name}.step": shard_states[0]["step"].cpu().clone() for name in self._named}
+            tensors |= {f"{name}.step": shard_states[0]["step"].cpu().clone() for name in self._trained}
         groups = [
             {key: group.get(key, value) if key != "params" else value for key, value in known.items()}
             for known, group in zip(self._groups, optimizer.param_groups, strict=True)
@@ -116,7 +118,11 @@ class Zero(Averaged):
         weights = {name: value.detach().to(device) for name, value in self._encoder.state_dict().items()}
         if self._hollow is not None:
             for name, parameter in self._named.items():
-                found = safe_get_full_fp32_param(parameter)
+                if parameter.requires_grad:
+                    found = safe_get_full_fp32_param(parameter)
+                else:  # frozen: sharded like all, but unknown to the optimizer
+                    with GatheredParameters([parameter]):
+                        found = parameter.detach().clone()
                 if everywhere or self._runtime.is_main:
                     weights[name] = found.detach().to(device, copy=True)
         return weights
@@ -125,7 +131,7 @@ class Zero(Averaged):
         """Put whole moments, by name, into the engine's shards, as if it had computed them."""
         optimizer, engine = self._optimizer, self._engine.optimizer
         assert optimizer is not None
-        names = [name for name, p in self._named.items() if p.requires_grad]
+        names = list(self._trained)
         keys = sorted({n.rpartition(".")[2] for n in saved.tensors if not n.startswith("#")} - {"step"})
         if not keys:
             return
