@@ -46,7 +46,7 @@ SCORE_TITLES = {
     "neighbourhood": "neighbourhood preservation",
 }
 # The most informative of `yardsticks` (common metrics) in an evaluation: the same function for every objective.
-YARDSTICK_TITLES = {
+COMMON_METRIC_TITLES = {
     "infonce": "InfoNCE at 0.5, held-out pairs",
     "infonce_positive_mass": "mass on the positive",
     "alignment": "alignment (lower: views closer)",

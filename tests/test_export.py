@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torchvision import models
 
 import rkdo_dist
-from rkdo_dist.evaluate.judge import BLOCK
+from rkdo_dist.evaluate.evaluation import BLOCK
 from tests.jobs import command, on_ranks
 from tests.test_backbones import hub
 

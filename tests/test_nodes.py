@@ -41,7 +41,7 @@ def test_gloo_listens_on_the_way_to_the_first_node(monkeypatch: pytest.MonkeyPat
 
 def test_a_lost_peer_is_named_by_rank_and_place() -> None:
     job = peers.Peers(TIMEOUT)
-    a, b = peers.Place("a", "10.0.0.1"), peers.Place("b", "10.0.0.2")
+    a, b = peers.Location("a", "10.0.0.1"), peers.Location("b", "10.0.0.2")
     job._places = [a, a, b, b]
     closed = "[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:41234"
     assert "one of the ranks 2 to 3 on b (10.0.0.2) closed the connection" in str(job.explain(RuntimeError(closed)))

@@ -13,7 +13,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import ConfigError
 from rkdo_dist.data.index import load_index
 from rkdo_dist.data.prepare import prepare
-from rkdo_dist.evaluate import judge
+from rkdo_dist.evaluate import evaluation
 from rkdo_dist.studies import paper, paper_figures, paper_tables, published, runner
 from rkdo_dist.studies.paper import Request, Results
 from rkdo_dist.studies.plots import save
@@ -49,7 +49,7 @@ def test_the_protocol_is_the_released_notebooks(tmp_path: Path, dataset: str, ob
     assert (train.learning_rate, train.weight_decay) == (1e-3, 1e-5)
     assert train.evaluate_at == (1, 2, 5, 10)
     assert config.evaluate.protocol == "paper"
-    assert judge.PAPER_BATCHES * train.global_batch == (352 if dataset == "stl10" else 704)
+    assert evaluation.PAPER_BATCHES * train.global_batch == (352 if dataset == "stl10" else 704)
     if dataset == "cifar10":
         shipped = configuration.load(ROOT / "configs" / "paper" / f"cifar10-{objective}.yaml")
         assert configuration.decisive(shipped) == configuration.decisive(config)

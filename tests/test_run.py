@@ -191,7 +191,7 @@ def _put_text_into(shards: Path) -> None:
     (shards / "index.json").write_text(json.dumps(index))
 
 
-def test_evaluate_judges_a_run_again_and_refuses_what_is_none(small: list[str], tmp_path: Path) -> None:
+def test_evaluate_evaluates_a_run_again_and_refuses_what_is_none(small: list[str], tmp_path: Path) -> None:
     run = run_of(small)
     command([*small, "train.max_steps=2"])
     one, text = command(["evaluate", str(run)])

@@ -19,8 +19,8 @@ from rkdo_dist.console import counting, say
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.source import open_source
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
+from rkdo_dist.evaluate.evaluation import BLOCK
 from rkdo_dist.evaluate.features import FrozenFeatures, gather_features
-from rkdo_dist.evaluate.judge import BLOCK
 from rkdo_dist.exchange import group
 from rkdo_dist.export.formats import refuse_existing
 from rkdo_dist.export.pretrained import PretrainedEncoder, load_encoder

@@ -24,7 +24,7 @@ from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.encoders import Encoder
-from rkdo_dist.evaluate.judge import plan_evaluation
+from rkdo_dist.evaluate.evaluation import plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.field.presets import named
 from rkdo_dist.measure import memory, wire

@@ -32,7 +32,7 @@ class PeerLostError(ConnectionError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Location:
     """Where a rank runs."""
 
     host: str
@@ -51,7 +51,7 @@ class Peers:
 
     def __init__(self, timeout: int) -> None:
         self._timeout = timeout
-        self._places: list[Place] = []
+        self._places: list[Location] = []
         self._me = 0
 
     @contextlib.contextmanager
@@ -72,7 +72,7 @@ class Peers:
 
     def meet(self) -> None:
         """Learn where every rank runs (collective; a few bytes, once)."""
-        places: list[Any] = group.gather_objects(Place(socket.gethostname(), own_address() or "127.0.0.1"))
+        places: list[Any] = group.gather_objects(Location(socket.gethostname(), own_address() or "127.0.0.1"))
         self._places, self._me = places, group.rank()
 
     def explain(self, error: BaseException) -> str | None:

@@ -12,7 +12,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.encoders import is_code
-from rkdo_dist.evaluate.judge import evaluate_encoder, plan_evaluation
+from rkdo_dist.evaluate.evaluation import evaluate_encoder, plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree, code_digest

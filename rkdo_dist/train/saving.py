@@ -8,7 +8,7 @@ from pathlib import Path
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.diagnostics import logger
-from rkdo_dist.evaluate.judge import evaluate_encoder
+from rkdo_dist.evaluate.evaluation import evaluate_encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory

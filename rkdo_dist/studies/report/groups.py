@@ -11,7 +11,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.field.presets import PRESETS, named
 from rkdo_dist.history import Epoch, History
-from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES, RunDirectory
+from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES, RunDirectory
 from rkdo_dist.studies.plots import colour
 from rkdo_dist.studies.sheets import Sheet, mean_sd, number, of_values
 
@@ -141,7 +141,7 @@ def overview(groups: Sequence[Group]) -> Sheet:
     sheet.rows.append(["  attained share of the way", *shares])
     sheet.rows.append(["evaluated after step", *(str(group.last_step or "-") for group in groups)])
     sheet.rows.append(["protocol", *(_protocols(group) for group in groups)])
-    for name, title in (SCORE_TITLES | YARDSTICK_TITLES).items():
+    for name, title in (SCORE_TITLES | COMMON_METRIC_TITLES).items():
         cells = [of_values([run.score(name, group.last_step or 0) for run in group.runs]) for group in groups]
         if any(cell != "-" for cell in cells):
             sheet.rows.append([title, *cells])

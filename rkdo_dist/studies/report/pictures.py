@@ -16,7 +16,7 @@ from PIL import Image
 from rkdo_dist import checkpoint, parts
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import evaluation_stream
-from rkdo_dist.evaluate import maps, scores, yardsticks
+from rkdo_dist.evaluate import common_metrics, maps, scores
 from rkdo_dist.field.objectives import Objective, rows_of
 from rkdo_dist.history import History
 from rkdo_dist.rundir import RunDirectory
@@ -143,7 +143,7 @@ def look(run: History) -> Seen:
             embeddings.append(encoder(views.plain(block.images)))
             if number == 0:
                 few, ids = block.images[:FIELD_ROWS], block.ids[:FIELD_ROWS]
-                both = [views(few, ids, yardsticks.SEED, yardsticks.EPOCH, view) for view in (0, 1)]
+                both = [views(few, ids, common_metrics.SEED, common_metrics.EPOCH, view) for view in (0, 1)]
                 pairs = [encoder(view) for view in both]
     return Seen(
         step=found.step,

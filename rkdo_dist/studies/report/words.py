@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from rkdo_dist.history import History
-from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES
+from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES
 from rkdo_dist.studies.report.groups import Group, last_common_epoch
 from rkdo_dist.studies.statistics import LEVEL, NO_EVIDENCE, Paired, holm, paired, verdict
 
 # The same function for every objective, so that differences mean something.
-COMMON = {k: t for k, t in (SCORE_TITLES | YARDSTICK_TITLES).items() if not k.startswith("own_")}
+COMMON = {k: t for k, t in (SCORE_TITLES | COMMON_METRIC_TITLES).items() if not k.startswith("own_")}
 _MANY = 3  # with more groups, each is compared with the first only
 
 

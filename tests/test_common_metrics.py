@@ -1,4 +1,4 @@
-"""Yardsticks against slow transcriptions of their definitions; extremes whose values are known; bad input."""
+"""Common metrics against slow transcriptions of their definitions; extremes whose values are known; bad input."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from threadpoolctl import threadpool_limits
 
 from rkdo_dist import checkpoint, parts
 from rkdo_dist import config as configuration
-from rkdo_dist.evaluate import yardsticks as common
-from rkdo_dist.evaluate.judge import evaluate_encoder
+from rkdo_dist.evaluate import common_metrics as common
+from rkdo_dist.evaluate.evaluation import evaluate_encoder
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.ranks import runtime
 from rkdo_dist.rundir import RunDirectory
@@ -45,7 +45,7 @@ def slow_infonce(u: np.ndarray, v: np.ndarray, temperature: float = 0.5) -> tupl
 
 def test_infonce_is_the_mean_over_whole_batches_in_the_fixed_order() -> None:
     u, v = pairs(600)
-    found = common.yardsticks(u, v, u, u)
+    found = common.common_metrics(u, v, u, u)
     order = common.fixed_order(600)
     parts = [slow_infonce(u[order[k : k + 256]], v[order[k : k + 256]]) for k in (0, 256)]
     assert (found["pairs"], found["batch"]) == (600, 256)
@@ -57,7 +57,7 @@ def test_infonce_is_the_mean_over_whole_batches_in_the_fixed_order() -> None:
 
 def test_few_samples_make_one_batch() -> None:
     u, v = pairs(50)
-    found = common.yardsticks(u, v, u, u)
+    found = common.common_metrics(u, v, u, u)
     assert found["batch"] == 50
     assert found["infonce"] == pytest.approx(slow_infonce(u, v)[0], rel=1e-12)
     assert found["infonce_at_uniform"] == pytest.approx(math.log(50))
@@ -65,7 +65,7 @@ def test_few_samples_make_one_batch() -> None:
 
 def test_alignment_and_uniformity_by_their_definition() -> None:
     u, v = pairs(40)
-    found = common.yardsticks(u, v, u, u)
+    found = common.common_metrics(u, v, u, u)
 
     def squared(a: np.ndarray, b: np.ndarray) -> float:
         return sum((float(x) - float(y)) ** 2 for x, y in zip(a, b, strict=True))
@@ -80,13 +80,13 @@ def test_alignment_and_uniformity_by_their_definition() -> None:
 
 def test_values_at_the_extremes() -> None:
     same = np.tile(unit(np.ones((1, 4))), (64, 1))  # a collapsed encoder knows nothing
-    collapsed = common.yardsticks(same, same, same, same)
+    collapsed = common.common_metrics(same, same, same, same)
     assert collapsed["infonce"] == pytest.approx(math.log(64), abs=1e-6)
     assert collapsed["infonce_attained"] == pytest.approx(0, abs=1e-6)
     assert collapsed["alignment"] == collapsed["uniformity"] == pytest.approx(0, abs=1e-6)
     assert collapsed["effective_rank"] == pytest.approx(1, abs=1e-4)
     simplex = unit(np.eye(16) - 1 / 16)
-    ideal = common.yardsticks(simplex, simplex, simplex, np.eye(16))
+    ideal = common.common_metrics(simplex, simplex, simplex, np.eye(16))
     assert ideal["infonce_attained"] == pytest.approx(1, abs=1e-6)
     assert ideal["uniformity"] == pytest.approx(-2 * (2 + 2 / 15), rel=1e-6)
     assert ideal["effective_rank"] == pytest.approx(15, rel=1e-6)
@@ -132,7 +132,7 @@ def test_an_objective_without_a_way_has_no_share() -> None:
     assert found["own_loss_attained"] is None
 
 
-def test_yardsticks_do_not_follow_threads_and_leave_them_alone() -> None:
+def test_common_metrics_do_not_follow_threads_and_leave_them_alone() -> None:
     u, v = pairs(700, d=32)
     found, before = [], torch.get_num_threads()
     try:
@@ -140,7 +140,7 @@ def test_yardsticks_do_not_follow_threads_and_leave_them_alone() -> None:
             torch.set_num_threads(threads)
             with threadpool_limits(threads):
                 own = common.own_objective(Objective.rkdo(), u, v, 256)
-                found.append(common.yardsticks(u, v, u, v) | own)
+                found.append(common.common_metrics(u, v, u, v) | own)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -153,11 +153,11 @@ def test_bad_pairs_are_named() -> None:
     spoilt = v.copy()
     spoilt[7, 0] = np.inf
     with pytest.raises(ValueError, match="second view of 1 of 20 samples are not finite, the first is sample 7"):
-        common.yardsticks(u, spoilt, u, u)
+        common.common_metrics(u, spoilt, u, u)
     with pytest.raises(ValueError, match=r"\(20, 8\) and \(19, 8\)"):
         common.own_objective(Objective.icon(), u, v[1:], 8)
     with pytest.raises(ValueError, match="n >= 2"):
-        common.yardsticks(u[:1], v[:1], u, u)
+        common.common_metrics(u[:1], v[:1], u, u)
 
 
 def test_every_evaluation_holds_them_and_the_pairs_do_not_depend_on_the_seed(small: list[str], tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.encoders import Encoder
+from rkdo_dist.evaluate import common_metrics as common
 from rkdo_dist.evaluate import scores
-from rkdo_dist.evaluate import yardsticks as common
 from rkdo_dist.evaluate.features import Block, Embed, FrozenFeatures, gather_features
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.rundir import SCORE_TITLES, YARDSTICK_TITLES, RunDirectory
+from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES, RunDirectory
 
 _PEEKED = 64  # samples of a split whose labels are looked at before training
 BLOCK = 256  # images embedded at a time
@@ -232,7 +232,7 @@ def _score(
             result = scores.paper_protocol(test, config.train.global_batch, PAPER_BATCHES)
         else:
             result = scores.full_protocol(train, test)
-        result["yardsticks"] = _yardsticks(config, index, step, test, pairs)
+        result["yardsticks"] = _common_metrics(config, index, step, test, pairs)
     path = run.write_evaluation(step, {"step": step, **result})
     console.print(_table(step, result))
     if reason is not None:
@@ -240,7 +240,7 @@ def _score(
     say(console, f"evaluation: {path}")
 
 
-def _yardsticks(
+def _common_metrics(
     config: Config, index: ShardIndex, step: int, test: FrozenFeatures, pairs: FrozenFeatures | None
 ) -> dict[str, Any]:
     assert pairs is not None
@@ -248,7 +248,7 @@ def _yardsticks(
     _, total = parts.run_length(config, index)
     objective = parts.make_objective(config, min(1.0, max(0, step - 1) / total))  # of the last step
     own = common.own_objective(objective, u, v, config.train.global_batch, pairs.labels)
-    return common.yardsticks(u, v, test.embeddings, test.backbone) | own
+    return common.common_metrics(u, v, test.embeddings, test.backbone) | own
 
 
 def _table(step: int, result: dict[str, Any]) -> Table:
@@ -258,7 +258,7 @@ def _table(step: int, result: dict[str, Any]) -> Table:
     for name, title in SCORE_TITLES.items():
         table.add_row(title, "-" if result[name] is None else f"{result[name]:.4f}")
     table.add_section()
-    for name, title in YARDSTICK_TITLES.items():
+    for name, title in COMMON_METRIC_TITLES.items():
         value = result["yardsticks"][name]
         table.add_row(title, "-" if value is None else f"{value:.4f}")
     return table

@@ -34,7 +34,7 @@ _BLOCK_ROWS = 1024
 Array = NDArray[Any]
 
 
-def yardsticks(u: Array, v: Array, embeddings: Array, backbone: Array) -> dict[str, Any]:
+def common_metrics(u: Array, v: Array, embeddings: Array, backbone: Array) -> dict[str, Any]:
     """The numbers that compare encoders trained under different objectives.
 
     Args:
@@ -77,7 +77,7 @@ def own_objective(
     Args:
         objective: resolved for the step that is evaluated. With a persistent field, held-out samples have no rows yet,
             so their supervisor is the identity.
-        u, v: as in `yardsticks`.
+        u, v: as in `common_metrics`.
         global_batch: of training, on which the objective's value depends; fewer pairs make one smaller batch.
         labels: (n,) integers, for objectives that need them; without, or with some only (-1), there is no `own_loss`.
 
@@ -88,7 +88,7 @@ def own_objective(
         `own_positive_mass` (of the last learned row).
 
     Raises:
-        ValueError: as `yardsticks`.
+        ValueError: as `common_metrics`.
     """
     _check(u, v)
     order, batch = fixed_order(len(u)), min(global_batch, len(u))
