@@ -96,7 +96,7 @@ def check_inputs(
         raise FieldInputError("; ".join(f"rank {r}: {text}" for r, text in zip(ranks, texts, strict=True) if text))
     rows = [int(facts[2]) for facts in table]
     if even:
-        _require_equal("row counts b (exchange='gather' takes different ones)", rows)
+        _require_equal("row counts b", rows, "; exchange='gather' takes different ones")
     _require_equal("dimensions d", [int(facts[3]) for facts in table])
     _require_equal("dtypes", [DTYPES[int(facts[4])] for facts in table])
     _require_equal("objectives (checksums)", [f"{int(facts[1]):08x}" for facts in table])
@@ -154,11 +154,11 @@ def _temperature_value(temperature: Tensor | None, like: Tensor) -> Tensor:
     return temperature.detach().to(like.device, torch.float64).reshape(())
 
 
-def _require_equal(what: str, found: Sequence[object]) -> None:
+def _require_equal(what: str, found: Sequence[object], hint: str = "") -> None:
     """Facts that must agree between ranks."""
     if any(x != found[0] for x in found):
         listed = ", ".join(f"rank {r}: {x}" for r, x in enumerate(found))
-        raise FieldInputError(f"u and v need equal {what} on all ranks, got {listed}")
+        raise FieldInputError(f"u and v need equal {what} on all ranks, got {listed}{hint}")
 
 
 def _check_values(rank: int, facts: list[float]) -> None:
