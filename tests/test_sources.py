@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.data.datasets import Opener, dataset_index
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.folder import folder_index
@@ -321,6 +323,18 @@ def test_a_run_on_a_folder_from_its_first_step_to_its_end(tmp_path: Path) -> Non
     code, text = command([*folder, "train.epochs=3"])
     assert code == 2
     assert "other data" in text
+
+
+def test_a_source_that_is_asked_for_takes_the_place_of_the_files_own(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {shards: data/digits}")
+    data = configuration.load(path, ["data.source=pictures"]).data
+    assert (data.source, data.shards) == ("pictures", "")
+    data = configuration.change(configuration.load(path, ["data.source=pictures"]), ["data.shards=other"]).data
+    assert (data.source, data.shards) == ("", "other")
+    both = configuration.load(path, ["data.source=pictures", "data.shards=other"])
+    with pytest.raises(configuration.ConfigError, match=r"data\.source=pictures and data\.shards=other both say"):
+        parts.require_source(both)
 
 
 def test_a_folder_is_indexed_and_prepared_like_training_reads_it(tmp_path: Path) -> None:

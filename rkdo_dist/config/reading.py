@@ -91,6 +91,10 @@ def listed(text: str) -> list[Any]:
 
 def _changed(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
     """`tree` with the overrides; those by a former name come last, because what they mean depends on the others."""
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    for asked, other in (("source", "shards"), ("shards", "source")):  # one of them says where the samples are
+        if f"data.{asked}" in keys and f"data.{other}" not in keys and isinstance(tree.get("data"), dict):
+            tree["data"].pop(other, None)
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() in FORMER):
         _apply(tree, override)
     return tree
