@@ -351,6 +351,10 @@ def test_a_folder_is_indexed_and_prepared_like_training_reads_it(tmp_path: Path)
     shards, folder = open_source(str(tmp_path / "shards")), open_source(str(flat))
     both = zip(evaluation_stream(shards, "train", 7), evaluation_stream(folder, "train", 7), strict=True)
     assert all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for (_, a), (_, b) in both)
+    code, text = command(["index", _tar(tmp_path)])
+    assert code == 0, text
+    assert "36 images in 2 classes by folder (cat, dog)" in text
+    assert not (tmp_path / "index.json").exists()  # a tar of folders is no shard
     code, text = command(["index", str(tmp_path / "nowhere")])
     assert (code, "there is no" in text) == (2, True)
 

@@ -21,6 +21,7 @@ from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.folder import folder_index
 from rkdo_dist.data.foreign import index_shards
 from rkdo_dist.data.index import INDEX_NAME, ShardIndex, load_index
+from rkdo_dist.data.listing import list_images
 from rkdo_dist.data.remote import is_url
 
 Progress = Callable[[int, int, str], None]
@@ -85,10 +86,18 @@ def index(sources: Sequence[str], out: str | None = None, progress: Progress | N
     """
     scheme, place = _scheme(sources[0])
     path = Path(place)
-    shards = is_url(place) or path.is_file() or any(path.rglob("*.tar"))
+    shards = is_url(place) or (path.is_file() and not _holds_folders(path)) or any(path.rglob("*.tar"))
     if len(sources) > 1 or scheme == "shards" or (not scheme and shards):
         return index_shards(place if len(sources) == 1 else sources, out=out, progress=progress)
     return open_source(sources[0], progress=progress)
+
+
+def _holds_folders(path: Path) -> bool:
+    """Whether a file is a tar of images in folders, which training reads as such, rather than a shard."""
+    try:
+        return any("/" in file.name for file in list_images(path).files)
+    except DataError:
+        return False  # whoever opens it says why
 
 
 def _local(source: str, allow_remote: bool, on_corrupt: str, progress: Progress | None) -> ShardIndex:
