@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rkdo_dist.field.objectives import Objective, Slice
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.places import Place
 from rkdo_dist.field.supervisors import Supervisor
 
 
@@ -54,37 +55,6 @@ class RowSums:
     def rows(self, start: int, stop: int) -> RowSums:
         """Views of rows start..stop - 1."""
         return RowSums(*(x[..., start:stop] for x in vars(self).values()))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Position in the field of a strip of r rows and n columns.
-
-    Attributes:
-        piece: the matrix of rows and columns that it is part of.
-        first: number of the strip's first row among the b rows.
-        offset: the first row's sample minus the block's first; a block holds the samples of all b rows or of none.
-        first_column, block: the samples of the block of columns, the same in each of its views.
-    """
-
-    piece: Slice
-    first: int
-    offset: int
-    first_column: int
-    block: int
-
-    @property
-    def positive(self) -> int | None:
-        """Column of the first row's positive (the next row's is one further), None if it is not in this strip."""
-        return self._column(self.piece.positive)
-
-    @property
-    def excluded(self) -> int | None:
-        """The same for the excluded self column."""
-        return None if self.piece.excluded is None else self._column(self.piece.excluded)
-
-    def _column(self, view: int) -> int | None:
-        return self.offset + view * self.block if 0 <= self.offset < self.block else None
 
 
 Walk = Callable[[Tensor, RowSums, Place], None]

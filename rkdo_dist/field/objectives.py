@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.field import recursion, schedules
+from rkdo_dist.field.places import Slice
 from rkdo_dist.field.presets import (
     AFFINITIES,
     CLOCKS,
@@ -28,25 +29,6 @@ from rkdo_dist.field.presets import (
     SUPERVISOR_GRADIENTS,
 )
 from rkdo_dist.field.supervisors import LISTED
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One matrix of rows against columns that an objective is made of.
-
-    Attributes:
-        rows: the view of the rows, "u" or "v".
-        columns: the views of the columns, in order: "u", "v" or "uv".
-        weight: share of this matrix in the loss of a sample.
-        positive: the view (position in `columns`) that holds the positive column of sample i, at index i.
-        excluded: the view that holds the excluded self column of sample i (k != i in eq. 4), or None.
-    """
-
-    rows: str
-    columns: str
-    weight: float
-    positive: int
-    excluded: int | None
 
 
 @dataclass(frozen=True)

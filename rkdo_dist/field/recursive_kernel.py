@@ -13,8 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rkdo_dist.field.kernels import Place, RowSums, Walk, exponent_limit, hide, note_maximum
+from rkdo_dist.field.kernels import RowSums, Walk, exponent_limit, hide, note_maximum
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.places import Place
 from rkdo_dist.field.supervisors import Supervisor
 
 

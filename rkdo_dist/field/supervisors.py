@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rkdo_dist.field.kernels import Place
-    from rkdo_dist.field.objectives import Slice
+from rkdo_dist.field.places import Place, Slice
 
 # What lists the columns of p(0): (r,) samples' positions in the batch and B -> (r, K) int64 positions of samples, each
 # once in a row, and (r, K) float64 weights that sum to 1. The columns are the positive's view of these samples.

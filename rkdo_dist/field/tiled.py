@@ -19,8 +19,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from rkdo_dist.field.kernels import FixedKernel, Kernel, Place, RowSums, Walk
-from rkdo_dist.field.objectives import Objective, Slice
+from rkdo_dist.field.kernels import FixedKernel, Kernel, RowSums, Walk
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.places import Place, Slice
 from rkdo_dist.field.recursive_kernel import RecursiveKernel
 from rkdo_dist.field.supervisors import LISTED, Identity, Listed, SameLabel, Supervisor
 

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkdo_dist.field.kernels import Place, RowSums
+from rkdo_dist.field.kernels import RowSums
 from rkdo_dist.field.objectives import Objective
+from rkdo_dist.field.places import Place
 from rkdo_dist.field.recursive_kernel import RecursiveKernel, gradient_coefficients
 from rkdo_dist.field.supervisors import Supervisor
 
