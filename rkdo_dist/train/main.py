@@ -12,7 +12,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.encoders import is_code
-from rkdo_dist.evaluate.evaluation import evaluate_encoder, plan_evaluation
+from rkdo_dist.evaluate.evaluation import EvaluationPlan, evaluate_encoder, plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree, code_digest
@@ -38,7 +38,7 @@ def train(config: Config) -> int:
         raise ConfigError("run.dir is not set: name the directory for this run, e.g. run.dir=runs/first")
     run = RunDirectory(config.run.dir)
     with contextlib.closing(run), surroundings.meet(config) as around:
-        job = _set_up(config, around, run)
+        job, plan = _set_up(config, around, run)
         around.claimed(run if job.runtime.is_main else None, lambda: job.position)
         job.begin()
         trackers = group.on_main(lambda: _trackers(job, config), "starting run.trackers")
@@ -50,7 +50,7 @@ def train(config: Config) -> int:
         ):
             if already:
                 journal.say(f"continuing {run.path} at step {already} of {job.total_steps}")
-            for line in _remarks(job, config):
+            for line in _remarks(job, plan, config):
                 journal.say(line)
             around.messages.exchange()
             code = loop.run(job, journal, stop)
@@ -60,13 +60,13 @@ def train(config: Config) -> int:
         return code
 
 
-def _set_up(config: Config, around: Surroundings, run: RunDirectory) -> Job:
+def _set_up(config: Config, around: Surroundings, run: RunDirectory) -> tuple[Job, EvaluationPlan]:
     """Everything that can fail because of the request fails here, on every rank alike."""
     rt, index = around.runtime, around.index
     around.check_world(config)
     group.on_main(lambda: tracking.check(config.run.trackers), "looking at run.trackers")
     job = group.together(lambda: build(config, rt, index, run), "building the run")
-    group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
+    plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     agree(job.facts())
     if config.encoder.weights != "none" or is_code(config.encoder.backbone):
         # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.
@@ -89,7 +89,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory) -> Job:
             "code": code_digest(),
             "started_at_step": job.position,
         })  # fmt: skip
-    return job
+    return job, plan
 
 
 def other_run(config: Config) -> RunDirectory | None:
@@ -112,12 +112,11 @@ def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
     return tracking.Trackers(config.run.trackers, job.run.path, job.position, settings)
 
 
-def _remarks(job: Job, config: Config) -> list[str]:
+def _remarks(job: Job, plan: EvaluationPlan, config: Config) -> list[str]:
     """Remarks on strategy and precision for the user, once."""
     rt, before, lines = job.runtime, job.launch_before, [*job.index.notes]
-    note = plan_evaluation(config, job.index).note
-    if note is not None:
-        lines.append(note)
+    if plan.note is not None:
+        lines.append(plan.note)
     if rt.reduction != config.run.reduction:
         lines.append(
             f"{rt.strategy} (DeepSpeed) sums gradients in its own order, so run.reduction={rt.reduction} is in effect: "
