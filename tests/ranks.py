@@ -127,3 +127,12 @@ def _collect(results: Any, ranks: list[Any], world: int, timeout: float) -> dict
             if time.monotonic() > deadline:
                 raise RankFailed(f"no answer from ranks {sorted(set(range(world)) - set(answers))} in time") from None
     return answers
+
+
+def exact_all_reduce(flat: Any) -> Any:
+    """Sum over ranks of a 1-d tensor by `ExactAllReduce`, used once."""
+    from rkdo_dist.exchange.group import ExactAllReduce
+
+    once = ExactAllReduce(flat.numel(), flat)
+    once.vector.copy_(flat)
+    return once.reduce()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rkdo_dist.exchange import group
-from tests.ranks import RankFailed, run_ranks
+from tests.ranks import RankFailed, exact_all_reduce, run_ranks
 
 
 def lane_parts(lanes: int, shape: tuple[int, ...] = (37,), seed: int = 0) -> list[torch.Tensor]:
@@ -53,7 +53,7 @@ def test_a_sum_counts_its_parts() -> None:
 def _reduce(rank: int, world: int, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     share = lanes // world
     mine = slice(rank * share, (rank + 1) * share)
-    flat = group.exact_all_reduce(group.tree_sum(lane_parts(lanes)[mine]))
+    flat = exact_all_reduce(group.tree_sum(lane_parts(lanes)[mine]))
     rows = group.exact_reduce_scatter(group.tree_sum(lane_parts(lanes, (8, 3))[mine]))
     gathered = group.all_gather_rows(rows)
     return flat.numpy(), rows.numpy(), gathered.numpy()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rkdo_dist.batch_norm import BatchStatistics
-from rkdo_dist.exchange.group import exact_all_reduce, tree_sum
-from tests.ranks import run_ranks
+from rkdo_dist.exchange.group import tree_sum
+from tests.ranks import exact_all_reduce, run_ranks
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 

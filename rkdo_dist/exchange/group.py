@@ -171,15 +171,6 @@ class ExactAllReduce:
         return self.vector
 
 
-def exact_all_reduce(flat: Tensor, group: Group = None) -> Tensor:
-    """Sum over ranks of a 1-d tensor in tree order (`ExactAllReduce`, once)."""
-    if world_size(group) == 1:
-        return flat
-    once = ExactAllReduce(flat.numel(), flat, group)
-    once.vector.copy_(flat)
-    return once.reduce()
-
-
 def _small_tensor_device(group: Group = None) -> torch.device:
     """The device for small messages between ranks: NCCL only moves tensors on the GPU."""
     if dist.get_backend(group) == "nccl":
