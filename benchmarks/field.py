@@ -28,8 +28,8 @@ from torch.nn import functional
 from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows
-from rkdo_dist.train.exact import exact_field
-from rkdo_dist.train.persistent import PersistentField
+from rkdo_dist.training.exact import exact_field
+from rkdo_dist.training.persistent import PersistentField
 
 LANE, D = 64, 64  # pairs in a micro-batch, width of the embeddings
 
@@ -66,8 +66,8 @@ def steps(arguments: argparse.Namespace) -> None:
     from rkdo_dist.data.stream import MicroBatch  # here, so that `size` measures the field and not what these load
     from rkdo_dist.encoders import Encoder
     from rkdo_dist.ranks import runtime
-    from rkdo_dist.train.loop import train_step
-    from rkdo_dist.train.step import Step, StepSettings
+    from rkdo_dist.training.loop import train_step
+    from rkdo_dist.training.step import Step, StepSettings
 
     batch, samples, k = arguments.batch, 50_000, arguments.stored
     if arguments.small:

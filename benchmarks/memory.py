@@ -19,8 +19,8 @@ from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
-from rkdo_dist.train.loop import train_step
-from rkdo_dist.train.step import Step, StepSettings
+from rkdo_dist.training.loop import train_step
+from rkdo_dist.training.step import Step, StepSettings
 
 MICRO = 64
 CASES = ((64, False), (512, False), (512, True), (4096, True))

@@ -24,8 +24,8 @@ from rkdo_dist.encoders import Encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
-from rkdo_dist.train.loop import train_step
-from rkdo_dist.train.step import Step, StepSettings
+from rkdo_dist.training.loop import train_step
+from rkdo_dist.training.step import Step, StepSettings
 
 LANES, MICRO = 8, 32
 

@@ -36,9 +36,9 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train.job import build
-from rkdo_dist.train.journal import Journal
-from rkdo_dist.train.loop import steps
+from rkdo_dist.training.job import build
+from rkdo_dist.training.journal import Journal
+from rkdo_dist.training.loop import steps
 
 WARM_UP = 2
 IMAGES = 4096  # extracted for lightly's image folder
@@ -114,7 +114,7 @@ def synthetic(settings: Config, index: ShardIndex, rt: runtime.Runtime) -> Itera
     encoder = parts.make_encoder(settings).to(rt.device)
     optimizer = parts.make_optimizer(settings, encoder)
     loss_of, views = RKDOLoss(), torch.randn(2 * size, 3, height, width, device=rt.device)
-    views = views.contiguous(memory_format=torch.channels_last)  # as `train.step` does: a ceiling must have it too
+    views = views.contiguous(memory_format=torch.channels_last)  # as `training.step` does: a ceiling must have it too
     while True:
         with rt.autocast():
             u, v = encoder(views).chunk(2)

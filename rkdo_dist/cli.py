@@ -344,7 +344,7 @@ def _load(options: argparse.Namespace, relaunch: bool = True) -> Config:
 
 def _train(options: argparse.Namespace) -> int:
     config = _load(options)
-    from rkdo_dist.train.main import train
+    from rkdo_dist.training.main import train
 
     return train(config)
 
@@ -359,7 +359,7 @@ def _settings(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from rkdo_dist.ranks.relaunch import with_all_ranks
-    from rkdo_dist.train.main import evaluate_run
+    from rkdo_dist.training.main import evaluate_run
 
     with_all_ranks(options.words)
 

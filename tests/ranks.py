@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 # With what tests import: a fork that imports pytest by itself needs 0.42 s to become a rank, not 0.07 s.
-PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "rkdo_dist.train.main"]
+PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "rkdo_dist.training.main"]
 PRELOAD += ["pytest", "hypothesis", "tests.jobs"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)

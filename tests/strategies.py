@@ -20,9 +20,9 @@ from rkdo_dist.checkpoint import OptimizerState, tensors_to_optimizer
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.loss_scale import LossScale
-from rkdo_dist.train.loop import train_step
-from rkdo_dist.train.step import Step, StepSettings
-from rkdo_dist.train.strategy import TrainState
+from rkdo_dist.training.loop import train_step
+from rkdo_dist.training.step import Step, StepSettings
+from rkdo_dist.training.strategy import TrainState
 from tests.test_step import make_view, micro_batch, own
 
 ZERO = ("zero-1", "zero-2", "zero-3")

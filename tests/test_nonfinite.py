@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rkdo_dist.train.step import Step
+from rkdo_dist.training.step import Step
 from tests.jobs import command, fingerprint, metrics, run_of
 from tests.ranks import run_ranks
 

@@ -11,9 +11,9 @@ import torch
 from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
-from rkdo_dist.train.loop import train_step
-from rkdo_dist.train.persistent import PersistentField
-from rkdo_dist.train.step import Step, StepSettings
+from rkdo_dist.training.loop import train_step
+from rkdo_dist.training.persistent import PersistentField
+from rkdo_dist.training.step import Step, StepSettings
 from tests.ranks import run_ranks
 from tests.strategies import Network, launched
 from tests.test_step import LANES, MICRO, make_view, micro_batch, own

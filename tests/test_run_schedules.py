@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.field import schedules
-from rkdo_dist.train.early_stop import EarlyStop, slope
+from rkdo_dist.training.early_stop import EarlyStop, slope
 from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
 
 

@@ -18,10 +18,10 @@ from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.measure import ledger
 from rkdo_dist.ranks import runtime
-from rkdo_dist.train.facts import Told
-from rkdo_dist.train.loop import train_step
-from rkdo_dist.train.persistent import PersistentField
-from rkdo_dist.train.step import Step, StepSettings
+from rkdo_dist.training.facts import Told
+from rkdo_dist.training.loop import train_step
+from rkdo_dist.training.persistent import PersistentField
+from rkdo_dist.training.step import Step, StepSettings
 from tests.ranks import RankFailed, run_ranks
 
 LANES, MICRO = 4, 6

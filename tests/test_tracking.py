@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rkdo_dist.ranks import messages
-from rkdo_dist.train import tracking
+from rkdo_dist.training import tracking
 from tests.jobs import command, metrics, on_ranks, rank_command, run_of
 from tests.ranks import run_ranks
 
@@ -86,7 +86,7 @@ def test_a_tracker_that_nobody_knows_is_refused(small: list[str]) -> None:
 
 def _warn_in_every_step(rank: int, world: int, arguments: list[str]) -> tuple[int, str]:
     """Training in which all ranks warn alike, and each of its own."""
-    from rkdo_dist.train.job import Job
+    from rkdo_dist.training.job import Job
 
     told = Job.told
 

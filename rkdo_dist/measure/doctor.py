@@ -32,7 +32,7 @@ from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import code_digest
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.train.persistent import rows_bytes
+from rkdo_dist.training.persistent import rows_bytes
 
 _PACKAGES = ("torchvision", "accelerate", "deepspeed", "webdataset", "numpy")
 

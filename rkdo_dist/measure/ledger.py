@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rkdo_dist.exchange import columns, group, store
-from rkdo_dist.train.averaged import Averaged
-from rkdo_dist.train.exact import Exact
+from rkdo_dist.training.averaged import Averaged
+from rkdo_dist.training.exact import Exact
 
 # What collectives are for. SMALL is all that the table below does not name: flags, digests, checks, the loss's parts.
 COLUMNS, COLUMN_GRADIENTS = "columns", "column gradients"

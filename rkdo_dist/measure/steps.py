@@ -39,8 +39,8 @@ from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train.job import Job, build
-from rkdo_dist.train.loop import steps
+from rkdo_dist.training.job import Job, build
+from rkdo_dist.training.loop import steps
 
 WARM_UP = 2  # steps that are made but not measured: DDP orders its buckets anew after the first
 

@@ -40,7 +40,7 @@ from rkdo_dist.measure.ledger import (
 )
 
 PARAMETERS = "parameters"  # what only sharding strategies send
-_HOST, _DIGEST = 4, 4  # words of 8 bytes: what a host tells, and a lane's digest (`train.facts`)
+_HOST, _DIGEST = 4, 4  # words of 8 bytes: what a host tells, and a lane's digest (`training.facts`)
 
 
 @dataclasses.dataclass(frozen=True)

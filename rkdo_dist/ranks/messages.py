@@ -1,7 +1,7 @@
 """Warnings of all ranks, printed once by rank zero; those of other ranks carry their number.
 
 Python warnings and log records of level WARNING and above arrive here. Rank zero shows its own at once. Other ranks
-hold theirs until the end of the step, when its facts (`train.facts`) tell that some rank has any; so a warning
+hold theirs until the end of the step, when its facts (`training.facts`) tell that some rank has any; so a warning
 that every rank has is one line, and nothing writes across the progress display. A rank that leaves because of an error
 shows what it still holds itself.
 """

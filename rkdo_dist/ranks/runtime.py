@@ -3,8 +3,8 @@
 A launcher (`accelerate launch`, torchrun, or nothing at all) has set the environment; `start` turns it into a device, a
 process group, a strategy, a precision and a rank. The Accelerate configuration alone chooses strategy and precision:
 
-- one process or DDP: `run.reduction` decides who sums gradients (`train.exact`, `train.averaged`);
-- DeepSpeed ZeRO 1 to 3 (`train.zero`): DeepSpeed sums them, so "exact" becomes "fast".
+- one process or DDP: `run.reduction` decides who sums gradients (`training.exact`, `training.averaged`);
+- DeepSpeed ZeRO 1 to 3 (`training.zero`): DeepSpeed sums them, so "exact" becomes "fast".
 
 Precision is autocast around the encoder under every strategy, with float32 weights: the same mathematics everywhere.
 """

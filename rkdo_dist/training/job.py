@@ -24,11 +24,11 @@ from rkdo_dist.field.schedules import learning_rate
 from rkdo_dist.ranks import messages
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train.early_stop import EarlyStop
-from rkdo_dist.train.facts import Facts, Told
-from rkdo_dist.train.persistent import PersistentField, make_persistent
-from rkdo_dist.train.step import Step, StepSettings
-from rkdo_dist.train.strategy import Update
+from rkdo_dist.training.early_stop import EarlyStop
+from rkdo_dist.training.facts import Facts, Told
+from rkdo_dist.training.persistent import PersistentField, make_persistent
+from rkdo_dist.training.step import Step, StepSettings
+from rkdo_dist.training.strategy import Update
 
 
 @dataclasses.dataclass

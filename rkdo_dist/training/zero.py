@@ -25,9 +25,9 @@ from torch.nn import functional
 
 from rkdo_dist.checkpoint import OptimizerState, optimizer_to_tensors
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.train.averaged import Averaged
-from rkdo_dist.train.persistent import Pair
-from rkdo_dist.train.strategy import Exchanged, LossAndGradient, Position, TrainState, Update
+from rkdo_dist.training.averaged import Averaged
+from rkdo_dist.training.persistent import Pair
+from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, TrainState, Update
 
 
 class Zero(Averaged):

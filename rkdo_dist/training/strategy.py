@@ -1,13 +1,13 @@
 """Strategies: how gradients get from lanes to parameters, and how weights move.
 
-A step (`train.loop`) asks its strategy, in this order: `field` (embeddings to the loss and its gradient with respect to
-them), `backward` (that gradient into the parameters), `exchange` (between ranks), `update` (weights). Strategies:
+A step (`training.loop`) asks its strategy, in this order: `field` (embeddings to the loss and its gradient with respect
+to them), `backward` (that gradient into the parameters), `exchange` (between ranks), `update` (weights). Strategies:
 
-- `train.exact`: everything summed in one fixed order, the same bits on any number of ranks;
-- `train.averaged`: one process, or Accelerate's wrapper (DDP) averages over ranks;
-- `train.zero`: DeepSpeed's ZeRO, which shards optimizer state (1), gradients (2), parameters (3).
+- `training.exact`: everything summed in one fixed order, the same bits on any number of ranks;
+- `training.averaged`: one process, or Accelerate's wrapper (DDP) averages over ranks;
+- `training.zero`: DeepSpeed's ZeRO, which shards optimizer state (1), gradients (2), parameters (3).
 
-Another (FSDP, say) is another file like these, chosen in `train.step`.
+Another (FSDP, say) is another file like these, chosen in `training.step`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rkdo_dist.checkpoint import OptimizerState, optimizer_to_tensors
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.train.persistent import Pair, PersistentField
+from rkdo_dist.training.persistent import Pair, PersistentField
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ from rkdo_dist.ranks.agreement import agree, code_digest
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory, RunError
-from rkdo_dist.train import loop, tracking
-from rkdo_dist.train.job import Job, build
-from rkdo_dist.train.journal import Journal
-from rkdo_dist.train.saving import newest_checkpoint, restore
+from rkdo_dist.training import loop, tracking
+from rkdo_dist.training.job import Job, build
+from rkdo_dist.training.journal import Journal
+from rkdo_dist.training.saving import newest_checkpoint, restore
 
 
 def train(config: Config) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rkdo_dist.console import progress_bar, say
 from rkdo_dist.files import write_atomic
 from rkdo_dist.rundir import RunError, read_object, read_steps
-from rkdo_dist.train.tracking import Trackers
+from rkdo_dist.training.tracking import Trackers
 
 
 class Journal:

@@ -14,13 +14,13 @@ from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import messages
 from rkdo_dist.ranks.signals import StopRequest
-from rkdo_dist.train import facts as facts_of_a_step
-from rkdo_dist.train.facts import Facts, Told
-from rkdo_dist.train.job import Job
-from rkdo_dist.train.journal import Journal
-from rkdo_dist.train.saving import evaluate, save
-from rkdo_dist.train.step import Step
-from rkdo_dist.train.strategy import Position, Update
+from rkdo_dist.training import facts as facts_of_a_step
+from rkdo_dist.training.facts import Facts, Told
+from rkdo_dist.training.job import Job
+from rkdo_dist.training.journal import Journal
+from rkdo_dist.training.saving import evaluate, save
+from rkdo_dist.training.step import Step
+from rkdo_dist.training.strategy import Position, Update
 
 
 class NonFiniteError(ArithmeticError):

@@ -12,8 +12,8 @@ from rkdo_dist.evaluate.evaluation import evaluate_encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.train.job import Job
-from rkdo_dist.train.journal import Journal
+from rkdo_dist.training.job import Job
+from rkdo_dist.training.journal import Journal
 
 
 def save(job: Job, journal: Journal) -> None:

@@ -17,8 +17,8 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Restricted
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.train.persistent import Pair, PersistentField
-from rkdo_dist.train.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all
+from rkdo_dist.training.persistent import Pair, PersistentField
+from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all
 
 
 class Exact(Strategy):

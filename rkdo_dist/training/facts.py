@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.exchange import group
-from rkdo_dist.train.strategy import LossAndGradient, Position, Strategy
+from rkdo_dist.training.strategy import LossAndGradient, Position, Strategy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Parts of a step: views and encoder, which embed micro-batches (lanes), and a strategy, which does the rest.
 
-The objective couples every sample of the global batch, so a step (`train.loop`) has two passes over the micro-batches
-of this rank (GradCache, Gao et al. 2021): embed them all; form the loss and its gradient with respect to embeddings;
-push each micro-batch's embedding gradient into the parameters. With `recompute` the first pass keeps no activations and
-the second embeds again, so memory holds the activations of one micro-batch only.
+The objective couples every sample of the global batch, so a step (`training.loop`) has two passes over the
+micro-batches of this rank (GradCache, Gao et al. 2021): embed them all; form the loss and its gradient with respect to
+embeddings; push each micro-batch's embedding gradient into the parameters. With `recompute` the first pass keeps no
+activations and the second embeds again, so memory holds the activations of one micro-batch only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rkdo_dist.batch_norm import BatchStatistics
 from rkdo_dist.data.order import hash64
 from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.train.averaged import Averaged
-from rkdo_dist.train.exact import Exact
-from rkdo_dist.train.persistent import Pair, PersistentField
-from rkdo_dist.train.strategy import Position, Strategy
+from rkdo_dist.training.averaged import Averaged
+from rkdo_dist.training.exact import Exact
+from rkdo_dist.training.persistent import Pair, PersistentField
+from rkdo_dist.training.strategy import Position, Strategy
 
 _STREAM_ENCODER = 17  # keeps these draws apart from those of `data.order` and `data.views`
 # images (m, 3, H, W) uint8 on the device, ids (m,) on the CPU, epoch, view -> (m, 3, S, S) float32
@@ -57,7 +57,7 @@ class Embedded:
 
 
 class Step:
-    """The parts that `train.loop.train_step` uses.
+    """The parts that `training.loop.train_step` uses.
 
     Args:
         encoder: images to unit-norm embeddings; the same weights on every rank.
@@ -128,7 +128,7 @@ def _choose(
     encoder: nn.Module, optimizer: torch.optim.Optimizer | None, runtime: Runtime, settings: StepSettings
 ) -> Strategy:
     if runtime.zero_stage:
-        from rkdo_dist.train.zero import Zero  # imports DeepSpeed
+        from rkdo_dist.training.zero import Zero  # imports DeepSpeed
 
         return Zero(encoder, optimizer, runtime, settings.exchange, settings.recompute)
     if settings.reduction == "exact":
