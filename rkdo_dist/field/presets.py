@@ -9,13 +9,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 AFFINITIES = ("cosine",)
-RECURSIONS = ("none", "in_batch", "persistent")
+RECURSIONS = ("none", "in_batch", "persistent", "restart")
 PAIRINGS = ("cross", "symmetric", "joint")
 SUPERVISOR_GRADIENTS = ("flow", "stop")
 CLOCKS = ("depth", "training")
 
 # Defaults of all objectives, those of the paper's released code; a preset may have its own.
 DEPTH, COUPLING, TEMPERATURE, COOLING = 3, 0.5, 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Recursion with restart (`field.relation`), as an objective's own settings have it.
+
+    Attributes:
+        weight: a, the share of the relation in p.
+        form: "mixed": KL(p || q) of p = (1 - a) e + a r; "apart": (1 - a) KL(e || q) + a KL(r || q without i).
+        teacher: whose keys the relation is made of: "student", or "ema" of its weights.
+        temperature: tau_T of the relation.
+        view: that the teacher sees: "strong", "weak" or "plain".
+        columns: "batch", or "queue" of the teacher's keys, which then are the columns of q too.
+        queue: keys in it.
+        neighbours: k nearest columns that the relation is made of; 0: all.
+        mutual: whether two neighbours must be that of each other.
+        confidence: of a row, which multiplies its weight: "none", or "entropy" of its relation.
+    """
+
+    weight: float = 0.5
+    form: str = "mixed"
+    teacher: str = "student"
+    temperature: float = 0.05
+    view: str = "strong"
+    columns: str = "batch"
+    queue: int = 4096
+    neighbours: int = 0
+    mutual: bool = False
+    confidence: str = "none"
 
 
 @dataclass(frozen=True)
