@@ -286,21 +286,21 @@ class RunDirectory:
             raise RunError(f"{path} is damaged: it has no status and step; put it back, or remove it")
         return status
 
-    def write_evaluation(self, step: int, scores: dict[str, Any]) -> Path:
-        """Write `evaluations/<step>.json`, with the digest of the weights that were evaluated."""
+    def write_evaluation(self, step: int, scores: dict[str, Any], which: str = "trained") -> Path:
+        """Write `evaluations/<step>.json`, with the digest of the weights that were evaluated ("trained" or "ema")."""
         self.evaluations.mkdir(exist_ok=True)
         path = self.evaluations / f"{step}.json"
-        digest = checkpoint.model_digest(self.checkpoints, step)
-        write_atomic(path, json.dumps({**scores, "weights": digest}, indent=2) + "\n")
+        digest = checkpoint.model_digest(self.checkpoints, step, which)
+        write_atomic(path, json.dumps({**scores, "weights": digest, "weights_are": which}, indent=2) + "\n")
         return path
 
-    def evaluated(self, step: int) -> bool:
-        """Whether `evaluations/<step>.json` belongs to the weights in this step's checkpoint."""
+    def evaluated(self, step: int, which: str = "trained") -> bool:
+        """Whether `evaluations/<step>.json` belongs to the weights ("trained" or "ema") in this step's checkpoint."""
         try:
             found = read_object(self.evaluations / f"{step}.json")
         except (OSError, RunError):
             return False
-        digest = checkpoint.model_digest(self.checkpoints, step)
+        digest = checkpoint.model_digest(self.checkpoints, step, which)
         return digest is not None and found.get("weights") == digest
 
     def write_rows(self, snapshot: dict[str, Any]) -> Path:

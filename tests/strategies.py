@@ -20,6 +20,7 @@ from rkdo_dist.checkpoint import OptimizerState, tensors_to_optimizer
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import runtime
 from rkdo_dist.ranks.loss_scale import LossScale
+from rkdo_dist.training.average import WeightAverage
 from rkdo_dist.training.loop import train_step
 from rkdo_dist.training.step import Step, StepSettings
 from rkdo_dist.training.strategy import TrainState
@@ -76,6 +77,7 @@ class Task:
         begin: a state to start from.
         wrong: whether to make the well-known mistake of averaging twice.
         objective: name of a preset.
+        ema: decay of an average of the weights.
     """
 
     strategy: str
@@ -88,17 +90,23 @@ class Task:
     begin: dict[str, Any] | None = None
     wrong: bool = False
     objective: str = "rkdo"
+    ema: float | None = None
 
 
 def plain(state: TrainState) -> dict[str, Any]:
     """A state without tensors, to be sent between processes."""
     optimizer = state.optimizer
     return {
-        "model": {n: t.cpu().numpy().copy() for n, t in state.model.items()},
-        "tensors": {n: t.cpu().numpy().copy() for n, t in optimizer.tensors.items()},
+        "model": arrays(state.model),
+        "tensors": arrays(optimizer.tensors),
         "groups": optimizer.groups,
         "loss_scale": state.loss_scale,
     }
+
+
+def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Copies as NumPy arrays."""
+    return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
 def train(rank: int, world: int, task: Task) -> dict[str, Any]:
@@ -117,7 +125,8 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
         if task.begin is not None:
             _load(task.begin, encoder, optimizer)
         settings = StepSettings(3, rt.reduction, task.recompute, True, "gather")
-        step = Step(encoder, make_view, rt, settings, optimizer)
+        average = None if task.ema is None else WeightAverage(encoder, task.ema)
+        step = Step(encoder, make_view, rt, settings, optimizer, average=average)
         if task.begin is not None:
             step.strategy.load_scale(task.begin["loss_scale"])
         begin = plain(step.strategy.state())
@@ -137,6 +146,7 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
             "launch": rt.launch, "losses": losses, "skipped": skipped, "scales": scales, "begin": begin,
             "first": states[0] if states else begin, "last": states[-1] if states else begin,
             "dtypes": sorted(dtypes),
+            "average": {} if average is None else arrays(average.model.state_dict()),
         }  # fmt: skip
 
 

@@ -20,9 +20,9 @@ SETTINGS = {
     "views": "crop_scale flip jitter grayscale mean std",
     "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze",
     "train": "global_batch micro_batch epochs batches_per_epoch max_steps views recompute skip_nonfinite optimizer "
-    "learning_rate weight_decay schedule warmup_steps early_stop_slope early_stop_window checkpoint_every "
+    "learning_rate weight_decay schedule warmup_steps ema early_stop_slope early_stop_window checkpoint_every "
     "keep_checkpoints evaluate_every evaluate_at",
-    "evaluate": "protocol train_split test_split at_end",
+    "evaluate": "protocol train_split test_split at_end weights",
     "run": "dir seed resume reduction threads timeout trackers",
 }
 

@@ -42,7 +42,7 @@ def on_two_ranks() -> dict[str, Any]:
         for s, how in FIRST_STEP
     ]
     poisoned = [Task(s, optimizer="adam", steps=3, poison=(1,)) for s in ZERO]
-    three = [Task(s, optimizer="adam", steps=3) for s in ALL]
+    three = [Task(s, optimizer="adam", steps=3, ema=None if s == "zero-3" else 0.5) for s in ALL]
     answers = run_ranks(_on_two_ranks, 2, tasks + poisoned + three, timeout=300)
     found = {"poisoned": [answer[0][len(tasks) : -len(three)] for answer in answers], "handed on": answers[0][1]}
     found |= {(s, "three"): got for s, got in zip(ALL, answers[0][0][-len(three) :], strict=True)}
@@ -86,6 +86,16 @@ def test_the_first_three_losses_are_those_of_one_process(strategy: str) -> None:
     right = train(0, 1, Task("exact", optimizer="adam", steps=3))["losses"]
     assert len(right) == 3
     assert np.abs(np.array(on_two_ranks()[strategy, "three"]["losses"]) - right).max() < 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["exact", "fast", "zero-1", "zero-2"])
+def test_the_average_of_the_weights_is_that_of_one_process(strategy: str) -> None:
+    right = train(0, 1, Task("exact", optimizer="adam", steps=3, ema=0.5))
+    got = on_two_ranks()[strategy, "three"]
+    for name, value in right["average"].items():
+        assert np.abs(got["average"][name] - value).max() < 1e-4, name
+        trained = right["last"]["model"][name]
+        assert (np.abs(trained - value).max() > 3e-4) == (value.dtype != np.int64), name  # the control: it lags behind
 
 
 @cache

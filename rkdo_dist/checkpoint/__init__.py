@@ -19,6 +19,7 @@ scripts, and to go back to an older checkpoint by hand: a loader follows it and 
 
 from rkdo_dist.checkpoint.optimizer import OptimizerState, optimizer_to_tensors, tensors_to_optimizer
 from rkdo_dist.checkpoint.store import (
+    AVERAGE,
     Checkpoint,
     CheckpointError,
     CheckpointWarning,
@@ -32,6 +33,7 @@ from rkdo_dist.checkpoint.store import (
 )
 
 __all__ = [
+    "AVERAGE",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",

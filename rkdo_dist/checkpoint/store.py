@@ -28,6 +28,7 @@ MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, PARTS = "model.safetensors", "optimizer.safetensors", "parts"
 _LONGEST = 1 << 26  # bytes; a longer manifest is not parsed
 LATEST = "latest"
+AVERAGE = "average"  # the part that holds the moving average of the weights (train.ema)
 _SET_ASIDE = ".replaced"  # suffix of a checkpoint while another of the same step replaces it
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -70,6 +71,16 @@ class Checkpoint:
         if name not in self.parts:
             raise CheckpointError(f"{self.path} has no part {name!r}, only {', '.join(self.parts) or 'none'}")
         return _read_tensors(self.path / PARTS / f"{name}.safetensors")
+
+    def weights(self, which: str) -> dict[str, Tensor]:
+        """Parameters and buffers by name: "trained", or "ema" for their moving average.
+
+        Raises:
+            CheckpointError: if the run keeps no average.
+        """
+        if which == "ema" and AVERAGE not in self.parts:
+            raise CheckpointError(f"{self.path} holds no average of the weights: it was trained without train.ema")
+        return self.part(AVERAGE) if which == "ema" else self.model
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -341,12 +352,17 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"the checkpoint {root} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def model_digest(directory: str | os.PathLike[str], step: int) -> str | None:
-    """SHA-256 (hex) of the weights of a step's checkpoint, as its manifest has it; None if there is no checkpoint."""
+def model_digest(directory: str | os.PathLike[str], step: int, which: str = "trained") -> str | None:
+    """SHA-256 (hex) of the weights of a step's checkpoint, as its manifest has it; None if there is no checkpoint.
+
+    Args:
+        which: "trained", or "ema" for their moving average.
+    """
+    file = f"{PARTS}/{AVERAGE}.safetensors" if which == "ema" else MODEL
     for name in (str(step), f"{step}{_SET_ASIDE}"):
         try:
-            return read_manifest(Path(directory) / name)["files"][MODEL]["sha256"]
-        except CheckpointError:
+            return read_manifest(Path(directory) / name)["files"][file]["sha256"]
+        except (CheckpointError, KeyError):
             continue
     return None
 

@@ -7,7 +7,7 @@ building it (`parts.check`); only what settings ask of each other is checked her
 
 from rkdo_dist.config.former import digest_of_first_edition
 from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml, without_secrets
-from rkdo_dist.config.rules import check, check_world
+from rkdo_dist.config.rules import check, check_strategy, check_world
 from rkdo_dist.config.sections import (
     Config,
     ConfigError,
@@ -37,6 +37,7 @@ __all__ = [
     "ViewsConfig",
     "change",
     "check",
+    "check_strategy",
     "check_world",
     "decisive",
     "decisive_tree",

@@ -30,6 +30,11 @@ def check(config: Config) -> None:
             f"run.resume={run.resume} is run.dir itself: use run.resume=auto to continue it where it is, "
             "or another run.dir to continue it there"
         )
+    if config.evaluate.weights == "ema" and train.ema is None:
+        raise ConfigError(
+            "evaluate.weights=ema needs an average of the weights: train with train.ema, e.g. train.ema=0.99, "
+            "or use evaluate.weights=trained"
+        )
     for key, objective in (("objective", field.objective), ("switch_to", field.switch_to)):
         preset = PRESETS.get(objective)
         if preset is not None and preset.fixes_pairing and field.pairing not in (None, preset.pairing):
@@ -75,6 +80,22 @@ def check_world(config: Config, world: int) -> None:
     if config.run.reduction == "exact" and world & (world - 1):
         raise ConfigError(
             f"run.reduction=exact needs a power of two of ranks, got {world}: use 2, 4, 8, ... or run.reduction=fast"
+        )
+
+
+def check_strategy(config: Config, zero_stage: int) -> None:
+    """Check that a strategy can do what is asked for.
+
+    Args:
+        zero_stage: of DeepSpeed's ZeRO, 0 without it.
+
+    Raises:
+        ConfigError: saying why not.
+    """
+    if config.train.ema is not None and zero_stage == 3:
+        raise ConfigError(
+            f"train.ema={config.train.ema} keeps whole weights on every rank, which ZeRO stage 3 shards: use stage 1 "
+            "or 2, DDP, or leave train.ema out"
         )
 
 

@@ -185,6 +185,9 @@ class TrainConfig:
     weight_decay: float = setting(1e-5, "weight decay", least=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "of the learning rate; cosine ends at 0")
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
+    ema: float | None = setting(
+        None, "decay of a moving average of the weights, kept beside the trained ones; null: none", least=0, most=1
+    )
     early_stop_slope: float | None = setting(
         None, "end the run when the loss falls by less than this per step (paper, 6.2.4)", least=0
     )
@@ -212,6 +215,7 @@ class EvaluateConfig:
     train_split: str = setting("train", "split that classifiers are fitted on", free=True)
     test_split: str = setting("test", "split that is scored", free=True)
     at_end: bool = setting(True, "whether training ends with an evaluation", free=True)
+    weights: Literal["trained", "ema"] = setting("trained", "as trained, or their average (train.ema)", free=True)
 
 
 @dataclasses.dataclass(frozen=True)

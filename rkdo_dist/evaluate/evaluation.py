@@ -103,6 +103,7 @@ def evaluate_encoder(
     size.
 
     Args:
+        encoder: with the weights that `evaluate.weights` says.
         step: of the checkpoint that is evaluated, the file's name.
         console: for progress and the table, on rank zero.
 
@@ -233,7 +234,7 @@ def _score(
         else:
             result = scores.full_protocol(train, test)
         result["yardsticks"] = _common_metrics(config, index, step, test, pairs)
-    path = run.write_evaluation(step, {"step": step, **result})
+    path = run.write_evaluation(step, {"step": step, **result}, config.evaluate.weights)
     console.print(_table(step, result))
     if reason is not None:
         say(console, f"no scores that need labels: {reason}")

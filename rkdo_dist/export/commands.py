@@ -21,6 +21,7 @@ def output_commands(command: Command) -> None:
     add("source", metavar="RUN", help="a run directory, a checkpoint, a saved encoder or hf://OWNER/NAME")
     add("--format", required=True, choices=("torchvision", "timm", "safetensors", "onnx"), help="who will load it")
     add("--out", type=Path, required=True, metavar="FILE", help="beside it FILE.json and FILE.md are written")
+    add("--weights", choices=("trained", "ema"), default="trained", help="as trained, or their average (train.ema)")
     add("--force", action="store_true", help="replace files that are there")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="encoder.backbone=... if the backbone is your code")
 
@@ -36,6 +37,7 @@ def output_commands(command: Command) -> None:
     add("--split", action="append", default=[], metavar="NAME", help="only this split; may be repeated (default: all)")
     add("--on-corrupt", choices=("abort", "skip"), default="abort", help="files that are not images: stop, or skip")
     add("--what", choices=("both", "features", "embeddings"), default="both", help="which arrays (default: both)")
+    add("--weights", choices=("trained", "ema"), default="trained", help="as trained, or their average (train.ema)")
     add("--force", action="store_true", help="replace FILE")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="encoder.backbone=... if the backbone is your code")
 
@@ -44,7 +46,8 @@ def _export(options: argparse.Namespace) -> int:
     backbone = _named_backbone(options)
     from rkdo_dist.export.formats import export
 
-    for path in export(options.source, options.format, options.out, force=options.force, backbone=backbone):
+    asked = {"force": options.force, "weights": options.weights}
+    for path in export(options.source, options.format, options.out, backbone=backbone, **asked):
         print(path)
     return 0
 
@@ -56,7 +59,7 @@ def _embed(options: argparse.Namespace) -> int:
     with_all_ranks(options.words)
     from rkdo_dist.export.embed import embed
 
-    asked = {"splits": o.split, "what": o.what, "force": o.force, "on_corrupt": o.on_corrupt}
+    asked = {"splits": o.split, "what": o.what, "force": o.force, "on_corrupt": o.on_corrupt, "weights": o.weights}
     embed(o.source, o.data, o.out, backbone=backbone, **asked)
     return 0
 

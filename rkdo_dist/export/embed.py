@@ -42,6 +42,7 @@ def embed(
     what: str = "both",
     force: bool = False,
     backbone: str | nn.Module | None = None,
+    weights: str = "trained",
     on_corrupt: str = "abort",
     allow_remote: bool = False,
 ) -> None:
@@ -53,7 +54,7 @@ def embed(
     of arithmetic, so the numbers do not depend on how many ranks there are.
 
     Args:
-        encoder_source, backbone: as for `load_encoder`.
+        encoder_source, backbone, weights: as for `load_encoder`.
         source: as for `data.source`; its samples are embedded in the order of the index, split after split.
         out: a file that ends in .npz, .parquet (the extra `parquet`) or .safetensors.
         splits: which; none: all.
@@ -71,7 +72,9 @@ def embed(
         try:
             around.peers.meet()
             group.together(lambda: _check(out, what, force) if rt.is_main else None, "looking at --out")
-            encoder = group.together(lambda: load_encoder(encoder_source, backbone=backbone), "loading the encoder")
+            encoder = group.together(
+                lambda: load_encoder(encoder_source, backbone=backbone, weights=weights), "loading the encoder"
+            )
             index = group.together(
                 lambda: open_source(source, allow_remote=allow_remote, on_corrupt=on_corrupt, workers=False),
                 "reading the index",

@@ -25,7 +25,13 @@ FORMATS = {
 
 
 def export(
-    source: str | Path, kind: str, out: Path, *, force: bool = False, backbone: str | nn.Module | None = None
+    source: str | Path,
+    kind: str,
+    out: Path,
+    *,
+    force: bool = False,
+    backbone: str | nn.Module | None = None,
+    weights: str = "trained",
 ) -> list[Path]:
     """Write an encoder as a file of another library's.
 
@@ -39,7 +45,7 @@ def export(
     Beside OUT are written OUT.json (the encoder, the transform of its images, settings) and OUT.md (a model card).
 
     Args:
-        source, backbone: as for `load_encoder`.
+        source, backbone, weights: as for `load_encoder`.
         kind: a key of `FORMATS`.
         out: the file; its ending says how it is written.
         force: replace files that are there.
@@ -57,7 +63,7 @@ def export(
         raise ValueError(f"--out {out}: a file for {kind} ends in {' or '.join(FORMATS[kind])}")
     beside = [out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.md")]
     refuse_existing([out, *beside], force)
-    encoder = load_encoder(source, backbone=backbone)
+    encoder = load_encoder(source, backbone=backbone, weights=weights)
     about = {**encoder.about, "format": kind, "file": out.name}
     if kind == "onnx":
         content = _onnx(encoder)

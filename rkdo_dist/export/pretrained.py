@@ -32,6 +32,7 @@ from rkdo_dist.files import write_atomic
 from rkdo_dist.rundir import RunDirectory
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+WEIGHTS = ("trained", "ema")
 _ENCODER = ("backbone", "head", "embedding_dim", "stem", "head_width", "head_depth")
 
 
@@ -122,7 +123,9 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
 
 
-def load_encoder(source: str | Path, *, backbone: str | nn.Module | None = None) -> PretrainedEncoder:
+def load_encoder(
+    source: str | Path, *, backbone: str | nn.Module | None = None, weights: str = "trained"
+) -> PretrainedEncoder:
     """A trained encoder, in evaluation mode.
 
     Args:
@@ -130,27 +133,33 @@ def load_encoder(source: str | Path, *, backbone: str | nn.Module | None = None)
             `save_pretrained`, a `.safetensors` file of `rkdo export --format safetensors`, or `hf://OWNER/NAME`.
         backbone: needed if the backbone is code of the user's: its import path, which is then imported, or a module.
             Code is never imported because a file names it.
+        weights: of a run or checkpoint: "trained", or "ema" for their moving average (`train.ema`).
 
     Returns:
         A module with `features(images)` -> features (n, f) and embeddings (n, d), and `transform`.
 
     Raises:
-        ValueError: nothing there, something else, damaged, or a backbone that is code and was not given.
+        ValueError: nothing there, something else, damaged, a backbone that is code and was not given, or weights
+            that are not there.
     """
     where = str(source)
-    if where.startswith("hf://"):
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    path, hub = Path(source), where.startswith("hf://")
+    if weights != "trained" and (hub or path.is_file() or (path / CONFIG_FILE).is_file()):
+        raise ValueError(f"{where} holds one set of weights: weights={weights} is a choice for a run or a checkpoint")
+    if hub:
         about = _parsed(hub_file(f"{where}/{CONFIG_FILE}", CONFIG_FILE).read_text(encoding="utf-8"), where)
         return _filled(about, read_weights(where), where, backbone)
-    path = Path(source)
     if path.is_file():
         return _filled(_header(path), read_weights(str(path)), where, backbone)
     if (path / CONFIG_FILE).is_file():
         about = _parsed((path / CONFIG_FILE).read_text(encoding="utf-8"), where)
         return _filled(about, read_weights(str(path)), where, backbone)
-    return _of_run(path, backbone)
+    return _of_run(path, backbone, weights)
 
 
-def _of_run(path: Path, backbone: str | nn.Module | None) -> PretrainedEncoder:
+def _of_run(path: Path, backbone: str | nn.Module | None, weights: str) -> PretrainedEncoder:
     if (path / "config.yaml").is_file():
         run = RunDirectory(path)
         with warnings.catch_warnings():
@@ -166,11 +175,12 @@ def _of_run(path: Path, backbone: str | nn.Module | None) -> PretrainedEncoder:
         )
     config = run.config()
     run.refuse_foreign(found, config)
-    return _filled(_about(run, config, found), found.model, str(path), backbone)
+    return _filled(_about(run, config, found, weights), found.weights(weights), str(path), backbone)
 
 
-def _about(run: RunDirectory, config: Config, found: checkpoint.Checkpoint) -> dict[str, Any]:
+def _about(run: RunDirectory, config: Config, found: checkpoint.Checkpoint, weights: str) -> dict[str, Any]:
     """What `config.json` says of an encoder; whoever gets the file has nothing else."""
+    last = run.history().last
     return {
         "library": "rkdo_dist",
         "version": __version__,
@@ -184,12 +194,13 @@ def _about(run: RunDirectory, config: Config, found: checkpoint.Checkpoint) -> d
         },
         "run": run.path.resolve().name,
         "step": found.step,
+        "weights": weights,
         "settings": {
             section: values
             for section, values in dataclasses.asdict(config).items()
             if section in ("field", "views", "encoder", "train")
         },
-        "evaluation": run.history().last or None,
+        "evaluation": last if last and last.get("weights_are", "trained") == weights else None,
     }
 
 

@@ -187,7 +187,8 @@ def _memory(config: Config, rt: Runtime, index: ShardIndex, encoder: Encoder, sh
     if shape.persistent:
         width = shape.dimension if f.columns == "bank" else None
         rows = rows_bytes(index.split(config.data.split).samples, f.stored, width, rt.world)
-    return memory.step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows)
+    averaged = config.train.ema is not None
+    return memory.step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows, averaged)
 
 
 def _memory_table(need: dict[str, int], rt: Runtime, per_host: int) -> Table:

@@ -57,7 +57,9 @@ def lane_bytes(
     return round(found[0] + each * (2 * micro_batch - few))
 
 
-def step_memory(shape: StepShape, optimizer: str, lane: int, image_bytes: int, rows: int = 0) -> dict[str, int]:
+def step_memory(
+    shape: StepShape, optimizer: str, lane: int, image_bytes: int, rows: int = 0, averaged: bool = False
+) -> dict[str, int]:
     """Bytes on a rank at the peak of a step, by purpose; the library's own are not included.
 
     Args:
@@ -65,6 +67,7 @@ def step_memory(shape: StepShape, optimizer: str, lane: int, image_bytes: int, r
         lane: what a lane's activations take (`lane_bytes`).
         image_bytes: one decoded image, uint8.
         rows: this rank's rows of a persistent field.
+        averaged: whether a moving average of the weights is kept.
     """
     local = shape.lanes // shape.world
     stage = int(shape.strategy.removeprefix("zero-")) if shape.strategy.startswith("zero-") else 0
@@ -79,6 +82,7 @@ def step_memory(shape: StepShape, optimizer: str, lane: int, image_bytes: int, r
     blocks = 3 * shape.rows if shape.exchange == "ring" else 2 * shape.batch
     return {
         "parameters": whole // (shape.world if stage == 3 else 1),
+        **({"average of the weights": whole} if averaged else {}),
         "gradients": gradients // (shape.world if stage >= 2 else 1),
         "optimizer": _MOMENTS[optimizer] * whole // (shape.world if stage else 1),
         "activations": lane * (1 if shape.recompute else local),

@@ -41,13 +41,15 @@ class Surroundings:
         self._step: Callable[[], int] = lambda: 0
 
     def check_world(self, config: Config) -> None:
-        """Whether these ranks can share the lanes of a step, with sums formed as they are in effect.
+        """Whether these ranks can share the lanes of a step, with sums formed as they are in effect, and the strategy
+        can do what is asked for.
 
         Raises:
             ConfigError: saying which setting to change.
         """
         run = dataclasses.replace(config.run, reduction=self.runtime.reduction)
         configuration.check_world(dataclasses.replace(config, run=run), self.runtime.world)
+        configuration.check_strategy(config, self.runtime.zero_stage)
 
     def claimed(self, run: RunDirectory | None, step: Callable[[], int]) -> None:
         """From now on `run` is this job's, and its status is "running".

@@ -24,6 +24,7 @@ from rkdo_dist.field.schedules import learning_rate
 from rkdo_dist.ranks import messages
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.training.average import WeightAverage
 from rkdo_dist.training.early_stop import EarlyStop
 from rkdo_dist.training.facts import Facts, Told
 from rkdo_dist.training.persistent import PersistentField, make_persistent
@@ -38,6 +39,7 @@ class Job:
     Attributes:
         steps_per_epoch, total_steps: length of the run.
         persistent: the rows of a persistent field, if the recursion is of that kind.
+        average: of the encoder's weights, with `train.ema`.
         launch_before: strategy, precision and reduction of the checkpoint continued from; this launch's if none.
         loss_scale: state of the loss scale in that checkpoint.
         position: steps done. With the configuration it is all that is needed to continue.
@@ -56,6 +58,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     views: Views
     persistent: PersistentField | None
+    average: WeightAverage | None
     early_stop: EarlyStop
     launch_before: dict[str, str]
     loss_scale: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -73,7 +76,9 @@ class Job:
             views_together=self.config.train.views == "together",
             exchange="ring" if self.config.run.reduction == "ring" else "gather",
         )
-        self.step = Step(self.encoder, self._view, self.runtime, settings, self.optimizer, self.persistent)
+        self.step = Step(
+            self.encoder, self._view, self.runtime, settings, self.optimizer, self.persistent, self.average
+        )
         self.step.strategy.load_scale(self.loss_scale)
 
     def _view(self, images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
@@ -199,6 +204,7 @@ def build(config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory
         parts.make_optimizer(config, encoder),
         views,
         make_persistent(config, index, runtime.device),
+        None if config.train.ema is None else WeightAverage(encoder, config.train.ema),
         EarlyStop(config.train.early_stop_slope, config.train.early_stop_window),
         runtime.launch,
     )

@@ -70,6 +70,8 @@ def train_step(
             step.statistics.update(statistics)
         if persistent is not None:
             persistent.commit()
+        if step.average is not None:
+            step.average.move()
     return facts, update
 
 

@@ -160,5 +160,5 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
             raise RunError(f"{run.path} has no checkpoint yet: train it first")
         group.together(lambda: run.refuse_foreign(found, config), "comparing the checkpoint with config.yaml")
         agree({"step of the checkpoint": found.step})
-        encoder.load_state_dict(found.model)
+        encoder.load_state_dict(found.weights(config.evaluate.weights))
         evaluate_encoder(config, rt, index, run, encoder, found.step, Console(stderr=True) if rt.is_main else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
@@ -33,6 +34,8 @@ def save(job: Job, journal: Journal) -> None:
 
     def commit() -> None:
         assert building is not None
+        if job.average is not None:
+            checkpoint.write_part(building, checkpoint.AVERAGE, job.average.model.state_dict())
         extra = {
             **job.facts(),
             "configuration": configuration.decisive_tree(job.config),
@@ -62,6 +65,8 @@ def restore(job: Job) -> None:
     checkpoint.tensors_to_optimizer(found.optimizer, job.optimizer, job.encoder.named_parameters())
     if job.persistent is not None:
         job.persistent.restore(found)
+    if job.average is not None:
+        job.average.model.load_state_dict(found.weights("ema"))
     job.position = job.saved = found.step
     job.skipped_in_a_row = found.extra["skipped_in_a_row"]
     job.early_stop.restore(found.extra.get("early_stop", {}))
@@ -81,9 +86,11 @@ def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpo
 
 
 def evaluate(job: Job, journal: Journal) -> None:
-    """Evaluate the encoder as it is now, unless this step is already evaluated (collective)."""
-    if group.from_rank_zero(job.run.evaluated(job.position)):
+    """Evaluate the encoder as it is now, or its average, unless that is already done at this step (collective)."""
+    which = job.config.evaluate.weights
+    if group.from_rank_zero(job.run.evaluated(job.position, which)):
         return
-    with job.step.strategy.whole() as encoder:
+    with job.step.strategy.whole() as trained:
+        encoder: Any = job.average.model if which == "ema" and job.average is not None else trained
         evaluate_encoder(job.config, job.runtime, job.index, job.run, encoder, job.position, journal.console)
     journal.evaluated(job.position, job.run.evaluations / f"{job.position}.json")

@@ -18,6 +18,7 @@ from rkdo_dist.batch_norm import BatchStatistics
 from rkdo_dist.data.order import hash64
 from rkdo_dist.data.stream import MicroBatch
 from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.training.average import WeightAverage
 from rkdo_dist.training.averaged import Averaged
 from rkdo_dist.training.exact import Exact
 from rkdo_dist.training.persistent import Pair, PersistentField
@@ -66,10 +67,12 @@ class Step:
         settings: how to compute.
         optimizer: moves the weights; None leaves the gradient in the parameters' `.grad`.
         persistent: the rows of a persistent field, for objectives of that kind.
+        average: moves after the weights have.
 
     Attributes:
         strategy: how gradients are summed, and who owns weights and optimizer state.
         statistics: batch norm's running statistics, which move once a step.
+        average: of the weights, if there is one; its `model` embeds images with the averaged weights.
     """
 
     def __init__(
@@ -80,11 +83,13 @@ class Step:
         settings: StepSettings,
         optimizer: torch.optim.Optimizer | None = None,
         persistent: PersistentField | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.make_view, self.runtime, self._settings = make_view, runtime, settings
         self.statistics = BatchStatistics(encoder)
         self.strategy = _choose(encoder, optimizer, runtime, settings)
         self.strategy.persistent = persistent
+        self.average = average
 
     def embed(self, lanes: Sequence[MicroBatch], at: Position) -> list[Embedded]:
         """The first pass: both views of every lane, with their graph unless it would only be computed again."""
