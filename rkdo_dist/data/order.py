@@ -31,7 +31,7 @@ import numpy as np
 _MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: consecutive states of a stream differ by it
 Words = TypeVar("Words", int, np.ndarray)
-_STREAM_SHARDS, _STREAM_START, _STREAM_WINDOW, _STREAM_SUBSTITUTE = 1, 2, 3, 4
+_STREAM_SHARDS, _STREAM_START, _STREAM_WINDOW, _STREAM_SUBSTITUTE, _STREAM_PARTNER = 1, 2, 3, 4, 5
 
 
 def finalised(state: Words) -> Words:
@@ -232,6 +232,19 @@ def substitutes(count: int, broken: int, seed: int, epoch: int) -> Iterator[int]
     for shard in permutation(count, hash64(_STREAM_SUBSTITUTE, seed, epoch, broken)):
         if shard != broken:
             yield int(shard)
+
+
+def partner_draws(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) for each sample, which selects its partner in an epoch (see `partners`).
+
+    Args:
+        ids: int64 (r,), samples of the split.
+
+    Returns:
+        float64 (r,), multiples of 2**-53.
+    """
+    states = np.uint64(hash64(_STREAM_PARTNER, seed, epoch)) + np.uint64(GOLDEN) * ids.astype(np.uint64)
+    return (finalised(states) >> np.uint64(11)) * 2.0**-53
 
 
 def evaluation_blocks(

@@ -1,12 +1,13 @@
 """Samples of verified shards: fetched by position, decoded, replaced if asked for, packed for transport.
 
-A cursor keeps one shard open and reads windows (see `order`) through it.
+A cursor keeps one shard open and reads windows (see `order`) through it; a lookup reads any sample by its id.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.images import parse_label
 from rkdo_dist.data.index import DataError, OpenSamples, ShardIndex, Split
 from rkdo_dist.data.order import Window, substitutes
-from rkdo_dist.data.shards import open_shard
+from rkdo_dist.data.shards import keep_tables, open_shard
+
+OPEN_SHARDS = 64  # that a lookup holds open: file descriptors are few
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class MicroBatch:
         images: uint8 (m, 3, H, W).
         labels: int64 (m,): class numbers; -1 where there is none.
         skipped: how many of them replace a sample that could not be read.
+        second: the samples whose views are the second ones, in the same order (`partners`); None: the same samples.
     """
 
     keys: list[str]
@@ -36,6 +40,7 @@ class MicroBatch:
     images: Tensor
     labels: Tensor
     skipped: int = 0
+    second: MicroBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,10 @@ class Cursor:
         return self._replacement(opened, shard, position)
 
     def _may_skip(self, error: DataError) -> bool:
-        return self._reading.on_corrupt == "skip" and not isinstance(error, Unreachable)
+        return may_skip(self._reading, error)
 
     def _read(self, opened: OpenSamples, shard: int, position: int) -> Sample:
-        where = opened.where(position)
-        image = opened.pixels(position, self._reading.size)
-        text = opened.label(position)
-        label = -1 if text is None else parse_label(text, len(self._reading.index.classes), where)
-        return Sample(opened.keys[position], int(self._bases[shard]) + position, image, label)
+        return read(self._reading, opened, position, int(self._bases[shard]) + position)
 
     def _replacement(self, opened: OpenSamples | None, shard: int, position: int) -> Sample:
         """Another sample for one that cannot be read: the next readable one of its shard, or, if the shard
@@ -162,6 +163,69 @@ class Cursor:
         raise DataError(f"no shard of split {self._reading.split.name!r} in {self._reading.index.place} can be read")
 
 
+class Lookup:
+    """Reads any sample by its id, verified, through shards that stay open.
+
+    The first use of a shard in a process hashes it whole, as a cursor does; its table is then kept.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._bases = np.concatenate([[0], np.cumsum(reading.split.counts)])
+        self._open: OrderedDict[int, OpenSamples] = OrderedDict()
+        keep_tables(reading.split.samples)
+
+    def partner(self, of: Sample, id: int) -> Sample:
+        """Sample `id`, whose view is the second one of `of`; `of` itself, if `id` is damaged and may be replaced.
+
+        Raises:
+            DataError: as `Reading.on_corrupt` says.
+        """
+        if id == of.id:
+            return replace(of, replaced=False)  # counted once, as the first view
+        shard = int(np.searchsorted(self._bases, id, side="right")) - 1
+        try:
+            return read(self._reading, self._opened(shard), id - int(self._bases[shard]), id)
+        except DataError as error:
+            if not may_skip(self._reading, error):
+                raise
+            return replace(of, replaced=True)
+
+    def close(self) -> None:
+        """Close all shards."""
+        for opened in self._open.values():
+            opened.close()
+        self._open.clear()
+
+    def _opened(self, shard: int) -> OpenSamples:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+        else:
+            self._open[shard] = open_shard(self._reading.index, self._reading.split.shards[shard])
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        self._open[shard].check_unchanged()
+        return self._open[shard]
+
+
+def read(reading: Reading, opened: OpenSamples, position: int, id: int) -> Sample:
+    """The sample at a position of open samples, decoded; `id` is its number in the split.
+
+    Raises:
+        DataError: if it cannot be trusted or decoded.
+    """
+    where = opened.where(position)
+    image = opened.pixels(position, reading.size)
+    text = opened.label(position)
+    label = -1 if text is None else parse_label(text, len(reading.index.classes), where)
+    return Sample(opened.keys[position], id, image, label)
+
+
+def may_skip(reading: Reading, error: DataError) -> bool:
+    """Whether something else may take the place of a sample that gave `error`."""
+    return reading.on_corrupt == "skip" and not isinstance(error, Unreachable)
+
+
 @dataclass
 class Packed:
     """Samples in transport between processes: two tensors, however many lanes."""
@@ -174,13 +238,19 @@ class Packed:
         """Called by the loader when it pins."""
         return Packed(self.keys, self.images.pin_memory(), self.numbers.pin_memory())
 
-    def split(self, parts: int) -> Iterator[MicroBatch]:
-        """Equal parts in order, without copying."""
+    def split(self, parts: int, paired: bool = False) -> Iterator[MicroBatch]:
+        """Equal parts in order, without copying; `paired`: the second half of each are the other half's `second`."""
         size = len(self.keys) // parts
         for k in range(0, len(self.keys), size):
-            ids, labels, replaced = self.numbers[:, k : k + size]
-            images = self.images[k : k + size]
-            yield MicroBatch(self.keys[k : k + size], ids, images, labels, int(replaced.sum()))
+            if paired:
+                middle, stop = k + size // 2, k + size
+                yield replace(self._part(k, middle), second=self._part(middle, stop))
+            else:
+                yield self._part(k, k + size)
+
+    def _part(self, start: int, stop: int) -> MicroBatch:
+        ids, labels, replaced = self.numbers[:, start:stop]
+        return MicroBatch(self.keys[start:stop], ids, self.images[start:stop], labels, int(replaced.sum()))
 
 
 def pack(samples: list[Sample]) -> Packed:

@@ -25,7 +25,7 @@ from rkdo_dist.data.index import DataError, OpenSamples, Shard, ShardIndex
 from rkdo_dist.files import TEMPORARY, sync_directory
 
 _THOROUGH = 2 << 30  # bytes of a split up to which `check_shards` hashes it
-_MAX_CACHED_SAMPLES = 1 << 18  # about 40 MB of tables a process
+_cached_samples = 1 << 18  # tables of so many samples are kept in a process, about 40 MB
 
 
 class ShardWriter:
@@ -151,6 +151,12 @@ class OpenShard:
 _verified: OrderedDict[tuple, Table] = OrderedDict()
 
 
+def keep_tables(samples: int) -> None:
+    """Keep tables of at least so many samples in this process, for those who read all shards at once."""
+    global _cached_samples
+    _cached_samples = max(_cached_samples, samples)
+
+
 def open_shard(index: ShardIndex, shard: Shard) -> OpenSamples:
     """Open a shard after checking its length, SHA-256 and sample count against the index.
 
@@ -187,7 +193,7 @@ def _open_verified(path: Path, name: str, shard: Shard) -> OpenShard:
         if table is None:
             table = _verify(descriptor, name, shard)
             _verified[key] = table
-            while len(_verified) > 1 and sum(len(t.keys) for t in _verified.values()) > _MAX_CACHED_SAMPLES:
+            while len(_verified) > 1 and sum(len(t.keys) for t in _verified.values()) > _cached_samples:
                 _verified.popitem(last=False)
         else:
             _verified.move_to_end(key)

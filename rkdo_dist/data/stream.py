@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.index import DataError, ShardIndex, Split
 from rkdo_dist.data.order import EpochPlan, evaluation_blocks, worker_lanes
-from rkdo_dist.data.samples import Cursor, MicroBatch, Packed, Reading, pack
+from rkdo_dist.data.partners import Partners
+from rkdo_dist.data.samples import Cursor, Lookup, MicroBatch, Packed, Reading, Sample, pack
 
 _AHEAD = 2  # steps that each worker reads ahead
 
@@ -84,12 +85,16 @@ class _Run:
 
 
 class _TrainingItems(_Items):
-    def __init__(self, reading: Reading, run: _Run, lanes: range) -> None:
-        self.reading, self.run, self.lanes = reading, run, lanes
+    def __init__(self, reading: Reading, run: _Run, lanes: range, partners: Partners | None) -> None:
+        self.reading, self.run, self.lanes, self.partners = reading, run, lanes, partners
 
     def items(self, worker: int, workers: int) -> Iterator[Packed]:
         lanes = worker_lanes(self.lanes, worker, workers)
+        lookup = None if self.partners is None else Lookup(self.reading)
         for epoch in range(self.run.epoch, self.run.last):
+            partners = None if self.partners is None else self.partners.of(epoch)
+            if self.partners is not None and partners is None:
+                return  # the stream has ended
             plan, stop = self.run.plan(self.reading.split, epoch)
             start = self.run.step if epoch == self.run.epoch else 0
             cursors = [Cursor(self.reading, plan.seed, epoch) for _ in lanes]
@@ -99,10 +104,18 @@ class _TrainingItems(_Items):
             ]
             try:
                 for _ in range(start, stop):
-                    yield pack([next(flow) for flow in flows for _ in range(plan.micro_batch)])
+                    found: list[Sample] = []
+                    for flow in flows:
+                        first = [next(flow) for _ in range(plan.micro_batch)]
+                        found += first
+                        if lookup is not None and partners is not None:
+                            found += [lookup.partner(sample, int(partners[sample.id])) for sample in first]
+                    yield pack(found)
             finally:
                 for cursor in cursors:
                     cursor.close()
+                if lookup is not None:
+                    lookup.close()
 
 
 class _EvaluationItems(_Items):
@@ -211,6 +224,7 @@ def lane_stream(
     workers: int = 0,
     pin_memory: bool = False,
     on_corrupt: str = "abort",
+    partners: Partners | None = None,
 ) -> Generator[Batch, None, None]:
     """The micro-batches of this rank's lanes, step after step.
 
@@ -232,6 +246,8 @@ def lane_stream(
         on_corrupt: "abort" raises `DataError` at the first sample that cannot be trusted or decoded;
             "skip" puts other samples in its place, chosen from (seed, epoch, shard, position) alone, and
             counts them in `skipped`.
+        partners: samples whose views are the second ones; those of an epoch must be set before its first batch is
+            asked for. A damaged one is replaced by the sample itself, if `on_corrupt` is "skip".
 
     Raises:
         DataError: at once if there is no such split or it is smaller than one global batch; later for
@@ -251,18 +267,20 @@ def lane_stream(
     lanes = range(all_lanes) if lanes is None else lanes
     if workers < 0 or not lanes or lanes[0] < 0 or lanes[-1] >= all_lanes:
         raise ValueError(f"cannot read lanes {lanes} of {all_lanes} with {workers} workers")
-    return _batches(_TrainingItems(reading, run, lanes), min(workers, len(lanes)), pin_memory)
+    return _batches(_TrainingItems(reading, run, lanes, partners), min(workers, len(lanes)), pin_memory)
 
 
 def _batches(items: _TrainingItems, workers: int, pin: bool) -> Generator[Batch, None, None]:
     run, parts = items.run, max(1, workers)
     shares = [len(worker_lanes(items.lanes, worker, parts)) for worker in range(parts)]
-    flow = _loaded(items, workers, pin)
+    flow, paired = _loaded(items, workers, pin), items.partners is not None
     try:
         for epoch in range(run.epoch, run.last):
             for step in range(run.step if epoch == run.epoch else 0, run.plan(items.reading.split, epoch)[1]):
-                yield Batch(epoch, step, [micro for share in shares for micro in next(flow).split(share)])
+                yield Batch(epoch, step, [micro for share in shares for micro in next(flow).split(share, paired)])
     finally:
+        if items.partners is not None:
+            items.partners.end()
         flow.close()
 
 

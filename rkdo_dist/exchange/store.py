@@ -91,6 +91,7 @@ class RowStore:
         device: where rows and bank are kept.
         dtype: of probabilities and bank.
         group: process group; None is the default group, or one rank without a process group.
+        rows: the initial rows of the samples that this rank owns (`Shards.own`), K entries each; None: the identity.
 
     Attributes:
         rows: those that this rank owns.
@@ -105,13 +106,17 @@ class RowStore:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         group: Group = None,
+        rows: Rows | None = None,
     ) -> None:
         self.shards = Shards(samples, ranks.world_size(group))
         self._group, self._rank = group, ranks.rank(group)
         self._device, self._stored = torch.device(device), stored
         self.first, self.stop = self.shards.own(self._rank)
-        self.rows = identity(torch.arange(self.first, self.stop, device=device), samples, stored, dtype)
         own = self.stop - self.first
+        if rows is None:
+            rows = identity(torch.arange(self.first, self.stop), samples, stored, dtype)
+        assert rows.columns.shape == (own, stored)
+        self.rows = rows.to(self._device)
         self.bank = None if width is None else torch.zeros(own, width, dtype=dtype, device=device)
         self.seen = torch.zeros(own, dtype=torch.bool, device=device)
         # under way: the work, what arrives and where it goes, what leaves (kept alive), samples of the whole batch
@@ -161,6 +166,21 @@ class RowStore:
             work.wait()
             self._put(places, incoming)
         self._writes.clear()
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """A column of every row, (n,) int64 on the CPU of every rank (see `Rows.draw`).
+
+        Args:
+            uniform: (n,) float64 in [0, 1), the same on every rank.
+        """
+        self.finish()
+        drawn = torch.zeros(self.shards.samples, dtype=torch.int64)
+        drawn[self.first : self.stop] = self.rows.to(torch.device("cpu")).draw(uniform[self.first : self.stop])
+        if self.shards.world == 1:
+            return drawn
+        drawn = drawn.to(self._wire())
+        dist.all_reduce(drawn, group=self._group)
+        return drawn.cpu()
 
     def refresh(self, batch: Tensor, embeddings: Tensor) -> None:
         """Put the newest embeddings (B, d) of a global batch into the bank, where finite; every rank has them all."""

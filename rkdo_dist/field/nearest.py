@@ -94,7 +94,7 @@ def visit_tile(
             x.masked_fill_(~seen, -torch.inf)
         part = found.slice(rows.start, rows.stop)
         _note_stored(part.at_stored, x, stored[rows], first)
-        _note_largest(part, x, first)
+        note_largest(part, x, first)
         found.samples[rows], found.logits[rows] = part.samples, part.logits
         peak = x.amax(1)
         part.peaks[:, tile] = peak
@@ -109,7 +109,7 @@ def _note_stored(at_stored: Tensor, x: Tensor, stored: Tensor, first: int) -> No
     at_stored[rows, slots] = x[rows, local[rows, slots]]
 
 
-def _note_largest(part: Nearest, x: Tensor, first: int) -> None:
+def note_largest(part: Nearest, x: Tensor, first: int) -> None:
     """Merge those of x (r, t) that can be among the K largest: a comparison leaves few of them."""
     k, keys = part.logits.shape[1], x.float()
     threshold = part.logits.amin(1).float()

@@ -62,6 +62,31 @@ class Rows:
         found = torch.where(stored, self.probabilities.double(), 0).sum(1)
         return torch.where(stored.any(1), found, self.share())
 
+    def draw(self, uniform: Tensor) -> Tensor:
+        """A column j ~ p(.|i) of every row, (r,) int64: the one that a number in [0, 1) selects.
+
+        Entries come in the order in which they are stored, then all other columns in their own; on the CPU.
+
+        Args:
+            uniform: (r,) float64.
+        """
+        p = self.probabilities.double()
+        reached = p.cumsum(1)
+        stored = reached[:, -1]
+        target = uniform * (stored + self.rest.double())
+        last = torch.where(p > 0, torch.arange(p.shape[1]), -1).amax(1)
+        slot = (reached <= target[:, None]).sum(1)
+        # Of the columns that are not stored, number r is column r + the stored ones before it.
+        others, share = self.others(), self.share()
+        spread = (slot > last) & (share > 0)
+        number = ((target - stored) / torch.where(share > 0, share, 1.0)).floor().long()
+        number = torch.minimum(number.clamp(min=0), (others - 1).clamp(min=0))
+        columns = self.columns.sort(1).values.long()
+        before = (columns < self.samples) & (columns - torch.arange(p.shape[1]) <= number[:, None])
+        unlisted = number + before.sum(1)
+        listed = self.columns.gather(1, torch.minimum(slot, last).clamp(min=0)[:, None])[:, 0].long()
+        return torch.where(spread, unlisted, listed)
+
     def dense(self) -> Tensor:
         """All n columns, (r, n) float64: for tests and small n."""
         p = self.share()[:, None].repeat(1, self.samples + 1)

@@ -112,8 +112,11 @@ class Step:
         except that batch norm's running statistics are left alone.
         """
         device, model = self.runtime.device, self.strategy.model
-        images = lane.images.to(device, non_blocking=True)
-        first, second = (self.make_view(images, lane.ids, at.epoch, view) for view in (0, 1))
+        images = [
+            x.images.to(device, non_blocking=True) for x in ([lane] if lane.second is None else [lane, lane.second])
+        ]
+        # Draws of the second view are the row's own, whichever sample it shows.
+        first, second = (self.make_view(images[view % len(images)], lane.ids, at.epoch, view) for view in (0, 1))
         inputs = [torch.cat([first, second])] if self._settings.views_together else [first, second]
         # Convolutions are faster so: 7 % of a ResNet-18's step on CPUs. Values are the same but for rounding.
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
