@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rkdo_dist import __version__
 from rkdo_dist.addresses import Parser, traceback_without_secrets
 from rkdo_dist.export.commands import output_commands
+from rkdo_dist.frozen.commands import frozen_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added.add_argument
 
-    for add in (_data_commands, _run_commands, output_commands, _reading_commands, _study_commands, _cost_commands):
+    groups = (_data_commands, _run_commands, output_commands, frozen_commands)
+    for add in (*groups, _reading_commands, _study_commands, _cost_commands):
         add(command)
     return parser
 

@@ -34,9 +34,10 @@ FLOORS = {
     "training": 8,
     "measure": 9,
     "studies": 10,
-    "cli": 11,
-    "__main__": 12,
-    "__init__": 12,
+    "frozen": 11,
+    "cli": 12,
+    "__main__": 13,
+    "__init__": 13,
 }
 # A room of floors 1 to 5 gets plain arguments: only what stands between a run and its user reads the configuration.
 CONFIG_READERS = (
@@ -49,6 +50,7 @@ CONFIG_READERS = (
     "training",
     "measure",
     "studies",
+    "frozen",
     "cli",
 )
 HOMES = {
@@ -57,11 +59,11 @@ HOMES = {
     "webdataset": ("data",),
     "torchvision": ("data", "encoders"),
     "sklearn": ("evaluate.scores", "evaluate.maps", "data.sources"),
-    "rich": ("console", "evaluate.evaluation", "export.embed", "training", "measure", "cli", "studies"),
+    "rich": ("console", "evaluate.evaluation", "export.embed", "training", "measure", "cli", "studies", "frozen"),
     "matplotlib": ("studies.plots",),
-    "scipy": ("studies.statistics",),
+    "scipy": ("studies.statistics", "evaluate.scores"),
     "yaml": ("config.reading", "start"),
-    "safetensors": ("checkpoint", "encoders.weights", "export"),
+    "safetensors": ("checkpoint", "encoders.weights", "export", "frozen.features"),
     "timm": ("encoders.backbones",),
 }
 

@@ -1,0 +1,71 @@
+"""`rkdo cluster`, `rkdo map` and `rkdo audit`: their arguments, and the one call each makes (imported when made)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], Callable[..., argparse.Action]]
+
+_FEATURES = "an .npz, .parquet or .safetensors, such as `rkdo embed` writes, or an idx file (MNIST's format)"
+
+
+def frozen_commands(command: Command) -> None:
+    """Add the commands."""
+    add = command(
+        "cluster",
+        _cluster,
+        "find clusters in frozen features, beside k-means",
+        "features.npz --clusters 10 --out runs/clusters",
+    )
+    _add_features(add)
+    add("--clusters", type=int, required=True, metavar="C", help="how many")
+    add("--seed", type=int, default=42, metavar="S", help="of everything random (default 42)")
+    add("--neighbours", type=int, default=10, metavar="K", help="of the graph of nearest neighbours (default 10)")
+    add("--walk", type=int, default=1, metavar="S", help="longest walk to the second view, in steps (default 1)")
+    add("--debias", type=float, default=0.4, metavar="A", help="uniform share of p and q (default 0.4)")
+    add("--heads", type=int, default=10, metavar="H", help="linear heads; the smallest loss counts (default 10)")
+    add("--batch", type=int, metavar="B", help="samples of a step (default: 128, or 8 C if that is more)")
+    add("--steps", type=int, default=600, metavar="N", help="of the optimizer (default 600)")
+    add("--learning-rate", type=float, metavar="R", help="of Adam (default: 3.2 by the number of features)")
+    add("--coupling", type=float, default=0.0, metavar="A", help="of an in-batch recursion of p (default 0: none)")
+    add("--depth", type=int, default=3, metavar="D", help="levels of that recursion (default 3)")
+    add("--control", choices=("none", "random"), default="none", help="random: neighbours are random samples")
+    add("--images", metavar="SOURCE", help="the samples' pictures, as data.source, for the page")
+    add("--resume", action="store_true", help="continue what DIR holds, on any number of processes")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads of each process (default 1)")
+
+
+def _add_features(add: Callable[..., argparse.Action]) -> None:
+    add("features", type=Path, metavar="FEATURES", help=_FEATURES)
+    add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    add("--array", default="features", metavar="NAME", help="the array to take, such as embeddings (default features)")
+    add("--labels", type=Path, metavar="FILE", help="labels from another file, such as an idx file")
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    o = options
+    from rkdo_dist.ranks.relaunch import with_all_ranks
+
+    with_all_ranks(o.words)
+    from rkdo_dist.frozen.clustering import cluster
+    from rkdo_dist.frozen.heads import Recipe
+
+    recipe = Recipe(
+        o.clusters,
+        o.seed,
+        o.neighbours,
+        o.walk,
+        o.debias,
+        o.heads,
+        o.batch,
+        o.steps,
+        o.learning_rate,
+        o.coupling,
+        o.depth,
+        o.control,
+    )
+    files = {"array": o.array, "labels": o.labels, "images": o.images}
+    cluster(o.features, o.out, recipe, resume=o.resume, threads=o.threads, **files)
+    return 0
