@@ -72,6 +72,11 @@ class FieldLoss(nn.Module):
             raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
         if isinstance(objective, str) and objective not in PRESETS:
             raise ValueError(f"objective must be one of {', '.join(PRESETS)}, got {objective!r}")
+        if isinstance(objective, str) and PRESETS[objective].relation is not None:
+            raise ValueError(
+                f"objective {objective!r} needs a teacher's keys, which `rkdo train` has; for a loop of your own see "
+                "rkdo_dist.field.relation.value_and_gradient"
+            )
         self.objective = Objective.of(objective) if isinstance(objective, str) else objective
         self.exchange = exchange
         self.group = group

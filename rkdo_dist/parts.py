@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from rkdo_dist import config as configuration
 from rkdo_dist.addresses import shown
 from rkdo_dist.config import Config, ConfigError, EncoderConfig, FieldConfig, ViewsConfig
 from rkdo_dist.data.index import ShardIndex, load_index
@@ -19,7 +20,7 @@ from rkdo_dist.data.source import Progress, open_source
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder, is_code
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.field.presets import PRESETS, named
+from rkdo_dist.field.presets import PRESETS, Relation, named
 from rkdo_dist.field.schedules import coupling
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -234,7 +235,8 @@ def make_views(config: Config, index: ShardIndex) -> Views:
 
 @_named("views", ViewsConfig, size="data.image_size")
 def _views(config: Config, size: int) -> Views:
-    return Views(size, **vars(config.views))
+    arguments = {name: value for name, value in vars(config.views).items() if name != "teacher"}
+    return Views(size, **arguments)
 
 
 @_named("field", FieldConfig, final="field.coupling_end")
@@ -259,7 +261,17 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
         supervisor_grad=f.supervisor_grad,
         clock=f.clock,
         progress=progress,
+        relation=relation_at(config, name, progress, epochs),
     )
+
+
+def relation_at(config: Config, name: str, progress: float, epochs: float | None = None) -> Relation | None:
+    """The relation of a preset at a share `progress` of the training done (arguments as `make_objective`)."""
+    relation = configuration.relation_of(config, name)
+    whole = config.train.epochs if epochs is None else epochs
+    if relation is None or round(progress * whole, 9) >= config.field.relation_start_epoch:
+        return relation
+    return dataclasses.replace(relation, weight=0.0)
 
 
 def coupling_at(config: Config, progress: float, epochs: float | None = None) -> float:

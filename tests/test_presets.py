@@ -43,7 +43,7 @@ def made(*overrides: str, progress: float = 0.0) -> Objective:
 
 
 def test_presets_are_what_they_are_called() -> None:
-    assert presets.choices() == ["rkdo", "icon", "infonce", "simclr", "clip", "supcon"]
+    assert presets.choices() == ["rkdo", "icon", "infonce", "simclr", "clip", "supcon", "sce", "ressl", "co2"]
     assert (
         len({preset.colour for preset in PRESETS.values()}) == len({p.label for p in PRESETS.values()}) == len(PRESETS)
     )
@@ -61,6 +61,8 @@ def test_presets_are_what_they_are_called() -> None:
         assert objective.name == name
         assert float(dense(objective, u, v, labels)[0]) == float(dense(like, u, v, labels)[0])
         assert float(FieldLoss(name)(u, v, labels)) == float(FieldLoss(like)(u, v, labels))
+    with pytest.raises(ValueError, match=r"objective 'sce' needs a teacher's keys"):
+        FieldLoss("sce")
     with pytest.raises(ValueError, match=r"objective must be one of rkdo, .*, got 'simcrl'"):
         FieldLoss("simcrl")
 

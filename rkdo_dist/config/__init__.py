@@ -23,6 +23,8 @@ from rkdo_dist.config.sections import (
     digest,
     flatten,
     follows_length,
+    relation_of,
+    used_objectives,
 )
 
 __all__ = [
@@ -48,6 +50,8 @@ __all__ = [
     "from_tree",
     "listed",
     "load",
+    "relation_of",
     "to_yaml",
+    "used_objectives",
     "without_secrets",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rkdo_dist.config.sections import Config, ConfigError, TrainConfig
+from rkdo_dist.config.sections import Config, ConfigError, TrainConfig, relation_of, used_objectives
+from rkdo_dist.field import presets
 from rkdo_dist.field.presets import PRESETS
 
 
@@ -44,6 +45,7 @@ def check(config: Config) -> None:
             )
     if field.recursion == "persistent":
         _check_persistent(config)
+    _check_restart(config)
 
 
 def _check_persistent(config: Config) -> None:
@@ -62,6 +64,64 @@ def _check_persistent(config: Config) -> None:
             raise ConfigError(f"field.recursion=persistent needs {key}={needed}, got {value}")
     if config.run.reduction == "ring":
         raise ConfigError("field.recursion=persistent needs run.reduction=exact or fast, got ring")
+
+
+def _check_restart(config: Config) -> None:
+    """Rules of rows that share p with a relation."""
+    field, train, names = config.field, config.train, used_objectives(config)
+    if field.recursion == "restart" and "restart" not in names:
+        raise ConfigError(
+            f"field.recursion=restart is a form of field.objective=rkdo, got field.objective={field.objective}: leave "
+            "field.recursion out (sce, ressl and co2 recur so by themselves)"
+        )
+    found = {x for x in (relation_of(config, name) for name in names) if x is not None}
+    if not found:
+        given = {f"field.{name}": getattr(field, name) for name in presets.RELATION}
+        given |= {"views.teacher": config.views.teacher}
+        if field.columns != "queue":
+            given.pop("field.columns")
+        for key, value in given.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{key}={value} is for a recursion with restart: add field.recursion=restart, choose "
+                    f"field.objective=sce, ressl or co2, or leave {key} out"
+                )
+        return
+    if len(found) > 1:
+        raise ConfigError(
+            f"field.objective={field.objective} and field.switch_to={field.switch_to} have different relations: a run "
+            "has one teacher and one queue"
+        )
+    relation = found.pop()
+    if field.pairing not in (None, "cross"):
+        raise ConfigError(f"a recursion with restart needs field.pairing=cross, got {field.pairing}: a row has one key")
+    if relation.columns == "bank":
+        raise ConfigError("field.recursion=restart has field.columns=batch or queue, got bank")
+    if relation.teacher == "ema" and train.ema is None:
+        raise ConfigError("field.teacher=ema needs the average of the weights: set train.ema, e.g. train.ema=0.99")
+    if not relation.view:
+        raise ConfigError(f"field.teacher={relation.teacher} needs its view: set views.teacher=weak, plain or strong")
+    if relation.form == "mixed" and relation.weight == 1:
+        raise ConfigError(
+            "field.relation_weight=1 leaves nothing for the other view with field.relation=mixed: choose a weight "
+            "below 1, or field.relation=apart"
+        )
+    if relation.columns == "queue" and relation.queue % train.global_batch:
+        raise ConfigError(
+            f"field.queue={relation.queue} must be a multiple of train.global_batch={train.global_batch}: steps enter "
+            "it and leave it whole"
+        )
+    if relation.mutual and (not relation.neighbours or relation.columns == "queue"):
+        raise ConfigError(
+            "field.mutual=true needs field.neighbours above 0 and field.columns=batch: old keys have no neighbours of "
+            "their own"
+        )
+    if config.run.reduction == "ring":
+        raise ConfigError("a recursion with restart needs run.reduction=exact or fast, got ring: rows see all keys")
+    if field.relation_start_epoch > train.epochs:
+        raise ConfigError(
+            f"field.relation_start_epoch must lie in [0, train.epochs={train.epochs}], got {field.relation_start_epoch}"
+        )
 
 
 def check_world(config: Config, world: int) -> None:
@@ -97,6 +157,8 @@ def check_strategy(config: Config, zero_stage: int) -> None:
             f"train.ema={config.train.ema} keeps whole weights on every rank, which ZeRO stage 3 shards: use stage 1 "
             "or 2, DDP, or leave train.ema out"
         )
+    if zero_stage and any(relation_of(config, name) is not None for name in used_objectives(config)):
+        raise ConfigError("a recursion with restart runs on one process or under DDP, not under DeepSpeed's ZeRO")
 
 
 def _suggest_micro_batch(train: TrainConfig, world: int) -> str:

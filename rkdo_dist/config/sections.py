@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from rkdo_dist.field import presets
 
+OWN = ("temperature", "pairing", *presets.RELATION)  # settings of the field that an objective has of its own
+
 
 class ConfigError(ValueError):
     """A mistake in a configuration; the message names the key, its value and what to do."""
@@ -58,11 +60,49 @@ class FieldConfig:
     """The objective over the global batch (`rkdo_dist.field`)."""
 
     objective: str = setting("rkdo", f"what is minimised ({presets.titles()})", choices=presets.choices)
-    recursion: Literal["in_batch", "persistent"] = setting(
-        "in_batch", "where RKDO's rows recur: inside a step, or across iterations (a row of every sample is kept)"
+    recursion: Literal["in_batch", "persistent", "restart"] = setting(
+        "in_batch",
+        "where RKDO's rows recur: inside a step, across iterations (a row of every sample is kept), or with restart, "
+        "from the relation that a teacher sees",
     )
-    columns: Literal["batch", "bank"] = setting(
-        "batch", "persistent rows recur over the samples of the batch, or over a bank of all samples"
+    columns: Literal["batch", "queue", "bank"] | None = setting(
+        None,
+        "what rows recur over: the batch, a bank of all samples (persistent rows), a queue of the teacher's keys "
+        "(restart); null: the objective's own (batch; sce, ressl, co2 queue)",
+    )
+    queue: int | None = setting(
+        None,
+        "keys in the queue, a multiple of train.global_batch; null: the objective's own (4096; co2 65536)",
+        least=2,
+    )
+    relation: Literal["mixed", "apart"] | None = setting(
+        None,
+        "recursion with restart: the relation shares one row with the other view, or is a term of its own without "
+        "its column; null: the objective's own (mixed; ressl, co2 apart)",
+    )
+    relation_weight: float | None = setting(
+        None,
+        "share a of the relation: below 1 if mixed; null: the objective's own (0.5; ressl 1, co2 10/11)",
+        least=0,
+        most=1,
+    )
+    relation_start_epoch: float = setting(0.0, "epoch before which the relation's share is 0", least=0)
+    teacher: Literal["student", "ema"] | None = setting(
+        None,
+        "whose embeddings the relation is made of: the encoder as it is, or its average (train.ema); null: the "
+        "objective's own (student; sce, ressl, co2 ema)",
+    )
+    teacher_temperature: float | None = setting(
+        None, "temperature of the relation; null: the objective's own (0.05; ressl, co2 0.04)", above=0
+    )
+    neighbours: int | None = setting(
+        None, "nearest columns that the relation is made of, 0 for all; null: the objective's own (0)", least=0
+    )
+    mutual: bool | None = setting(
+        None, "whether neighbours must be that of each other; null: the objective's own (false)"
+    )
+    confidence: Literal["none", "entropy"] | None = setting(
+        None, "what a row's relation_weight is multiplied by: 1, or how peaked its relation is; null: none"
     )
     stored: int = setting(256, "entries of a persistent row that are stored", least=1)
     store: Literal["device", "host"] = setting("device", "where persistent rows are kept", free=True)
@@ -101,12 +141,12 @@ class FieldConfig:
     switch_at: float = setting(0.5, "share of the run after which field.switch_to takes over", least=0, most=1)
 
     def value(self, name: str) -> Any:
-        """`temperature` or `pairing`: as given, else the objective's own; None if that of `switch_to` differs."""
+        """A setting of `OWN`: as given, else the objective's own; None if that of `switch_to` differs."""
         given = getattr(self, name)
         if given is not None:
             return given
         used = [presets.named(x, self.recursion) for x in (self.objective, self.switch_to) if x != "none"]
-        own = {getattr(presets.PRESETS[x], name) for x in used}
+        own = {presets.own_setting(presets.PRESETS[x], name) for x in used}
         return own.pop() if len(own) == 1 else None
 
 
@@ -142,6 +182,11 @@ class ViewsConfig:
         (0.4, 0.4, 0.4, 0.1), "strength of brightness, contrast, saturation and hue", "at least 0, hue at most 0.5"
     )
     grayscale: float = setting(0.2, "probability of a grey image", "in [0, 1]")
+    teacher: Literal["strong", "weak", "plain"] | None = setting(
+        None,
+        "what a teacher (field.teacher) sees: a view like the others, crop and flip alone, or the central square; "
+        "null: the objective's own (sce, ressl weak; co2 strong)",
+    )
     mean: float = setting(0.5, "what is subtracted from pixels in [0, 1]")
     std: float = setting(0.5, "what pixels are divided by", "above 0")
 
@@ -253,7 +298,26 @@ class Config:
 def flatten(config: Config) -> dict[str, Any]:
     """All values by dotted key, in the order of the sections; what is left to the objective is its own value."""
     flat = {f"{s}.{k}": v for s, values in dataclasses.asdict(config).items() for k, v in values.items()}
-    return flat | {f"field.{name}": config.field.value(name) for name in ("temperature", "pairing")}
+    views = {x.view for x in (relation_of(config, name) for name in used_objectives(config)) if x is not None}
+    flat["views.teacher"] = views.pop() if len(views) == 1 else config.views.teacher
+    return flat | {f"field.{name}": config.field.value(name) for name in OWN}
+
+
+def used_objectives(config: Config) -> list[str]:
+    """The presets that a run uses: its objective's, and that which it is switched to."""
+    field = config.field
+    return [presets.named(x, field.recursion) for x in (field.objective, field.switch_to) if x != "none"]
+
+
+def relation_of(config: Config, objective: str) -> presets.Relation | None:
+    """The relation of a preset with what the settings say otherwise; None if it does not recur with restart."""
+    own = presets.PRESETS[objective].relation
+    if own is None:
+        return None
+    given = {attribute: getattr(config.field, name) for name, attribute in presets.RELATION.items()}
+    view = config.views.teacher or own.view or ("strong" if (config.field.teacher or own.teacher) == "student" else "")
+    given = {attribute: value for attribute, value in given.items() if value is not None}
+    return dataclasses.replace(own, view=view, **given)
 
 
 def decisive(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -160,6 +160,10 @@ class Views:
             color_jitter(pixels, draws, hue=self.jitter[_HUE] > 0)
         _on_rows(pixels, draws.grayscale, lambda some, _: _luma(some).expand_as(some))
         return pixels.sub_(self.mean).div_(self.std)
+
+    def weak(self) -> Views:
+        """Those with the same crops and flips and no change of colour."""
+        return replace(self, jitter=(0, 0, 0, 0), grayscale=0)
 
     def plain(self, images: Tensor) -> Tensor:
         """Without randomness: the central square resized to `size`, normalised; float32 (m, 3, size, size).

@@ -76,7 +76,7 @@ def own_objective(
 
     Args:
         objective: resolved for the step that is evaluated. With a persistent field, held-out samples have no rows yet,
-            so their supervisor is the identity.
+            and with a relation no keys, so their supervisor is the identity.
         u, v: as in `common_metrics`.
         global_batch: of training, on which the objective's value depends; fewer pairs make one smaller batch.
         labels: (n,) integers, for objectives that need them; without, or with some only (-1), there is no `own_loss`.

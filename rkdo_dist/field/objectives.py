@@ -27,6 +27,7 @@ from rkdo_dist.field.presets import (
     PRESETS,
     RECURSIONS,
     SUPERVISOR_GRADIENTS,
+    Relation,
 )
 from rkdo_dist.field.supervisors import LISTED
 
@@ -44,12 +45,13 @@ class Objective:
             identity.
         debias: a: p(0) = (1 - a) [the supervisor] + a / N over the N columns that take part, the positive included.
         affinity: how closeness is measured.
-        recursion: "none", "in_batch" or "persistent" (in `field.persistent`).
+        recursion: "none", "in_batch", "persistent" (in `field.persistent`) or "restart" (in `field.relation`).
         pairing: "cross" (rows of view 1, columns of view 2, the positive on the diagonal) or "joint" (2B
             rows and columns, the self column excluded, the positive is the other view).
         symmetric: for "cross", the mean of both directions.
         supervisor_grad: "flow" or "stop".
         row_coupling: alpha of rows that persist (`field.persistent`), applied after the step.
+        relation: of a recursion with restart. Here, where there is no teacher, its weight counts as 0.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Objective:
     symmetric: bool = False
     supervisor_grad: str = "flow"
     row_coupling: float = 0.0
+    relation: Relation | None = None
 
     def __post_init__(self) -> None:
         _require_choice("supervisor", self.supervisor, ("identity", "labels", "rows", *LISTED))
@@ -86,6 +89,13 @@ class Objective:
         for value in (*self.couplings, self.row_coupling):
             schedules.require_share("coupling", value)
         schedules.require_share("debias", self.debias)
+        if (self.relation is not None) != (self.recursion == "restart"):
+            raise ValueError("recursion='restart' and a relation go together")
+        if self.relation is not None:
+            schedules.require_share("relation_weight", self.relation.weight)
+            schedules.require_positive("teacher_temperature", self.relation.temperature)
+            if self.relation.form == "mixed" and self.relation.weight == 1:
+                raise ValueError("relation_weight must lie in [0, 1), or nothing is left for the other view; got 1")
 
     @staticmethod
     def of(
@@ -101,6 +111,7 @@ class Objective:
         supervisor_grad: str = "flow",
         clock: str = "depth",
         progress: float = 0.0,
+        relation: Relation | None = None,
     ) -> Objective:
         """The objective that `presets.PRESETS` calls `name`; what is None is as the preset says.
 
@@ -116,6 +127,7 @@ class Objective:
             clock: of an in-batch recursion. "depth" (released code): level t has tau0 (1 - beta t / D); "training" (the
                 paper's text): every level has tau0 (1 - beta progress), as persistent rows have too.
             progress: share of the training done, in [0, 1].
+            relation: of a recursion with restart.
 
         Raises:
             ValueError: naming the argument that is out of range.
@@ -145,6 +157,7 @@ class Objective:
             symmetric=symmetric or pairing == "symmetric",
             supervisor_grad=supervisor_grad,
             row_coupling=row_coupling,
+            relation=preset.relation if relation is None else relation,
         )
 
     @staticmethod
@@ -227,8 +240,10 @@ class Objective:
 
     @property
     def coupling(self) -> float:
-        """alpha of the last level, or of persistent rows; without recursion the uniform share, which is alpha where
-        I-Con's supervisor is read as one step from a flat field."""
+        """alpha of the last level, or of persistent rows; the relation's weight; without recursion the uniform share,
+        which is alpha where I-Con's supervisor is read as one step from a flat field."""
+        if self.relation is not None:
+            return self.relation.weight
         if self.recursion == "none":
             return self.debias
         return self.couplings[-1] if self.couplings else self.row_coupling

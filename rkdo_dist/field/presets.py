@@ -7,6 +7,7 @@ recurs. Everything that names objectives takes names, titles, labels and colours
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 AFFINITIES = ("cosine",)
 RECURSIONS = ("none", "in_batch", "persistent", "restart")
@@ -20,15 +21,15 @@ DEPTH, COUPLING, TEMPERATURE, COOLING = 3, 0.5, 0.5, 0.1
 
 @dataclass(frozen=True)
 class Relation:
-    """Recursion with restart (`field.relation`), as an objective's own settings have it.
+    """How p recurs with restart (`field.relation`). The settings of these are in `RELATION`.
 
     Attributes:
-        weight: a, the share of the relation in p.
+        weight: a, the share of the relation in p, in [0, 1); up to 1 where the positive is apart.
         form: "mixed": KL(p || q) of p = (1 - a) e + a r; "apart": (1 - a) KL(e || q) + a KL(r || q without i).
         teacher: whose keys the relation is made of: "student", or "ema" of its weights.
         temperature: tau_T of the relation.
-        view: that the teacher sees: "strong", "weak" or "plain".
-        columns: "batch", or "queue" of the teacher's keys, which then are the columns of q too.
+        view: that the teacher sees: "strong", "weak" or "plain"; "" where it must be said.
+        columns: "batch", or "queue" of the teacher's keys, which are then the columns of q too.
         queue: keys in it.
         neighbours: k nearest columns that the relation is made of; 0: all.
         mutual: whether two neighbours must be that of each other.
@@ -39,12 +40,25 @@ class Relation:
     form: str = "mixed"
     teacher: str = "student"
     temperature: float = 0.05
-    view: str = "strong"
+    view: str = ""
     columns: str = "batch"
     queue: int = 4096
     neighbours: int = 0
     mutual: bool = False
     confidence: str = "none"
+
+
+RELATION = {  # settings of the section `field` and what they are here; the view is views.teacher
+    "relation": "form",
+    "relation_weight": "weight",
+    "teacher": "teacher",
+    "teacher_temperature": "temperature",
+    "columns": "columns",
+    "queue": "queue",
+    "neighbours": "neighbours",
+    "mutual": "mutual",
+    "confidence": "confidence",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Preset:
         fixes_pairing: whether another pairing would be another objective.
         debias: uniform share of p(0) where none is given; None: 0, and not for the configuration to set.
         variant_of: the preset that becomes this one when p is to recur otherwise; "" for one chosen by its own name.
+        relation: of a recursion with restart, where nothing else is given.
     """
 
     label: str
@@ -77,6 +92,7 @@ class Preset:
     fixes_pairing: bool = False
     debias: float | None = None
     variant_of: str = ""
+    relation: Relation | None = None
 
 
 PRESETS: dict[str, Preset] = {
@@ -94,6 +110,16 @@ PRESETS: dict[str, Preset] = {
         recursion="persistent",
         fixes_pairing=True,
         variant_of="rkdo",
+    ),
+    "restart": Preset(
+        label="RKDO, restart",
+        title="the other view shares p with a relation that a teacher sees",
+        colour="#3d3d8f",
+        temperature=0.1,
+        recursion="restart",
+        fixes_pairing=True,
+        variant_of="rkdo",
+        relation=Relation(),
     ),
     "icon": Preset(
         label="I-Con",
@@ -130,6 +156,33 @@ PRESETS: dict[str, Preset] = {
         pairing="joint",
         fixes_pairing=True,
     ),
+    "sce": Preset(
+        label="SCE",
+        title="the other view, and the relation of an averaged teacher's key to a queue (Denize et al. 2023)",
+        colour="#6a3d9a",
+        recursion="restart",
+        temperature=0.1,
+        fixes_pairing=True,
+        relation=Relation(0.5, teacher="ema", temperature=0.05, view="weak", columns="queue"),
+    ),
+    "ressl": Preset(
+        label="ReSSL",
+        title="that relation alone (Zheng et al. 2021)",
+        colour="#a6761d",
+        recursion="restart",
+        temperature=0.1,
+        fixes_pairing=True,
+        relation=Relation(1.0, "apart", "ema", 0.04, "weak", "queue"),
+    ),
+    "co2": Preset(
+        label="CO2",
+        title="InfoNCE over a queue, and ten times that relation (Wei et al. 2020)",
+        colour="#66a61e",
+        recursion="restart",
+        temperature=0.07,
+        fixes_pairing=True,
+        relation=Relation(10 / 11, "apart", "ema", 0.04, "strong", "queue", 65536),
+    ),
 }
 
 
@@ -139,6 +192,13 @@ def named(objective: str, recursion: str = "in_batch") -> str:
         if preset.variant_of == objective and preset.recursion == recursion:
             return name
     return objective
+
+
+def own_setting(preset: Preset, name: str) -> Any:
+    """What a preset has for `temperature`, `pairing` or a setting of its relation; None if nothing."""
+    if name in RELATION and preset.relation is not None:
+        return getattr(preset.relation, RELATION[name])
+    return "batch" if name == "columns" else getattr(preset, name, None)
 
 
 def choices() -> list[str]:

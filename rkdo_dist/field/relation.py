@@ -93,7 +93,7 @@ def row_losses(log_q: Tensor, positive: Tensor, relation: Tensor, weight: Tensor
 # --- in bounded memory, without autograd ------------------------------------------------------------------------------
 
 LOW = -1e30  # a logit whose exponential is 0, and 0 times which is 0
-PARTS = ("kl_1", "cross_entropy", "entropy_p", "positive_mass", "uniform", "ideal")
+PARTS = ("kl_1", "cross_entropy", "entropy_p", "positive_mass", "uniform")
 FACTS = ("relation_weight", "relation_entropy", "relation_precision")
 
 
@@ -168,7 +168,7 @@ def value_and_gradient(
         here = slice(start, min(start + panel, len(rows)))
         u = rows[here].to(dtype) / temperature
         x, t = u @ student.T, keys[here].to(dtype) @ theirs.T
-        parts, g = _strip(x, t, relation, temperature, weight, columns, positive[here], mutual)
+        parts, g = _strip(x, t, relation, weight, columns, positive[here], mutual)
         torch.mm(g, student, out=gradient[here]).div_(temperature)
         if home is not None:
             home.addmm_(g.T, u)
@@ -202,7 +202,6 @@ def _strip(
     x: Tensor,
     t: Tensor,
     relation: Relation,
-    temperature: float,
     weight: float,
     columns: Columns,
     positive: Tensor,
@@ -242,20 +241,17 @@ def _strip(
     near, far = similar - log_sum, log_rest - log_sum  # log q_ii, log(1 - q_ii)
     towards = (w * x).sum(1)
     n = others.to(w.dtype)
-    drop = (1 + 1 / n) / temperature
-    highest = torch.log1p(n * (-drop).exp())  # -log q_ii at the simplex: the positive at 1, all others at -1 / n
     if relation.form == "mixed":
         cross = -(1 - a) * near - a * (towards + far)
         entropy_p = a * entropy_w - torch.xlogy(1 - a, 1 - a) - torch.xlogy(a, a)
-        uniform, ideal = n.log1p() - entropy_p, highest + a * drop - entropy_p
+        uniform = n.log1p() - entropy_p
         share, at_positive = far.exp(), near.exp() - (1 - a)
     else:
         cross = -(1 - a) * near - a * towards
         entropy_p = a * entropy_w
-        flat = a * n.log() - entropy_p
-        uniform, ideal = (1 - a) * n.log1p() + flat, (1 - a) * highest + flat
+        uniform = (1 - a) * n.log1p() + a * n.log() - entropy_p
         share, at_positive = (1 - a) * far.exp() + a, -(1 - a) * far.exp()
-    parts = dict(zip(PARTS, (cross - entropy_p, cross, entropy_p, near.exp(), uniform, ideal), strict=True))
+    parts = dict(zip(PARTS, (cross - entropy_p, cross, entropy_p, near.exp(), uniform), strict=True))
     parts |= {"relation_weight": a, "relation_entropy": entropy_w}
     if columns.labels is not None:
         same = columns.labels[positive][:, None] == columns.labels[None, :]

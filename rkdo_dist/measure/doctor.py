@@ -171,6 +171,8 @@ def _wire_table(shape: wire.StepShape) -> Table:
         table.caption = "DeepSpeed's own part by the formula of its paper; it cannot be counted here"
     elif shape.persistent:
         table.caption = "rows of the persistent field travel too; how many depends on the samples that meet"
+    elif shape.relational:
+        table.caption = "a teacher's keys travel too, b (d + 4) numbers; columns from a queue do not"
     return table
 
 
@@ -185,7 +187,7 @@ def _memory(config: Config, rt: Runtime, index: ShardIndex, encoder: Encoder, sh
     lane = memory.lane_bytes(forward, encoder, shape.micro_batch, size, rt.device)
     f, rows = config.field, 0
     if shape.persistent:
-        width = shape.dimension if f.columns == "bank" else None
+        width = shape.dimension if f.value("columns") == "bank" else None
         rows = rows_bytes(index.split(config.data.split).samples, f.stored, width, rt.world)
     averaged = config.train.ema is not None
     return memory.step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows, averaged)

@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from rkdo_dist import parts
-from rkdo_dist.config import Config, EncoderConfig
+from rkdo_dist.config import Config, ConfigError, EncoderConfig
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.losses import FieldLoss
@@ -67,10 +67,18 @@ def step_flops(config: Config, image_size: int) -> StepFlops:
     Args:
         config: of the run.
         image_size: side of the squares that the encoder sees.
+
+    Raises:
+        ConfigError: for an objective with a teacher.
     """
+    objective = parts.make_objective(config, 0.0)
+    if objective.relation is not None:
+        raise ConfigError(
+            f"objective {objective.name} has a teacher, whose part of a step is not counted here: count "
+            "field.objective=infonce, and see benchmarks/relation.py for times"
+        )
     images = 2 * config.train.global_batch
     forward, both = _encoder_flops(config.encoder, image_size)
-    objective = parts.make_objective(config, 0.0)
     loss_forward, loss_step = loss_flops(objective, config.train.global_batch, config.encoder.embedding_dim)
     again = forward if config.train.recompute else 0.0
     return StepFlops(images * forward, loss_forward, images * (both + again), loss_step)

@@ -58,6 +58,7 @@ class StepShape:
         forwards: per lane, F.
         labels: whether the labels of the batch travel.
         persistent: whether rows of a persistent field travel too, which has no formula here.
+        relational: whether a teacher's keys travel too, which has none either.
     """
 
     world: int
@@ -76,6 +77,7 @@ class StepShape:
     recompute: bool
     labels: bool = False
     persistent: bool = False
+    relational: bool = False
 
     @property
     def batch(self) -> int:
@@ -116,6 +118,7 @@ def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: in
         recompute=config.train.recompute,
         labels=objective.needs_labels,
         persistent=config.field.recursion == "persistent",
+        relational=objective.relation is not None,
     )
 
 
@@ -147,7 +150,7 @@ def bytes_agree(shape: StepShape, wire: Iterable[Sequence[Any]]) -> bool | None:
     Args:
         wire: (purpose, operation, payload, calls) as `rkdo measure` writes them.
     """
-    if shape.strategy.startswith("zero") or shape.persistent:
+    if shape.strategy.startswith("zero") or shape.persistent or shape.relational:
         return None
     return dict(step_payloads(shape).payload) == {(purpose, operation): size for purpose, operation, size, _ in wire}
 

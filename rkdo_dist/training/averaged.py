@@ -17,7 +17,7 @@ from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.losses import FieldLoss
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
-from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all
+from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all, with_graph
 
 
 class Averaged(Strategy):
@@ -51,6 +51,12 @@ class Averaged(Strategy):
         """The field loss, formed on all local rows at once."""
         if self.persistent is not None and objective.recursion == "persistent":
             return averaged_persistent_field(lanes, objective, self.persistent)
+        relational = self.relational_for(objective)
+        if relational is not None:
+            gradients, found = relational.field(lanes, objective, GatheredColumns(), merged=True)
+            b, like = sum(len(u) for u, _ in lanes), lanes[0][0].dtype
+            gradients = [((u / b).to(like), (v / b).to(like)) for u, v in gradients]
+            return LossAndGradient(gradients, {name: x / b for name, x in found.items()})
         return averaged_field(lanes, objective, self._exchange, labels)
 
     def mean(self, sums: Tensor) -> Tensor:
@@ -64,12 +70,13 @@ class Averaged(Strategy):
         weights = [self._scaled(pair) for pair in field.gradients]
         if not self._recompute:
             # One call: calling lane by lane would fire DDP's hooks at the first lane.
-            torch.autograd.backward([v for lane in outputs for v in lane], [w for pair in weights for w in pair])
+            pushed = [with_graph(*lane) for lane in zip(outputs, weights, strict=True)]
+            torch.autograd.backward([x for xs, _ in pushed for x in xs], [w for _, ws in pushed for w in ws])
             return
         for number, pair in enumerate(weights):
             last = number == len(weights) - 1
             with contextlib.nullcontext() if last else self._runtime.without_sync(self.model):
-                torch.autograd.backward(next(outputs), pair)
+                torch.autograd.backward(*with_graph(next(outputs), pair))
 
     def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
         """The wrapper has averaged gradients already, so a NaN of one rank is everywhere; statistics are summed."""

@@ -18,7 +18,7 @@ from rkdo_dist.field.persistent import Restricted
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
-from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all
+from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all, with_graph
 
 
 class Exact(Strategy):
@@ -36,7 +36,11 @@ class Exact(Strategy):
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
     ) -> LossAndGradient:
         """The field loss, formed per lane."""
-        self._batch = sum(len(u) for u, _ in lanes) * self._runtime.world
+        self._batch = batch = sum(len(u) for u, _ in lanes) * self._runtime.world
+        relational = self.relational_for(objective)
+        if relational is not None:
+            gradients, sums = relational.field(lanes, objective, ExactColumns(), merged=False)
+            return LossAndGradient([(u / batch, v / batch) for u, v in gradients], sums)
         return exact_field(lanes, objective, at.first_lane, self.persistent, labels)
 
     def mean(self, sums: Tensor) -> Tensor:
@@ -48,7 +52,8 @@ class Exact(Strategy):
         gradients: group.TreeSum[list[Tensor]] = group.TreeSum(len(field.gradients))
         self._finite = []
         for weights, lane in zip(field.gradients, outputs, strict=True):
-            found = torch.autograd.grad(lane, self._parameters, self._scaled(weights), materialize_grads=True)
+            embeddings, pushed = with_graph(lane, self._scaled(weights))
+            found = torch.autograd.grad(embeddings, self._parameters, pushed, materialize_grads=True)
             self._finite.append(sum_of_all(found))  # finite only if everything in it is
             gradients.add(list(found))
         self._summed = gradients.total()

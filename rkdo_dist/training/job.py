@@ -28,7 +28,8 @@ from rkdo_dist.training.average import WeightAverage
 from rkdo_dist.training.early_stop import EarlyStop
 from rkdo_dist.training.facts import Facts, Told
 from rkdo_dist.training.persistent import PersistentField, make_persistent
-from rkdo_dist.training.step import Step, StepSettings
+from rkdo_dist.training.relation import RelationalField, make_relational
+from rkdo_dist.training.step import TEACHER, Step, StepSettings
 from rkdo_dist.training.strategy import Update
 
 
@@ -40,6 +41,7 @@ class Job:
         steps_per_epoch, total_steps: length of the run.
         persistent: the rows of a persistent field, if the recursion is of that kind.
         average: of the encoder's weights, with `train.ema`.
+        relational: what a recursion with restart keeps, if it is of that kind.
         launch_before: strategy, precision and reduction of the checkpoint continued from; this launch's if none.
         loss_scale: state of the loss scale in that checkpoint.
         position: steps done. With the configuration it is all that is needed to continue.
@@ -59,6 +61,7 @@ class Job:
     views: Views
     persistent: PersistentField | None
     average: WeightAverage | None
+    relational: RelationalField | None
     early_stop: EarlyStop
     launch_before: dict[str, str]
     loss_scale: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -77,12 +80,24 @@ class Job:
             exchange="ring" if self.config.run.reduction == "ring" else "gather",
         )
         self.step = Step(
-            self.encoder, self._view, self.runtime, settings, self.optimizer, self.persistent, self.average
+            self.encoder,
+            self._view,
+            self.runtime,
+            settings,
+            self.optimizer,
+            self.persistent,
+            self.average,
+            self.relational,
         )
         self.step.strategy.load_scale(self.loss_scale)
 
     def _view(self, images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
-        return self.views(images, ids, self.config.run.seed, epoch, view)
+        views = self.views
+        if view == TEACHER and self.relational is not None:
+            if self.relational.relation.view == "plain":
+                return views.plain(images)
+            views = views.weak() if self.relational.relation.view == "weak" else views
+        return views(images, ids, self.config.run.seed, epoch, view)
 
     def stream(self) -> Iterator[Batch]:
         """This rank's lanes of the global batch for every step from the position to the end."""
@@ -137,12 +152,14 @@ class Job:
     def record(self, epoch: int, objective: Objective, facts: Facts, update: Update, seconds: float) -> dict[str, Any]:
         """The line of metrics.jsonl for the step just done."""
         found = {} if update.not_finite else dict(facts.parts)
+        related = self.relational is not None and self.relational.takes_part(objective)
+        ideal = None if related else objective.at_ideal(self.config.train.global_batch)  # that of a relation varies
         return {
             "step": self.position,
             "epoch": epoch,
             "loss": None if update.not_finite else facts.loss,
             "loss_at_uniform": found.pop("uniform", None),
-            "loss_at_ideal": found.pop("ideal", objective.at_ideal(self.config.train.global_batch)),
+            "loss_at_ideal": found.pop("ideal", ideal),
             **found,
             **({"skipped": update.skipped} if update.skipped else {}),
             **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
@@ -205,6 +222,7 @@ def build(config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory
         views,
         make_persistent(config, index, runtime.device),
         None if config.train.ema is None else WeightAverage(encoder, config.train.ema),
+        make_relational(config, index, runtime.device),
         EarlyStop(config.train.early_stop_slope, config.train.early_stop_window),
         runtime.launch,
     )

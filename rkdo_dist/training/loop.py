@@ -53,8 +53,15 @@ def train_step(
     if persistent is not None:
         persistent.begin(number, torch.cat([lane.ids for lane in lanes]))
 
-    embedded = step.embed(lanes, at)
+    relational = strategy.relational_for(objective)
+    keys = None
+    if relational is not None and not relational.own_keys:
+        keys = step.keys(lanes, at, relational.relation.teacher)
+    embedded = step.embed(lanes, at, keys if relational is not None and relational.queue is not None else None)
     pairs = [lane.detached().pair() for lane in embedded]
+    if relational is not None:
+        samples, classes = (torch.cat([getattr(lane, name) for lane in lanes]) for name in ("ids", "labels"))
+        relational.begin([v for _, v in pairs] if keys is None else keys, samples, classes)
     field = strategy.field(pairs, objective, at, labels)
     strategy.backward(step.embed_again(lanes, embedded, at), field)
     exchanged = strategy.exchange([lane.statistics for lane in embedded])
@@ -72,6 +79,8 @@ def train_step(
             persistent.commit()
         if step.average is not None:
             step.average.move()
+        if relational is not None:
+            relational.commit()
     return facts, update
 
 

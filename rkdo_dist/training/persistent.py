@@ -250,9 +250,10 @@ def make_persistent(config: Config, index: ShardIndex, device: torch.device) -> 
             plans[epoch] = parts.epoch_plan(config, index, epoch)
         return torch.from_numpy(plans[epoch].global_batch_ids(place))
 
-    width = config.encoder.embedding_dim if f.columns == "bank" else None
+    columns = f.value("columns")
+    width = config.encoder.embedding_dim if columns == "bank" else None
     place = device if f.store == "device" else torch.device("cpu")
-    return PersistentField(make_rows(samples, f.stored, width, place), f.columns, BANK_TEMPERATURE, schedule, device)
+    return PersistentField(make_rows(samples, f.stored, width, place), columns, BANK_TEMPERATURE, schedule, device)
 
 
 def make_rows(samples: int, stored: int, width: int | None, device: torch.device) -> RowStore:

@@ -36,6 +36,8 @@ def save(job: Job, journal: Journal) -> None:
         assert building is not None
         if job.average is not None:
             checkpoint.write_part(building, checkpoint.AVERAGE, job.average.model.state_dict())
+        if job.relational is not None:
+            job.relational.write_part(building)
         extra = {
             **job.facts(),
             "configuration": configuration.decisive_tree(job.config),
@@ -67,6 +69,8 @@ def restore(job: Job) -> None:
         job.persistent.restore(found)
     if job.average is not None:
         job.average.model.load_state_dict(found.weights("ema"))
+    if job.relational is not None:
+        job.relational.restore(found)
     job.position = job.saved = found.step
     job.skipped_in_a_row = found.extra["skipped_in_a_row"]
     job.early_stop.restore(found.extra.get("early_stop", {}))

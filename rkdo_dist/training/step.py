@@ -22,8 +22,10 @@ from rkdo_dist.training.average import WeightAverage
 from rkdo_dist.training.averaged import Averaged
 from rkdo_dist.training.exact import Exact
 from rkdo_dist.training.persistent import Pair, PersistentField
+from rkdo_dist.training.relation import RelationalField
 from rkdo_dist.training.strategy import Position, Strategy
 
+TEACHER = 2  # the number of the view that a teacher sees; those of the student are 0 and 1
 _STREAM_ENCODER = 17  # keeps these draws apart from those of `data.order` and `data.views`
 # images (m, 3, H, W) uint8 on the device, ids (m,) on the CPU, epoch, view -> (m, 3, S, S) float32
 MakeView = Callable[[Tensor, Tensor, int, int], Tensor]
@@ -42,11 +44,16 @@ class StepSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """Embeddings (m, d) of a lane's two views, and its batch statistics, one row per forward."""
+    """Embeddings (m, d) of a lane's two views, and its batch statistics, one row per forward.
+
+    Attributes:
+        key: where a teacher's key is in the place of `v`.
+    """
 
     u: Tensor
     v: Tensor
     statistics: Tensor
+    key: Tensor | None = None
 
     def pair(self) -> Pair:
         """Both views, with their graph."""
@@ -54,7 +61,7 @@ class Embedded:
 
     def detached(self) -> Embedded:
         """The same without graph."""
-        return Embedded(self.u.detach(), self.v.detach(), self.statistics)
+        return Embedded(self.u.detach(), self.v.detach(), self.statistics, self.key)
 
 
 class Step:
@@ -68,6 +75,7 @@ class Step:
         optimizer: moves the weights; None leaves the gradient in the parameters' `.grad`.
         persistent: the rows of a persistent field, for objectives of that kind.
         average: moves after the weights have.
+        relational: what a recursion with restart keeps, for objectives of that kind.
 
     Attributes:
         strategy: how gradients are summed, and who owns weights and optimizer state.
@@ -84,17 +92,45 @@ class Step:
         optimizer: torch.optim.Optimizer | None = None,
         persistent: PersistentField | None = None,
         average: WeightAverage | None = None,
+        relational: RelationalField | None = None,
     ) -> None:
         self.make_view, self.runtime, self._settings = make_view, runtime, settings
         self.statistics = BatchStatistics(encoder)
         self.strategy = _choose(encoder, optimizer, runtime, settings)
-        self.strategy.persistent = persistent
-        self.average = average
+        self.strategy.persistent, self.strategy.relational = persistent, relational
+        self.average, self._encoder = average, encoder
 
-    def embed(self, lanes: Sequence[MicroBatch], at: Position) -> list[Embedded]:
-        """The first pass: both views of every lane, with their graph unless it would only be computed again."""
+    def embed(self, lanes: Sequence[MicroBatch], at: Position, keys: Sequence[Tensor] | None = None) -> list[Embedded]:
+        """The first pass: both views of every lane, with their graph unless it would only be computed again.
+
+        Args:
+            keys: take the place of the second view's embeddings, which are then not computed.
+        """
         with torch.set_grad_enabled(not self._settings.recompute):
-            return [self._embed(lane, number, at) for number, lane in enumerate(lanes)]
+            return [
+                self._embed(lane, number, at, None if keys is None else keys[number])
+                for number, lane in enumerate(lanes)
+            ]
+
+    def keys(self, lanes: Sequence[MicroBatch], at: Position, teacher: str) -> list[Tensor]:
+        """A teacher's embeddings (m, d) of its view of every lane, without graph.
+
+        It is in evaluation mode, so a key depends on its image alone: batch norm has its running statistics.
+
+        Args:
+            teacher: "student", or "ema" of its weights.
+        """
+        assert teacher == "student" or self.average is not None
+        model = self.average.model if teacher == "ema" and self.average is not None else self._encoder
+        training, found = model.training, []
+        model.eval()
+        with torch.no_grad(), self.runtime.autocast():
+            for lane in lanes:
+                images = lane.images.to(self.runtime.device, non_blocking=True)
+                view = self.make_view(images, lane.ids, at.epoch, TEACHER)
+                found.append(model(view.contiguous(memory_format=torch.channels_last)))
+        model.train(training)
+        return found
 
     def embed_again(self, lanes: Sequence[MicroBatch], embedded: list[Embedded], at: Position) -> Iterator[Pair]:
         """The second pass: every lane's embeddings with their graph, kept from the first or computed when asked for."""
@@ -102,11 +138,11 @@ class Step:
             kept = embedded[number]
             embedded[number] = kept.detached()  # so that a lane's graph lives no longer than its backward pass
             if self._settings.recompute:
-                kept = self._embed(lane, number, at, again=True)
+                kept = self._embed(lane, number, at, kept.key, again=True)
             yield kept.pair()
 
-    def _embed(self, lane: MicroBatch, number: int, at: Position, again: bool = False) -> Embedded:
-        """Embed both views of a lane.
+    def _embed(self, lane: MicroBatch, number: int, at: Position, key: Tensor | None, again: bool = False) -> Embedded:
+        """Embed both views of a lane, or the first, where there is a key for the second.
 
         Randomness inside the encoder (dropout) is keyed by the lane, so doing it `again` repeats the first time,
         except that batch norm's running statistics are left alone.
@@ -116,8 +152,11 @@ class Step:
             x.images.to(device, non_blocking=True) for x in ([lane] if lane.second is None else [lane, lane.second])
         ]
         # Draws of the second view are the row's own, whichever sample it shows.
-        first, second = (self.make_view(images[view % len(images)], lane.ids, at.epoch, view) for view in (0, 1))
-        inputs = [torch.cat([first, second])] if self._settings.views_together else [first, second]
+        inputs = [
+            self.make_view(images[view % len(images)], lane.ids, at.epoch, view)
+            for view in ((0, 1) if key is None else (0,))
+        ]
+        inputs = [torch.cat(inputs)] if self._settings.views_together else inputs
         # Convolutions are faster so: 7 % of a ResNet-18's step on CPUs. Values are the same but for rounding.
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
         outputs, statistics = [], []
@@ -128,6 +167,8 @@ class Step:
                 with self.statistics.discarding() if again else self.statistics.collecting():
                     outputs.append(model(x))
                 statistics.append(x.new_zeros(0) if again else self.statistics.take())
+        if key is not None:
+            return Embedded(outputs[0], key, torch.stack(statistics), key)
         u, v = outputs[0].chunk(2) if self._settings.views_together else outputs
         return Embedded(u, v, torch.stack(statistics))
 

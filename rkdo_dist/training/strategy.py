@@ -25,6 +25,7 @@ from rkdo_dist.checkpoint import OptimizerState, optimizer_to_tensors
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
+from rkdo_dist.training.relation import RelationalField
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +106,21 @@ class Strategy(abc.ABC):
     Attributes:
         model: what embeds training lanes (the encoder, or a wrapper of it).
         persistent: the rows of a persistent field, if there is one.
+        relational: what a recursion with restart keeps, if there is one; only `train.exact` and `train.averaged`.
     """
 
     model: nn.Module
     persistent: PersistentField | None = None
+    relational: RelationalField | None = None
 
     def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer | None, runtime: Runtime) -> None:
         self._encoder, self._optimizer, self._runtime = encoder, optimizer, runtime
         self._parameters = [p for p in encoder.parameters() if p.requires_grad]
         self._scale = runtime.loss_scale
+
+    def relational_for(self, objective: Objective) -> RelationalField | None:
+        """`relational`, if the objective of a step asks for it."""
+        return self.relational if self.relational is not None and self.relational.takes_part(objective) else None
 
     @abc.abstractmethod
     def field(
@@ -131,7 +138,8 @@ class Strategy(abc.ABC):
         """Push the embedding gradients into the parameters.
 
         Args:
-            outputs: the lanes' embeddings with their graph, in lane order; asking for one may compute it.
+            outputs: the lanes' embeddings with their graph, in lane order; asking for one may compute it. A view that
+                has none is left out.
         """
 
     @abc.abstractmethod
@@ -199,6 +207,12 @@ class Strategy(abc.ABC):
         if self._scale is None:
             return weights
         return weights[0] * self._scale.scale, weights[1] * self._scale.scale
+
+
+def with_graph(outputs: Pair, weights: Pair) -> tuple[list[Tensor], list[Tensor]]:
+    """The embeddings that have a graph (a teacher's keys have none), and what to push through them."""
+    kept = [(x, w) for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
+    return [x for x, _ in kept], [w for _, w in kept]
 
 
 def sum_of_all(tensors: Sequence[Tensor]) -> Tensor:

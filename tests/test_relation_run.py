@@ -1,0 +1,159 @@
+"""Whole runs with a recursion with restart: the presets, any number of ranks, killed and continued, mistakes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from rkdo_dist import checkpoint
+from rkdo_dist import config as configuration
+from rkdo_dist.config import Config, ConfigError
+from tests.jobs import command, metrics, on_ranks, rank_command, run_of, steps, wait_for
+from tests.ranks import Ranks
+
+EMA = ["train.ema=0.9"]
+BATCH = ["field.recursion=restart", "field.relation_weight=0.3"]
+SCE = ["field.objective=sce", "field.queue=64", *EMA]
+# Every kind of teacher, view, columns and loss between them.
+RUNS = {
+    "sce": SCE,
+    "ressl": ["field.objective=ressl", "field.queue=96", "views.teacher=plain", *EMA],
+    "co2": ["field.objective=co2", "field.queue=32", "field.teacher=student", "train.views=apart"],
+    "own keys": [*BATCH, "field.confidence=entropy"],
+    "mutual": [*BATCH, *EMA, "field.teacher=ema", "views.teacher=weak", "field.neighbours=3", "field.mutual=true"],
+}
+
+
+def everything(run: Path, step: int) -> dict[str, str]:
+    """SHA-256 of every tensor file of a checkpoint, the average and the queue included."""
+    folder = run / "checkpoints" / str(step)
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_one_run_on_any_number_of_processes(small: list[str], kind: str) -> None:
+    """On 1, 2 and 4 in full for one kind; of the others what differs."""
+    arguments = [*small, *RUNS[kind], "train.max_steps=3"]
+    code, text = command(arguments)
+    assert code == 0, text
+    run = run_of(arguments)
+    whole, journal = everything(run, 3), metrics(run)
+    assert ("parts/queue.safetensors" in whole) == (kind in ("sce", "ressl", "co2"))
+    for record in journal:
+        assert 0 < record["loss"] < record["loss_at_uniform"] + 4
+        assert record["loss_at_ideal"] is None  # what is reached by similarities depends on the relation
+        assert 0 < record["relation_weight"] <= 1
+        assert 0 <= record["relation_precision"] <= 1
+        assert record["relation_entropy"] >= 0
+    for world, extra in ((2, []), (4, ["train.recompute=true"])):
+        if world == {"sce": 2, "ressl": 2, "mutual": 4}.get(kind) or kind == "sce":
+            other = [*arguments, *extra, f"run.dir={run}-{world}"]
+            answers = on_ranks(world, other)
+            assert [code for code, _ in answers] == [0] * world, answers
+            assert everything(run_of(other), 3) == whole
+            assert metrics(run_of(other)) == journal
+    if kind in ("ressl", "mutual"):
+        return
+    fast = [*arguments, "run.reduction=fast", f"run.dir={run}-fast"]
+    answers = on_ranks(2, fast)
+    assert [code for code, _ in answers] == [0, 0], answers
+    for mine, theirs in zip(metrics(run_of(fast)), journal, strict=True):
+        for name in ("loss", "loss_at_uniform", "relation_entropy", "relation_precision"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+
+
+def test_the_queue_holds_the_keys_of_the_last_steps(small: list[str]) -> None:
+    """64 keys of batches of 32: those of steps 5 and 6, of other samples, and they move with the average."""
+    arguments = [*small, *SCE, "train.checkpoint_every=1", "train.keep_checkpoints=9"]
+    code, text = command(arguments)
+    assert code == 0, text
+    saved = {step: checkpoint.load(run_of(arguments) / "checkpoints" / str(step)).part("queue") for step in range(1, 7)}
+    assert [saved[step]["position"].tolist() for step in range(1, 5)] == [[32, 32], [0, 64], [32, 64], [0, 64]]
+    last, before = saved[6], saved[5]
+    assert (last["keys"][:32] == before["keys"][:32]).all()
+    assert (last["keys"][32:] != before["keys"][32:]).any()
+    assert len(set(last["samples"].tolist())) == 64
+    assert last["keys"].norm(dim=1).sub(1).abs().max() < 1e-5
+    entropies = [record["relation_entropy"] for record in metrics(run_of(arguments))]
+    assert max(entropies[1:]) > entropies[0]  # more keys to be related to
+
+
+def test_killed_runs_continue_bit_for_bit_on_other_numbers_of_processes(small: list[str]) -> None:
+    arguments = [*small, *SCE, "train.checkpoint_every=1"]
+    run = run_of(arguments)
+    straight = [*arguments, f"run.dir={run}-straight"]
+    assert command(straight)[0] == 0
+    for world, goal in ((2, 1), (1, 4)):
+        words = [*arguments, "run.resume=auto", "run.timeout=20"]
+        with Ranks(rank_command, world, (words,), timeout=60) as ranks:
+            wait_for(lambda goal=goal: steps(run) >= goal, ranks.running)
+            ranks.kill(range(world))
+            ranks.answers()
+    answers = on_ranks(4, [*arguments, "run.resume=auto"])
+    assert [code for code, _ in answers] == [0] * 4, answers
+    assert everything(run, 6) == everything(run_of(straight), 6)
+    assert metrics(run) == metrics(run_of(straight))
+
+
+def test_weight_0_is_infonce_bit_for_bit_and_so_is_the_time_before_the_start(small: list[str]) -> None:
+    run = run_of(small)
+    one = [*small, "train.epochs=2", "train.batches_per_epoch=3", "field.temperature=0.1"]
+    assert command([*one, "field.objective=infonce"])[0] == 0
+    zero = [*one, "field.recursion=restart", "field.relation_weight=0", f"run.dir={run}-zero"]
+    assert command(zero)[0] == 0
+    assert everything(run_of(zero), 6) == everything(run, 6)
+    late = [*one, *BATCH, "field.relation_start_epoch=1", "train.checkpoint_every=3", f"run.dir={run}-late"]
+    assert command(late)[0] == 0
+    weights = [record.get("relation_weight", 0) for record in metrics(run_of(late))]
+    assert weights == [0, 0, 0] + [pytest.approx(0.3)] * 3
+    theirs = metrics(run)
+    for mine, wanted in zip(metrics(run_of(late))[:4], theirs, strict=False):
+        assert mine["positive_mass"] == pytest.approx(wanted["positive_mass"], rel=1e-5)
+    assert metrics(run_of(late))[2]["loss"] == theirs[2]["loss"]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("field.recursion=restart field.objective=icon", "field.recursion=restart is a form of field.objective=rkdo"),
+        ("field.objective=sce", "field.teacher=ema needs the average of the weights: set train.ema"),
+        ("field.recursion=restart field.teacher=ema train.ema=0.9", "needs its view: set views.teacher"),
+        ("field.objective=sce train.ema=0.9 train.global_batch=96 train.micro_batch=8", "field.queue=4096 must be a"),
+        ("field.objective=sce train.ema=0.9 field.queue=128", "multiple of train.global_batch=256"),
+        ("field.recursion=restart field.relation_weight=1", "field.relation_weight=1 leaves nothing for the other"),
+        ("field.recursion=restart field.relation_weight=1.2", "field.relation_weight must be at least 0 and at most 1"),
+        ("field.recursion=restart field.teacher_temperature=0", "field.teacher_temperature must be above 0"),
+        ("field.recursion=restart field.mutual=true", "field.mutual=true needs field.neighbours above 0"),
+        ("field.recursion=restart field.columns=bank", "field.columns=batch or queue, got bank"),
+        ("field.recursion=restart field.pairing=joint", "needs field.pairing=cross, got joint"),
+        ("field.recursion=restart run.reduction=ring", "needs run.reduction=exact or fast, got ring"),
+        ("field.recursion=restart field.relation_start_epoch=11", "must lie in [0, train.epochs=10], got 11"),
+        ("field.teacher=ema train.ema=0.9", "field.teacher=ema is for a recursion with restart"),
+        ("field.columns=queue", "field.columns=queue is for a recursion with restart"),
+        ("views.teacher=weak", "views.teacher=weak is for a recursion with restart"),
+        ("field.objective=sce field.switch_to=ressl train.ema=0.9", "have different relations"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_line(words: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration.change(Config(), words.split())
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_the_queue_is_refused(small: list[str]) -> None:
+    assert command([*small, *SCE, "train.max_steps=2"])[0] == 0
+    code, text = command([*small, *SCE, "train.max_steps=4", "run.resume=auto", "field.queue=96"])
+    assert code == 2
+    assert "field.queue" in text
+    run = run_of(small)
+    (run / "checkpoints" / "2" / "parts" / "queue.safetensors").unlink()
+    code, text = command([*small, *SCE, "train.max_steps=4", "run.resume=auto"])
+    assert code == 2, text
+    assert "queue" in text
