@@ -1,6 +1,10 @@
-"""The field loss against the dense oracle, plain InfoNCE, lightly's NTXentLoss and open_clip's ClipLoss.
+"""The field loss against plain InfoNCE, the dense oracle, and what others offer, bounded memory or not.
 
     python benchmarks/loss.py [--batches 1024 4096 16384] [--dims 64 128] [--rounds 7] [--device cuda] [--out FILE]
+
+Others: `torch.nn.functional.linear_cross_entropy` in chunks (InfoNCE, and I-Con but for a constant, as label
+smoothing), sentence-transformers' cached ranking loss, open_clip's ClipLoss and SigLIP (another function: no softmax;
+in chunks, each computed again in the backward pass), lightly's NTXentLoss.
 
 Forward and backward, float32, one process. Times: all losses in alternation in one process, the median over
 rounds of the ratio to plain InfoNCE of the same round (machines are noisy; ratios within a round are not).
@@ -31,12 +35,62 @@ from rkdo_dist import IConLoss, InfoNCELoss, RKDOLoss
 from rkdo_dist.field.objectives import Objective, dense
 
 TEMPERATURE = 0.5
+CHUNK = 1024  # rows at a time, for those who ask
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def plain_infonce(u: Tensor, v: Tensor) -> Tensor:
     """What everybody writes first."""
     return cross_entropy(u @ v.T / TEMPERATURE, torch.arange(len(u), device=u.device))
+
+
+def torch_chunked(label_smoothing: float = 0.0) -> Loss:
+    """torch's own cross entropy of a linear map in chunks (torch 2.13 and newer): view 2 is the map."""
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    options = LinearCrossEntropyOptions()
+
+    def loss(u: Tensor, v: Tensor) -> Tensor:
+        own = torch.arange(len(u), device=u.device)
+        return linear_cross_entropy(u / TEMPERATURE, v, own, label_smoothing=label_smoothing, options=options)
+
+    return loss
+
+
+def sentence_transformers_cached() -> Loss:
+    """The ranking loss of sentence-transformers over embeddings that it holds, CHUNK rows at a time."""
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.util import dot_score
+
+    encoder = [torch.nn.Identity()]
+    loss = CachedMultipleNegativesRankingLoss(encoder, 1 / TEMPERATURE, dot_score, mini_batch_size=CHUNK)
+
+    def both(u: Tensor, v: Tensor) -> Tensor:
+        # It leaves gradients in the embeddings chunk by chunk; they are handed on when the step calls backward.
+        held = [x.detach().requires_grad_() for x in (u, v)]
+        value = loss.calculate_loss([[x] for x in held], with_backward=True)
+        return value + sum(((x - x.detach()) * h.grad).sum() for x, h in zip((u, v), held, strict=True))
+
+    return both
+
+
+def open_clip_siglip() -> Loss:
+    """SigLIP in chunks of CHUNK x CHUNK pairs."""
+    from open_clip.loss import SigLipLoss
+    from torch.utils.checkpoint import checkpoint
+
+    loss = SigLipLoss()
+
+    def chunks(u: Tensor, v: Tensor) -> Tensor:
+        parts = [
+            checkpoint(loss._loss, rows, columns, 1 / TEMPERATURE, -10.0, i != j, use_reentrant=False)
+            for i, rows in enumerate(u.split(CHUNK))
+            for j, columns in enumerate(v.split(CHUNK))
+        ]
+        return torch.stack(parts).sum() * (CHUNK / len(u))
+
+    return chunks
 
 
 def lightly_ntxent() -> Loss:
@@ -65,8 +119,12 @@ LOSSES: dict[str, tuple[Callable[[], Loss], int]] = {
     "InfoNCE symmetric": (lambda: InfoNCELoss(symmetric=True), 0),
     "InfoNCE joint": (lambda: InfoNCELoss(pairing="joint"), 0),
     "dense oracle, RKDO": (lambda: lambda u, v: dense(Objective.rkdo(), u, v)[0], 24),
-    "lightly NTXentLoss": (lightly_ntxent, 12),
+    "torch chunked, InfoNCE": (torch_chunked, 0),
+    "torch chunked, I-Con": (lambda: torch_chunked(0.2), 0),
+    "sentence-t. cached": (sentence_transformers_cached, 0),
     "open_clip ClipLoss": (open_clip_loss, 5),
+    "open_clip SigLIP": (open_clip_siglip, 0),
+    "lightly NTXentLoss": (lightly_ntxent, 12),
 }
 
 
