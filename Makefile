@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 PYTEST = $(BIN)/python -m pytest -q -p tests.cputime
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint fast nightly docs settings bench lock clean
+.PHONY: help setup demo test lint fast nightly docs settings oldest bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -54,6 +54,12 @@ docs: $(READY)  ## the documentation site, built strictly into site/; no page ne
 settings: $(READY)  ## docs/settings.md, from the code
 	$(BIN)/python -m rkdo_dist settings --markdown > docs/settings.md
 
+oldest:  ## the losses' tests on the oldest torch they support, in .venv-oldest (torch and numpy are all it has)
+	$(PYTHON) tools/environment.py .venv-oldest
+	.venv-oldest/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.4.1 'numpy<2.3' \
+	  pytest hypothesis
+	PYTHONPATH=. .venv-oldest/bin/python -m pytest -q tests/test_losses.py tests/test_loss_in_loops.py tests/test_tiled.py
+
 bench: $(READY)  ## comparisons in one run; results go to benchmarks/results/
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[bench]'
 	$(BIN)/python benchmarks/loss.py
@@ -68,4 +74,4 @@ lock: $(READY)  ## pin new versions (keep torch and torchvision a matched pair)
 	  -c $(VENV)/pair.txt --upgrade --no-annotate --no-header --quiet; } > $(VENV)/new.lock && mv $(VENV)/new.lock requirements.lock
 
 clean:  ## remove the environment, the demo's data and runs
-	rm -rf $(VENV) build dist site data/digits runs/demo
+	rm -rf $(VENV) .venv-oldest build dist site data/digits runs/demo
