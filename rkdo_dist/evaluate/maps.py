@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
+from sklearn.manifold import trustworthiness as sklearns_trustworthiness
 from threadpoolctl import threadpool_limits
 
 SEED = 42
@@ -51,3 +52,9 @@ def tsne(features: Array) -> Array:
     model = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=SEED, n_jobs=1)
     with threadpool_limits(1):
         return np.asarray(model.fit_transform(features.astype(np.float64)))
+
+
+def trustworthiness(features: Array, plane: Array, neighbours: int) -> float:
+    """Whether the nearest neighbours in a map (n, 2) are near among the features (n, d): 1 at best, n x n memory."""
+    with threadpool_limits(1):
+        return float(sklearns_trustworthiness(features, plane, n_neighbors=neighbours))

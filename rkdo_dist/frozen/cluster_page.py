@@ -82,24 +82,15 @@ def map_figure(found: Clustering) -> Any:
     drawn, axes = plots.panels(1, len(parts), (5.2 * len(parts), 5.0))
     for panel, (name, groups) in zip(axes, parts, strict=True):
         panel.set_title(f"by {name}")
-        panel.set_xticks([])
-        panel.set_yticks([])
-        panel.set_aspect("equal", "datalim")
+        plots.bare(panel)
         for one in np.unique(groups):
             here = plane[groups == one]
-            shade, marker = (plots.GREY, ".") if one < 0 else (plots.colour(one), _MARKERS[one // _COLOURS % _KINDS])
+            shade, marker = (plots.GREY, ".") if one < 0 else (plots.colour(one), plots.marker(one))
             panel.scatter(here[:, 0], here[:, 1], s=9, color=shade, marker=marker, linewidths=0)
             if one >= 0:
-                x, y = np.median(here, axis=0)
                 text = _class_name(found.data, one) if name == "label" else str(one)
-                box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
-                panel.annotate(text, (x, y), ha="center", va="center", fontsize=9, fontweight="bold", bbox=box)
+                plots.named(panel, np.median(here, axis=0), text)
     return drawn
-
-
-_COLOURS = len(plots.PALETTE)
-_MARKERS = "os^DvP"  # for more groups than colours
-_KINDS = len(_MARKERS)
 
 
 def _class_name(data: Features, label: int) -> str:

@@ -36,6 +36,28 @@ def frozen_commands(command: Command) -> None:
     add("--resume", action="store_true", help="continue what DIR holds, on any number of processes")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads of each process (default 1)")
 
+    add = command(
+        "map",
+        _map,
+        "draw a map of frozen features by exact t-SNE or SNE, with or without the recursion",
+        "features.npz --perplexity 30 --out runs/map",
+    )
+    _add_features(add)
+    add("--perplexity", type=float, default=30.0, metavar="P", help="neighbours of a row of p(0), softly (default 30)")
+    add("--affinity", choices=("student", "gaussian"), default="student", help="of the map (default student: t-SNE)")
+    add("--normaliser", choices=("field", "row"), default="field", help="one number for all pairs, or one a row (SNE)")
+    add("--freedom", type=float, default=1.0, metavar="NU", help="degrees of freedom of student (default 1)")
+    add("--couplings", type=_shares, default=(0.0,), metavar="A,B", help="a map for each; 0: no recursion (default)")
+    add("--iterations", type=int, default=750, metavar="N", help="of gradient descent (default 750)")
+    add("--samples", type=int, metavar="N", help="at most so many, evenly spaced (default: all)")
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs numbers with commas, e.g. 0,0.01,0.1; got {text!r}") from None
+
 
 def _add_features(add: Callable[..., argparse.Action]) -> None:
     add("features", type=Path, metavar="FEATURES", help=_FEATURES)
@@ -68,4 +90,13 @@ def _cluster(options: argparse.Namespace) -> int:
     )
     files = {"array": o.array, "labels": o.labels, "images": o.images}
     cluster(o.features, o.out, recipe, resume=o.resume, threads=o.threads, **files)
+    return 0
+
+
+def _map(options: argparse.Namespace) -> int:
+    o = options
+    from rkdo_dist.frozen.mapping import MapRecipe, draw_map
+
+    recipe = MapRecipe(o.perplexity, o.affinity, o.normaliser, o.freedom, o.couplings, o.iterations, o.samples)
+    draw_map(o.features, o.out, recipe, array=o.array, labels=o.labels)
     return 0

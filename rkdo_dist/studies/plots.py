@@ -50,6 +50,25 @@ def colour(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
+def marker(number: int) -> str:
+    """A marker that tells the n-th item from an earlier one of the same colour."""
+    return "osD^vP"[number // len(PALETTE) % 6]
+
+
+def named(panel: Any, place: Sequence[float], text: str) -> None:
+    """A name over a group of points."""
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
+    panel.annotate(text, tuple(place), ha="center", va="center", fontsize=9, fontweight="bold", bbox=box)
+
+
+def bare(panel: Any) -> None:
+    """A map: no axes, one unit in both directions."""
+    panel.set_xticks([])
+    panel.set_yticks([])
+    panel.set_aspect("equal", "datalim")
+    panel.spines[:].set_visible(False)
+
+
 def band(panel: Any, values: Mapping[Any, Sequence[float]], colour: str, label: str, line: str = "-") -> None:
     """The mean over seeds as a line, one standard deviation as a band.
 
