@@ -346,9 +346,9 @@ def _load(options: argparse.Namespace, relaunch: bool = True) -> Config:
 
 def _train(options: argparse.Namespace) -> int:
     config = _load(options)
-    from rkdo_dist.training.main import train
+    from rkdo_dist.training.main import Given, train
 
-    return train(config)
+    return train(config, Given(name=Path(options.config).stem)).code
 
 
 def _settings(options: argparse.Namespace) -> int:

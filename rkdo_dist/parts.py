@@ -168,35 +168,38 @@ def check_data(config: Config, index: ShardIndex) -> None:
     make_views(config, index)
 
 
-def make_encoder(config: Config, *, pretrained: bool = True, code: bool = True) -> Encoder:
+def make_encoder(
+    config: Config, *, pretrained: bool = True, code: bool = True, backbone: torch.nn.Module | None = None
+) -> Encoder:
     """The encoder, with weights drawn from `run.seed` or read from `encoder.weights`: the same on every rank.
 
     Args:
         pretrained: False leaves `encoder.weights` out, for an encoder that gets a checkpoint's weights anyway.
         code: whether a backbone named by an import path may be imported: False for a configuration that the user
             did not write but points at, such as that of a run.
+        backbone: a module in place of `encoder.backbone`, which becomes part of the encoder.
 
     Raises:
         ValueError: as `Encoder`, or for code that must not be imported.
     """
-    if not code and is_code(config.encoder.backbone):
+    if backbone is None and not code and is_code(config.encoder.backbone):
         raise ConfigError(
             f"the run's encoder.backbone={config.encoder.backbone} is code, which is imported only where you name it: "
             f"add encoder.backbone={config.encoder.backbone}"
         )
     torch.manual_seed(config.run.seed)
-    return _encoder(config.encoder, pretrained)
+    return _encoder(config.encoder, pretrained, backbone).train()
 
 
 @_named("encoder", EncoderConfig)
-def _encoder(section: EncoderConfig, pretrained: bool) -> Encoder:
-    return encoder_of(section, pretrained)
+def _encoder(section: EncoderConfig, pretrained: bool, backbone: torch.nn.Module | None = None) -> Encoder:
+    return encoder_of(section, pretrained, backbone)
 
 
-def encoder_of(section: EncoderConfig, pretrained: bool = True) -> Encoder:
+def encoder_of(section: EncoderConfig, pretrained: bool = True, backbone: torch.nn.Module | None = None) -> Encoder:
     """The encoder that a section describes, with weights from torch's global generator or `encoder.weights`."""
     return Encoder(
-        section.backbone,
+        section.backbone if backbone is None else backbone,
         section.head,
         section.embedding_dim,
         section.stem,

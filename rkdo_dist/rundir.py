@@ -294,10 +294,19 @@ class RunDirectory:
         write_atomic(path, json.dumps({**scores, "weights": digest, "weights_are": which}, indent=2) + "\n")
         return path
 
+    def evaluation(self, step: int) -> dict[str, Any]:
+        """What `evaluations/<step>.json` holds.
+
+        Raises:
+            RunError: if it is damaged.
+            OSError: if it is not there.
+        """
+        return read_object(self.evaluations / f"{step}.json")
+
     def evaluated(self, step: int, which: str = "trained") -> bool:
         """Whether `evaluations/<step>.json` belongs to the weights ("trained" or "ema") in this step's checkpoint."""
         try:
-            found = read_object(self.evaluations / f"{step}.json")
+            found = self.evaluation(step)
         except (OSError, RunError):
             return False
         digest = checkpoint.model_digest(self.checkpoints, step, which)

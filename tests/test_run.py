@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from rkdo_dist.encoders import Encoder
 from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
+from tests.ranks import run_ranks
 
 
 def test_a_run_leaves_what_the_contract_says(reference: Path) -> None:
@@ -114,7 +116,7 @@ def test_resuming_with_other_settings_is_refused(small: list[str]) -> None:
         (["encoder.backbone=resnet81"], ["resnet81", "resnet18"]),
         (["train.batches_per_epoch=1000"], ["train.batches_per_epoch"]),
         (["data.split=trian"], ["trian", "train"]),
-        (["run.dir="], ["run.dir"]),
+        (["run.dir=''", "run.resume=auto"], ["run.dir", "e.g. run.dir=runs/small"]),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
@@ -127,6 +129,25 @@ def test_mistakes_end_the_run_before_the_first_step_on_every_rank(
         for word in words:
             assert word in " ".join(text.split()), text
     assert not (run_of(small) / "metrics.jsonl").exists()
+
+
+def _in(rank: int, world: int, folder: Path, arguments: list[str]) -> tuple[int, str]:
+    os.chdir(folder)
+    return command(arguments)
+
+
+def test_a_run_without_a_directory_gets_one_of_its_name_and_date(small: list[str], tmp_path: Path) -> None:
+    short = [*small[:-1], "train.max_steps=1"]
+    (code, text), (other, _) = run_ranks(_in, 2, tmp_path, short)
+    assert (code, other) == (0, 0), text
+    (run,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"small-\d{8}-\d{6}", run.name)
+    assert f"run: runs/{run.name}" in text.splitlines()
+    assert f"dir: runs/{run.name}" in (run / "config.yaml").read_text()
+    for code, text in run_ranks(_in, 2, tmp_path, [*short, "run.resume=auto"]):
+        assert code == 2
+        assert f"run.dir must say which run (the newest run of small is run.dir=runs/{run.name})" in text
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_a_directory_that_holds_something_else_is_not_touched(small: list[str]) -> None:

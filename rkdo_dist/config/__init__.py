@@ -6,7 +6,7 @@ building it (`parts.check`); only what settings ask of each other is checked her
 """
 
 from rkdo_dist.config.former import digest_of_first_edition
-from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml, without_secrets
+from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml, with_values, without_secrets
 from rkdo_dist.config.rules import check, check_strategy, check_world
 from rkdo_dist.config.sections import (
     Config,
@@ -53,5 +53,6 @@ __all__ = [
     "relation_of",
     "to_yaml",
     "used_objectives",
+    "with_values",
     "without_secrets",
 ]

@@ -89,14 +89,32 @@ def listed(text: str) -> list[Any]:
     return values
 
 
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with values as Python has them, by dotted key or nested by section, checked again.
+
+    Raises:
+        ConfigError: as for `load`.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and "." not in str(key):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[str(key)] = value
+    return from_tree(_with(dataclasses.asdict(config), flat))
+
+
 def _changed(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
-    """`tree` with the overrides; those by a former name come last, because what they mean depends on the others."""
-    keys = {override.partition("=")[0].strip() for override in overrides}
+    return _with(tree, dict(map(_parsed, overrides)))
+
+
+def _with(tree: dict[Any, Any], values: Mapping[str, Any]) -> dict[Any, Any]:
+    """`tree` with values by dotted key; those by a former name come last, because their meaning depends on others."""
     for asked, other in (("source", "shards"), ("shards", "source")):  # one of them says where the samples are
-        if f"data.{asked}" in keys and f"data.{other}" not in keys and isinstance(tree.get("data"), dict):
+        if f"data.{asked}" in values and f"data.{other}" not in values and isinstance(tree.get("data"), dict):
             tree["data"].pop(other, None)
-    for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() in FORMER):
-        _apply(tree, override)
+    for key in sorted(values, key=lambda key: key in FORMER):
+        _set(tree, key, values[key])
     return tree
 
 
@@ -109,24 +127,34 @@ def _reason(error: Exception) -> str:
     return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
 
 
-def _apply(tree: dict[Any, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
+    """Key and value of "section.key=value"."""
     key, equals, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not equals or not dot or not name:
-        full = next((flat for flat in _flat_names() if flat.split(".")[1] == key.strip()), "train.epochs")
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. {full}={text or 5}")
+    if not equals:
+        raise ConfigError(f"override {override!r} is not of the form {_form(key, text)}")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return key.strip(), yaml.load(text, Loader=_Loader)
     except _INVALID as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {_reason(error)}") from None
-    if key.strip() in FORMER:
-        rename(tree, key.strip(), value)
+
+
+def _form(key: str, value: Any) -> str:
+    full = next((flat for flat in _flat_names() if flat.split(".")[1] == key.strip()), "train.epochs")
+    return f"section.key=value, e.g. {full}={value or 5}"
+
+
+def _set(tree: dict[Any, Any], key: str, value: Any) -> None:
+    section, dot, name = key.partition(".")
+    if not dot or not name:
+        raise ConfigError(f"override {key!r} is not of the form {_form(key, value)}")
+    if key in FORMER:
+        rename(tree, key, value)
         return
     if not isinstance(tree.get(section), dict):
         tree[section] = {} if tree.get(section) is None else tree[section]
     if not isinstance(tree[section], dict):
         raise ConfigError(f"section {section!r} is not a mapping")
-    tree[section][name] = value
+    tree[section][name] = str(value) if isinstance(value, Path) else value
 
 
 def from_tree(tree: Mapping[Any, Any]) -> Config:

@@ -267,7 +267,7 @@ class EvaluateConfig:
 class RunConfig:
     """The run directory and the arithmetic of the machine."""
 
-    dir: str = setting("", "the run directory", free=True)
+    dir: str = setting("", "the run directory; empty: runs/NAME-DATE-TIME by the configuration's name", free=True)
     seed: int = setting(42, "seed of everything random", least=0)
     resume: str = setting(
         "never", "never; auto: continue what run.dir holds; or another run's directory, to continue it here", free=True

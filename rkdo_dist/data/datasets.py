@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -261,6 +262,8 @@ def imported(path: str) -> Callable[..., Any]:
         DataError: if it cannot be imported, or is none.
     """
     module, _, name = path.partition(":")
+    if module == "python":
+        raise DataError(f"data.source={path} was an object that Python code gave: name the data with data.source=...")
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs the user's code
@@ -273,6 +276,27 @@ def imported(path: str) -> Callable[..., Any]:
 def user_splits(path: str) -> Any:
     """What the user's function returns."""
     return imported(path)()
+
+
+def given_index(data: Any, *, workers: bool = True) -> ShardIndex:
+    """The index of a data set that Python code gives as an object, or of several by split.
+
+    Raises:
+        DataError: as `dataset_index`, or if loader processes cannot have the object.
+    """
+    one = next(iter(data.values()), None) if isinstance(data, Mapping) else data
+    kind = type(one)
+    main = sys.modules["__main__"]
+    if workers and kind.__module__ == "__main__" and not hasattr(main, "__file__"):
+        raise DataError(
+            f"loader processes cannot have a {kind.__name__}, which was defined in an interactive session: use "
+            "data.workers=0, or define it in a module"
+        )
+    return dataset_index(Opener(f"python:{kind.__name__}", _itself, data), workers=workers)
+
+
+def _itself(data: Any) -> Any:
+    return data
 
 
 def torchvision_splits(name: str, root: str, download: bool) -> dict[str, Any]:

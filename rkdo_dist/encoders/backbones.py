@@ -150,6 +150,11 @@ def _of_timm(name: str) -> Backbone:
 def _made_by(path: str) -> nn.Module:
     """The module that the factory at an import path returns; the working directory is searched too."""
     module_name, _, attribute = path.partition(":")
+    if module_name == "python":
+        raise ValueError(
+            f"backbone={path} was a module that Python code gave: give it again, to rkdo_dist.train(encoder=...) or "
+            "rkdo_dist.load_encoder(..., backbone=...)"
+        )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

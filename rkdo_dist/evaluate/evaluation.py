@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rkdo_dist import parts
 from rkdo_dist.config import Config
@@ -26,6 +30,16 @@ from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES, RunDirectory
 
 _PEEKED = 64  # samples of a split whose labels are looked at before training
 BLOCK = 256  # images embedded at a time
+# Backbone features (n, f) float32 and labels (n,) int64, -1 for none, of the test split -> a number.
+Metric = Callable[[NDArray[np.float32], NDArray[np.int64]], float]
+_FIELDS = {
+    *scores.without_scores("", ""),
+    "subset_samples",
+    "step",
+    "yardsticks",
+    "weights",
+    "weights_are",
+}  # of an evaluation
 PAPER_BATCHES = 11  # of the test split, in the released code's evaluation
 
 
@@ -96,6 +110,7 @@ def evaluate_encoder(
     encoder: Encoder,
     step: int,
     console: Console | None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> None:
     """Evaluate `encoder` by `evaluate.protocol` and write `evaluations/<step>.json` (collective).
 
@@ -106,9 +121,10 @@ def evaluate_encoder(
         encoder: with the weights that `evaluate.weights` says.
         step: of the checkpoint that is evaluated, the file's name.
         console: for progress and the table, on rank zero.
+        metrics: further scores by name, checked already; called on rank zero.
 
     Raises:
-        ValueError: for a missing split or damaged shards, on every rank.
+        ValueError: for a missing split, damaged shards or a metric that fails, on every rank.
     """
     was_training = encoder.training
     encoder.eval()
@@ -118,7 +134,9 @@ def evaluate_encoder(
         pairs = _pairs(config, runtime, index, encoder, plan.test, console)
     finally:
         encoder.train(was_training)
-    group.on_main(lambda: _score(config, index, run, step, plan, found, pairs, console), "scoring the features")
+    group.on_main(
+        lambda: _score(config, index, run, step, plan, found, pairs, console, metrics or {}), "scoring the features"
+    )
 
 
 def _features(
@@ -218,6 +236,7 @@ def _score(
     found: dict[str, FrozenFeatures | None],
     pairs: FrozenFeatures | None,
     console: Console | None,
+    metrics: Mapping[str, Metric],
 ) -> None:
     assert console is not None
     test = found[plan.test]
@@ -233,9 +252,10 @@ def _score(
             result = scores.paper_protocol(test, config.train.global_batch, PAPER_BATCHES)
         else:
             result = scores.full_protocol(train, test)
+        result |= {name: _value(name, metric, test) for name, metric in metrics.items()}
         result["yardsticks"] = _common_metrics(config, index, step, test, pairs)
     path = run.write_evaluation(step, {"step": step, **result}, config.evaluate.weights)
-    console.print(_table(step, result))
+    console.print(_table(step, result, list(metrics)))
     if reason is not None:
         say(console, f"no scores that need labels: {reason}")
     say(console, f"evaluation: {path}")
@@ -252,12 +272,45 @@ def _common_metrics(
     return common.common_metrics(u, v, test.embeddings, test.backbone) | own
 
 
-def _table(step: int, result: dict[str, Any]) -> Table:
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Check that these can be further scores of an evaluation.
+
+    Raises:
+        ValueError: for a name that an evaluation has already, or something that is not a function.
+    """
+    for name, metric in metrics.items():
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"metrics: {name!r} cannot be the name of a score: use a word without a dot")
+        if name in _FIELDS or name in COMMON_METRIC_TITLES:
+            raise ValueError(f"metrics: {name} is a score of every evaluation: choose another name")
+        if not callable(metric):
+            raise ValueError(f"metrics: {name} is {type(metric).__name__}, not a function of features and labels")
+
+
+def _value(name: str, metric: Metric, test: FrozenFeatures) -> float:
+    """What a metric says of the test split."""
+    try:
+        value: Any = metric(test.backbone.copy(), test.labels.copy())
+    except Exception as error:  # code of the user's
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"metric {name} failed: {reason}") from error
+    try:
+        number = float("nan") if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not math.isfinite(number):
+        raise ValueError(f"metric {name} must return a finite number, got {str(value)[:60]!r} ({type(value).__name__})")
+    return number
+
+
+def _table(step: int, result: dict[str, Any], metrics: Sequence[str]) -> Table:
     table = Table(title=f"Step {step}, protocol {result['protocol']}")
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, title in SCORE_TITLES.items():
         table.add_row(title, "-" if result[name] is None else f"{result[name]:.4f}")
+    for name in metrics:
+        table.add_row(Text(name), f"{result[name]:.4f}")
     table.add_section()
     for name, title in COMMON_METRIC_TITLES.items():
         value = result["yardsticks"][name]

@@ -247,6 +247,11 @@ def _filled(
     about: dict[str, Any], state: Mapping[str, Tensor], where: str, backbone: str | nn.Module | None
 ) -> PretrainedEncoder:
     named = about["encoder"].get("backbone")
+    if backbone is None and str(named).startswith("python:"):
+        raise ValueError(
+            f"the backbone of {where} is a module that Python code gave, {named}: give one of the same kind, "
+            "load_encoder(..., backbone=module)"
+        )
     if backbone is None and is_code(str(named)):
         raise ValueError(
             f"the backbone of {where} is code, {named}, which is imported only where you name it: "

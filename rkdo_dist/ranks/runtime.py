@@ -22,8 +22,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.loss_scale import LossScale
@@ -109,6 +111,7 @@ def start(threads: int, timeout: int, reduction: Reduction) -> Runtime:
         LaunchError: for a strategy or precision that this version does not run.
     """
     _refuse_what_is_not_run()
+    _membership.enter(timeout)
     deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
     if deepspeed:
@@ -254,7 +257,44 @@ def _settle_deepspeed(config: dict[str, Any], on_cpu: bool) -> None:
         zero["overlap_comm"] = False
 
 
+class _Membership:
+    """This process's membership in the default group: what it was in before is left as it was.
+
+    A script may train more than once. Accelerate keeps its state for the life of a process, and a store that ranks met
+    through remembers the addresses of the group they have left, so another group meets under a prefix of its own.
+    """
+
+    def __init__(self) -> None:
+        self._backends: list[str] = []  # of the groups left
+        self._store: Any = None  # of the first one; if rank zero let it go, a rank that is ahead would lose it
+        self._others_group = self._others_state = False
+
+    def enter(self, timeout: int) -> None:
+        """Note whether the group is somebody else's; join one again where this process has left one."""
+        self._others_group, self._others_state = group.is_distributed(), bool(PartialState._shared_state)
+        if self._others_group or not self._backends:
+            return
+        patience = timedelta(seconds=timeout)
+        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=patience))
+        store = torch.distributed.PrefixStore(f"rkdo_dist {len(self._backends)}", store)
+        torch.distributed.init_process_group(
+            self._backends[-1], store=store, rank=rank, world_size=world, timeout=patience
+        )
+
+    def leave(self) -> None:
+        """Leave the group, unless it was there before."""
+        if group.is_distributed() and not self._others_group:
+            self._backends.append(torch.distributed.get_backend())
+            self._store = self._store or distributed_c10d._get_default_store()
+            torch.distributed.destroy_process_group()
+        if not self._others_state:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+_membership = _Membership()
+
+
 def finish() -> None:
-    """Leave the process group (nothing without one)."""
-    if group.is_distributed():
-        torch.distributed.destroy_process_group()
+    """Leave the process group (nothing without one, or if it was there before `start`)."""
+    _membership.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -26,6 +27,8 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():  # Python gives signals to that one alone
+            return self
         for number in _CODES:
             self._before[number] = signal.signal(number, self._receive)
         return self

@@ -76,13 +76,16 @@ class Surroundings:
 
 
 @contextlib.contextmanager
-def meet(config: Config, reduction: Reduction | None = None) -> Iterator[Surroundings]:
+def meet(
+    config: Config, reduction: Reduction | None = None, open_data: Callable[[], ShardIndex] | None = None
+) -> Iterator[Surroundings]:
     """Join the ranks that a launcher has started, check that they agree, open the shards' index (collective).
 
     While open, warnings of every rank reach people through rank zero; afterwards the process group is left.
 
     Args:
         reduction: in place of `run.reduction`.
+        open_data: in place of opening `data.source`.
 
     Raises:
         ConfigError: if no data is named.
@@ -99,7 +102,7 @@ def meet(config: Config, reduction: Reduction | None = None) -> Iterator[Surroun
             around.peers.meet()
             same_request(config)
             agree(around.runtime.launch)
-            around.index = group.together(lambda: open_index(config), "reading the index")
+            around.index = group.together(open_data or (lambda: open_index(config)), "reading the index")
             agree({"the shards' index (digest)": around.index.digest()})
             yield around
         finally:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
@@ -19,6 +20,7 @@ from rkdo_dist.data.shards import check_shards
 from rkdo_dist.data.stream import Batch, lane_stream
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder
+from rkdo_dist.evaluate.evaluation import Metric
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import learning_rate
 from rkdo_dist.ranks import messages
@@ -47,6 +49,7 @@ class Job:
         position: steps done. With the configuration it is all that is needed to continue.
         saved: position of the newest checkpoint.
         skipped_in_a_row: steps before the position that were not finite.
+        metrics: further scores of evaluations, by name.
         step: encoder and strategy; from `begin` on, they own weights and optimizer state.
     """
 
@@ -68,6 +71,7 @@ class Job:
     position: int = 0
     saved: int = 0
     skipped_in_a_row: int = 0
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
     step: Step = dataclasses.field(init=False)
 
     def begin(self) -> None:
@@ -173,6 +177,11 @@ class Job:
             "pairs_per_second": round(self.config.train.global_batch / seconds, 3),
         }
 
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the step just done was the last of its epoch."""
+        return self.position > 0 and self.position % self.steps_per_epoch == 0
+
     def checkpoint_due(self) -> bool:
         """Whether `train.checkpoint_every` steps have passed since the last time."""
         every = self.config.train.checkpoint_every
@@ -181,8 +190,8 @@ class Job:
     def evaluation_due(self) -> bool:
         """Whether an epoch has just ended after which an evaluation was asked for, and the run goes on."""
         train = self.config.train
-        epochs, rest = divmod(self.position, self.steps_per_epoch)
-        if rest or not epochs or self.position >= self.total_steps:
+        epochs = self.position // self.steps_per_epoch
+        if not self.epoch_ended or self.position >= self.total_steps:
             return False
         return epochs in train.evaluate_at or (train.evaluate_every is not None and epochs % train.evaluate_every == 0)
 
@@ -196,8 +205,20 @@ class Job:
         }
 
 
-def build(config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory) -> Job:
+def build(
+    config: Config,
+    runtime: Runtime,
+    index: ShardIndex,
+    run: RunDirectory,
+    *,
+    backbone: nn.Module | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> Job:
     """Build the parts of a run at its beginning.
+
+    Args:
+        backbone: a module in place of `encoder.backbone`.
+        metrics: further scores of evaluations, by name.
 
     Raises:
         ValueError: for any setting that does not fit the data or the ranks.
@@ -208,7 +229,7 @@ def build(config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory
         check_shards(index, config.data.split)
     parts.require_labels(config, index)
     views = parts.make_views(config, index)
-    encoder = parts.make_encoder(config).to(runtime.device)
+    encoder = parts.make_encoder(config, backbone=backbone).to(runtime.device)
     encoder.check_image_size(views.size)
     return Job(
         config,
@@ -225,4 +246,5 @@ def build(config: Config, runtime: Runtime, index: ShardIndex, run: RunDirectory
         make_relational(config, index, runtime.device),
         EarlyStop(config.train.early_stop_slope, config.train.early_stop_window),
         runtime.launch,
+        metrics=metrics or {},
     )

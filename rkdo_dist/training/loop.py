@@ -15,6 +15,7 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import messages
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.training import facts as facts_of_a_step
+from rkdo_dist.training.callbacks import Callbacks
 from rkdo_dist.training.facts import Facts, Told
 from rkdo_dist.training.job import Job
 from rkdo_dist.training.journal import Journal
@@ -122,27 +123,43 @@ def steps(job: Job, stop: StopRequest) -> Iterator[tuple[Facts, dict[str, Any]]]
             batch = following[0].result(facts.unread, reading)
 
 
-def run(job: Job, journal: Journal, stop: StopRequest) -> int:
-    """Train from the job's position to its end, with journal, checkpoints and evaluations.
+def run(job: Job, journal: Journal, stop: StopRequest, callbacks: Callbacks) -> int:
+    """Train from the job's position to its end, with journal, checkpoints, evaluations and callbacks.
 
     Returns:
         0 if the run is complete, otherwise the exit code of the stop request (`ranks.signals`); in both cases the last
         step is in a checkpoint.
     """
     if job.evaluation_due():
-        evaluate(job, journal)
+        _evaluate(job, journal, callbacks)
     with contextlib.closing(steps(job, stop)) as training:  # type: ignore[type-var]
         for facts, record in training:
             journal.step(record)
+            told = callbacks.attempt("on_step", record)
             if facts.stop or job.checkpoint_due() or job.evaluation_due():
-                save(job, journal)
+                _save(job, journal, callbacks)
+            callbacks.raise_failure("on_step", told)
+            if job.epoch_ended:
+                callbacks.tell("on_epoch", record)
             if facts.stop:
                 return facts.stop
             if job.evaluation_due():
-                evaluate(job, journal)
+                _evaluate(job, journal, callbacks)
     if job.early_stop.reached:
         journal.say(f"step {job.position}: the loss no longer falls by train.early_stop_slope a step; the run ends")
-    save(job, journal)
+    _save(job, journal, callbacks)
     if job.config.evaluate.at_end:
-        evaluate(job, journal)
+        _evaluate(job, journal, callbacks)
     return 0
+
+
+def _save(job: Job, journal: Journal, callbacks: Callbacks) -> None:
+    if save(job, journal):
+        path = job.run.checkpoints / str(job.position)
+        callbacks.tell("on_checkpoint", {"step": job.position, "path": str(path)})
+
+
+def _evaluate(job: Job, journal: Journal, callbacks: Callbacks) -> None:
+    if evaluate(job, journal) and callbacks.told_of("on_evaluation"):
+        found = group.on_main(lambda: job.run.evaluation(job.position), "reading the evaluation")
+        callbacks.tell("on_evaluation", group.from_rank_zero(found or {}))

@@ -3,42 +3,83 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.encoders import is_code
-from rkdo_dist.evaluate.evaluation import EvaluationPlan, evaluate_encoder, plan_evaluation
+from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics, evaluate_encoder, plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree, code_digest
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
-from rkdo_dist.rundir import RunDirectory, RunError
-from rkdo_dist.training import loop, tracking
+from rkdo_dist.rundir import RunDirectory, RunError, read_object
+from rkdo_dist.training import callbacks, loop, tracking
+from rkdo_dist.training.callbacks import Callbacks
 from rkdo_dist.training.job import Job, build
 from rkdo_dist.training.journal import Journal
 from rkdo_dist.training.saving import newest_checkpoint, restore
 
+RUNS = Path("runs")  # where runs go whose configuration does not say
 
-def train(config: Config) -> int:
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is given beside a configuration.
+
+    Attributes:
+        name: of the configuration, for the directory of a run that names none.
+        backbone: a module in place of `encoder.backbone`, which is trained in place.
+        open_index: in place of opening `data.source`.
+        metrics: further scores of the test split's backbone features, by name.
+        callbacks: see `training.callbacks`.
+    """
+
+    name: str = "run"
+    backbone: nn.Module | None = None
+    open_index: Callable[[], ShardIndex] | None = None
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    callbacks: Sequence[Any] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How training has ended: the exit code (0 complete, 75 pre-empted, 130 interrupted) and the run's directory."""
+
+    code: int
+    path: Path
+
+
+def train(config: Config, given: Given | None = None) -> Ended:
     """Train as `config` says, on the ranks that the launcher started.
 
-    Returns:
-        The exit code: 0 complete, 75 pre-empted, 130 interrupted; each with a checkpoint of the last step.
+    A run that is pre-empted or interrupted has a checkpoint of its last step too.
 
     Raises:
         ValueError: for a mistake in the request, on every rank and before the first step.
     """
-    if not config.run.dir:
-        raise ConfigError("run.dir is not set: name the directory for this run, e.g. run.dir=runs/first")
-    run = RunDirectory(config.run.dir)
-    with contextlib.closing(run), surroundings.meet(config) as around:
-        job, plan = _set_up(config, around, run)
+    given = given or Given()
+    callbacks.check(given.callbacks)
+    check_metrics(given.metrics)
+    refuse_resume_of_nothing(config, given.name)
+    with surroundings.meet(config, open_data=given.open_index) as around, contextlib.ExitStack() as stack:
+        dated = not config.run.dir
+        if dated:
+            config = _dated(config, given.name)
+        run = RunDirectory(config.run.dir)
+        stack.callback(run.close)
+        job, plan = _set_up(config, around, run, given)
         around.claimed(run if job.runtime.is_main else None, lambda: job.position)
         job.begin()
         trackers = group.on_main(lambda: _trackers(job, config), "starting run.trackers")
@@ -48,24 +89,54 @@ def train(config: Config) -> int:
             Journal(run.metrics, already, job.total_steps, console, job.objective(0).name, trackers) as journal,
             StopRequest() as stop,
         ):
+            if dated:
+                journal.say(f"run: {run.path}")
             if already:
                 journal.say(f"continuing {run.path} at step {already} of {job.total_steps}")
             for line in _remarks(job, plan, config):
                 journal.say(line)
             around.messages.exchange()
-            code = loop.run(job, journal, stop)
+            code = loop.run(job, journal, stop, Callbacks(given.callbacks, job.encoder))
             around.messages.exchange()
             journal.say(_farewell(job, code))
         around.ended(code)
-        return code
+        return Ended(code, run.path)
 
 
-def _set_up(config: Config, around: Surroundings, run: RunDirectory) -> tuple[Job, EvaluationPlan]:
+def refuse_resume_of_nothing(config: Config, name: str) -> None:
+    """Refuse `run.resume=auto` without `run.dir`: it would begin a run of a new name every time.
+
+    Raises:
+        ConfigError: with the newest run of that name, if there is one.
+    """
+    if config.run.dir or config.run.resume != "auto":
+        return
+    there = sorted(path.parent for path in RUNS.glob(f"{name}-*/config.yaml"))
+    newest = f" (the newest run of {name} is run.dir={there[-1]})" if there else f", e.g. run.dir={RUNS / name}"
+    raise ConfigError(f"run.resume=auto continues what run.dir holds, so run.dir must say which run{newest}")
+
+
+def _dated(config: Config, name: str) -> Config:
+    """The configuration with a directory of its own, the same on every rank (collective)."""
+
+    def choose() -> str:
+        path = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+        return str(path if not path.exists() else next(other for other in others if not other.exists()))
+
+    chosen = group.on_main(choose, "choosing run.dir")
+    run = dataclasses.replace(config.run, dir=group.from_rank_zero(chosen or ""))
+    return dataclasses.replace(config, run=run)
+
+
+def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Given) -> tuple[Job, EvaluationPlan]:
     """Everything that can fail because of the request fails here, on every rank alike."""
     rt, index = around.runtime, around.index
     around.check_world(config)
     group.on_main(lambda: tracking.check(config.run.trackers), "looking at run.trackers")
-    job = group.together(lambda: build(config, rt, index, run), "building the run")
+    job = group.together(
+        lambda: build(config, rt, index, run, backbone=given.backbone, metrics=given.metrics), "building the run"
+    )
     plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     agree(job.facts())
     if config.encoder.weights != "none" or is_code(config.encoder.backbone):
@@ -78,6 +149,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory) -> tuple[Jo
     if config.run.resume != "never":
         group.together(lambda: restore(job), "loading the checkpoint")
     agree({"step of the checkpoint": job.position})
+    changed_by = {callbacks.name_of(one) for one in given.callbacks if getattr(one, "changes_results", False)}
     if rt.is_main:
         run.write_environment({
             **job.facts(),
@@ -88,8 +160,16 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory) -> tuple[Jo
             "image_size": job.views.size,
             "code": code_digest(),
             "started_at_step": job.position,
+            "callbacks": [callbacks.name_of(one) for one in given.callbacks],
+            "changed_by": sorted(changed_by | _changed_before(run, job.position)),
         })  # fmt: skip
     return job, plan
+
+
+def _changed_before(run: RunDirectory, position: int) -> set[str]:
+    """Callbacks that changed results before a run was continued."""
+    file = run.path / "environment.json"
+    return set(read_object(file).get("changed_by", ())) if position and file.is_file() else set()
 
 
 def other_run(config: Config) -> RunDirectory | None:

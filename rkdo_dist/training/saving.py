@@ -17,10 +17,10 @@ from rkdo_dist.training.job import Job
 from rkdo_dist.training.journal import Journal
 
 
-def save(job: Job, journal: Journal) -> None:
-    """Write a checkpoint of the position, unless this step is already saved (collective)."""
+def save(job: Job, journal: Journal) -> bool:
+    """Write a checkpoint of the position, unless this step is already saved (collective); whether it was written."""
     if job.saved == job.position:
-        return
+        return False
     journal.sync()
     state = job.step.strategy.state()  # collective: shards are gathered
     what = f"saving the checkpoint of step {job.position}"
@@ -51,6 +51,7 @@ def save(job: Job, journal: Journal) -> None:
 
     group.on_main(commit, what)
     job.saved = job.position
+    return True
 
 
 def restore(job: Job) -> None:
@@ -89,12 +90,15 @@ def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpo
     return found
 
 
-def evaluate(job: Job, journal: Journal) -> None:
-    """Evaluate the encoder as it is now, or its average, unless that is already done at this step (collective)."""
+def evaluate(job: Job, journal: Journal) -> bool:
+    """Evaluate the encoder as it is now, or its average (collective); False if that was done at this step already."""
     which = job.config.evaluate.weights
     if group.from_rank_zero(job.run.evaluated(job.position, which)):
-        return
+        return False
     with job.step.strategy.whole() as trained:
         encoder: Any = job.average.model if which == "ema" and job.average is not None else trained
-        evaluate_encoder(job.config, job.runtime, job.index, job.run, encoder, job.position, journal.console)
+        evaluate_encoder(
+            job.config, job.runtime, job.index, job.run, encoder, job.position, journal.console, job.metrics
+        )
     journal.evaluated(job.position, job.run.evaluations / f"{job.position}.json")
+    return True
