@@ -47,6 +47,7 @@ CONFIG_READERS = (
     "parts",
     "ranks",
     "evaluate.evaluation",
+    "evaluate.probes",
     "export",
     "training",
     "measure",

@@ -23,7 +23,7 @@ SETTINGS = {
     "train": "global_batch micro_batch epochs batches_per_epoch max_steps views recompute skip_nonfinite optimizer "
     "learning_rate weight_decay schedule warmup_steps ema early_stop_slope early_stop_window checkpoint_every "
     "keep_checkpoints evaluate_every evaluate_at",
-    "evaluate": "protocol train_split test_split at_end weights",
+    "evaluate": "protocol train_split test_split at_end weights probes probe_every",
     "run": "dir seed resume reduction threads timeout trackers",
 }
 

@@ -261,6 +261,10 @@ class EvaluateConfig:
     test_split: str = setting("test", "split that is scored", free=True)
     at_end: bool = setting(True, "whether training ends with an evaluation", free=True)
     weights: Literal["trained", "ema"] = setting("trained", "as trained, or their average (train.ema)", free=True)
+    probes: tuple[Literal["linear", "knn"], ...] = setting(
+        (), "accuracies on a few labelled images while training, as curves in metrics.jsonl", free=True
+    )
+    probe_every: int | None = setting(None, "steps between probes; null: once an epoch", least=1, free=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -248,15 +248,21 @@ def partner_draws(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
 
 
 def evaluation_blocks(
-    counts: Sequence[int], batch_size: int, rank: int, world: int, limit: int | None = None
+    counts: Sequence[int],
+    batch_size: int,
+    rank: int,
+    world: int,
+    limit: int | None = None,
+    spread: int | None = None,
 ) -> Iterator[tuple[int, list[Window]]]:
     """Blocks of `batch_size` samples in index order; block k belongs to rank k % world. Every sample is in
-    one block.
+    one block, unless some blocks alone are asked for.
 
     Args:
         counts: samples in each shard.
         batch_size: samples in a block (>= 1); the last block may be smaller.
         limit: only the first `limit` samples of the index; None: all.
+        spread: where there are more blocks, only so many whole ones, evenly spaced and numbered anew.
 
     Yields:
         (block number, the windows it is made of), for this rank's blocks.
@@ -266,7 +272,10 @@ def evaluation_blocks(
     ends = np.cumsum(np.asarray(counts, dtype=np.int64))
     total = int(ends[-1]) if len(ends) else 0
     total = total if limit is None else min(total, limit)
-    for block in range(rank, -(-total // batch_size), world):
+    blocks = -(-total // batch_size)
+    chosen = range(blocks) if spread is None or blocks <= spread else [k * blocks // spread for k in range(spread)]
+    for number in range(rank, len(chosen), world):
+        block = chosen[number]
         place, stop = block * batch_size, min(total, (block + 1) * batch_size)
         windows = []
         while place < stop:
@@ -275,4 +284,4 @@ def evaluation_blocks(
             until = min(stop, int(ends[shard]))
             windows.append(Window(shard, place - begin, until - begin))
             place = until
-        yield block, windows
+        yield number, windows

@@ -119,9 +119,11 @@ class _TrainingItems(_Items):
 
 
 class _EvaluationItems(_Items):
-    def __init__(self, reading: Reading, batch_size: int, rank: int, world: int, limit: int | None) -> None:
+    def __init__(
+        self, reading: Reading, batch_size: int, rank: int, world: int, limit: int | None, spread: int | None
+    ) -> None:
         self.reading = reading
-        self.blocks = (batch_size, rank, world, limit)
+        self.blocks = (batch_size, rank, world, limit, spread)
 
     def items(self, worker: int, workers: int) -> Iterator[Packed]:
         cursor = Cursor(self.reading)
@@ -292,6 +294,7 @@ def evaluation_stream(
     world: int = 1,
     limit: int | None = None,
     *,
+    spread: int | None = None,
     size: int | None = None,
     workers: int = 0,
 ) -> Generator[tuple[int, MicroBatch], None, None]:
@@ -304,6 +307,7 @@ def evaluation_stream(
         index, split, size, workers: as in `lane_stream`.
         batch_size: samples in a block; the last may be smaller.
         limit: only the first `limit` samples; None: all.
+        spread: only so many blocks, evenly spaced, see `order.evaluation_blocks`.
 
     Yields:
         (block number, micro-batch), block numbers rising.
@@ -316,7 +320,7 @@ def evaluation_stream(
         raise ValueError(
             f"cannot read blocks of {batch_size} on rank {rank} of {world} with {workers} workers, limit {limit}"
         )
-    return _blocks(_EvaluationItems(reading, batch_size, rank, world, limit), workers)
+    return _blocks(_EvaluationItems(reading, batch_size, rank, world, limit, spread), workers)
 
 
 def _blocks(items: _EvaluationItems, workers: int) -> Generator[tuple[int, MicroBatch], None, None]:

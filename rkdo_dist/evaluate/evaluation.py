@@ -85,12 +85,12 @@ def plan_evaluation(config: Config, index: ShardIndex) -> EvaluationPlan:
         return EvaluationPlan(asked.train_split, None, f"there is no split {asked.test_split!r}")
     train = None if asked.protocol == "paper" else asked.train_split
     for split in (asked.test_split, *(() if train is None else (train,))):
-        if not _has_labels(index, split):
+        if not has_labels(index, split):
             return EvaluationPlan(asked.test_split, None, f"the split {split!r} has no labels")
     return EvaluationPlan(asked.test_split, train, None)
 
 
-def _has_labels(index: ShardIndex, split: str) -> bool:
+def has_labels(index: ShardIndex, split: str) -> bool:
     """Whether any of a split's first samples has a label; taken for granted where looking would fetch a shard."""
     first = next(shard for shard in index.split(split).shards if shard.samples)
     if index.address is not None:

@@ -187,6 +187,12 @@ class Job:
         every = self.config.train.checkpoint_every
         return every is not None and self.position % every == 0
 
+    def probe_due(self) -> bool:
+        """Whether probes were asked for and it is their turn: every so many steps, or once an epoch and at the end."""
+        every, asked = self.config.evaluate.probe_every, self.config.evaluate.probes
+        turn = self.epoch_ended or self.position == self.total_steps if every is None else self.position % every == 0
+        return bool(asked) and turn
+
     def evaluation_due(self) -> bool:
         """Whether an epoch has just ended after which an evaluation was asked for, and the run goes on."""
         train = self.config.train

@@ -19,7 +19,7 @@ from rkdo_dist.training.callbacks import Callbacks
 from rkdo_dist.training.facts import Facts, Told
 from rkdo_dist.training.job import Job
 from rkdo_dist.training.journal import Journal
-from rkdo_dist.training.saving import evaluate, save
+from rkdo_dist.training.saving import evaluate, probe, save
 from rkdo_dist.training.step import Step
 from rkdo_dist.training.strategy import Position, Update
 
@@ -134,6 +134,8 @@ def run(job: Job, journal: Journal, stop: StopRequest, callbacks: Callbacks) -> 
         _evaluate(job, journal, callbacks)
     with contextlib.closing(steps(job, stop)) as training:  # type: ignore[type-var]
         for facts, record in training:
+            if job.probe_due():
+                record |= probe(job)
             journal.step(record)
             told = callbacks.attempt("on_step", record)
             if facts.stop or job.checkpoint_due() or job.evaluation_due():

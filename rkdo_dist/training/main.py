@@ -19,6 +19,7 @@ from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.encoders import is_code
 from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics, evaluate_encoder, plan_evaluation
+from rkdo_dist.evaluate.probes import check_probes
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree, code_digest
@@ -138,6 +139,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
         lambda: build(config, rt, index, run, backbone=given.backbone, metrics=given.metrics), "building the run"
     )
     plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
+    group.together(lambda: check_probes(config, index), "looking at evaluate.probes")
     agree(job.facts())
     if config.encoder.weights != "none" or is_code(config.encoder.backbone):
         # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.

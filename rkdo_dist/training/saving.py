@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.diagnostics import logger
+from rkdo_dist.evaluate import probes
 from rkdo_dist.evaluate.evaluation import evaluate_encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
@@ -95,10 +98,22 @@ def evaluate(job: Job, journal: Journal) -> bool:
     which = job.config.evaluate.weights
     if group.from_rank_zero(job.run.evaluated(job.position, which)):
         return False
-    with job.step.strategy.whole() as trained:
-        encoder: Any = job.average.model if which == "ema" and job.average is not None else trained
+    with _evaluated(job) as encoder:
         evaluate_encoder(
             job.config, job.runtime, job.index, job.run, encoder, job.position, journal.console, job.metrics
         )
     journal.evaluated(job.position, job.run.evaluations / f"{job.position}.json")
     return True
+
+
+def probe(job: Job) -> dict[str, float | None]:
+    """The probes of the encoder as it is now, or of its average; the same on every rank (collective)."""
+    with _evaluated(job) as encoder:
+        return probes.probe(job.config, job.runtime, job.index, encoder)
+
+
+@contextlib.contextmanager
+def _evaluated(job: Job) -> Iterator[Any]:
+    """The encoder that `evaluate.weights` says, whole on this rank (collective)."""
+    with job.step.strategy.whole() as trained:
+        yield job.average.model if job.config.evaluate.weights == "ema" and job.average is not None else trained
