@@ -13,12 +13,12 @@ from typing import Any
 from rkdo_dist.config import Config
 
 
-def attained_share(loss: float, at_uniform: float, at_ideal: float) -> float | None:
+def attained_share(loss: float, at_uniform: float, at_ideal: float | None) -> float | None:
     """How far a loss has come from its value for an untrained encoder (0) to that for an ideal one (1).
 
-    None where the two are the same, as for objectives that nothing can improve.
+    None where the two are the same, as for objectives that nothing can improve, and where the ideal is not known.
     """
-    return None if at_uniform == at_ideal else (at_uniform - loss) / (at_uniform - at_ideal)
+    return None if at_ideal is None or at_uniform == at_ideal else (at_uniform - loss) / (at_uniform - at_ideal)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Epoch:
         return self.means["loss_at_uniform"]
 
     @property
-    def at_ideal(self) -> float:
-        """The loss of ideal embeddings (the simplex)."""
-        return self.means["loss_at_ideal"]
+    def at_ideal(self) -> float | None:
+        """The loss of ideal embeddings (the simplex); None for an objective that has no closed form of it."""
+        return self.means.get("loss_at_ideal")
 
     @property
     def attained(self) -> float | None:

@@ -25,9 +25,10 @@ from rkdo_dist.exchange.columns import GatheredColumns, LocalColumns, RingColumn
 from rkdo_dist.exchange.group import Group, world_size
 from rkdo_dist.exchange.inputs import FieldInputError as FieldInputError
 from rkdo_dist.exchange.inputs import Shares, check_inputs
+from rkdo_dist.field.affinity import Affinity
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import COOLING, COUPLING, DEPTH, PRESETS
-from rkdo_dist.field.tiled import FieldRows, computing_dtype
+from rkdo_dist.field.tiled import FieldRows, add_through_pool, computing_dtype
 
 EXCHANGES = ("gather", "ring", "local")
 _RKDO, _ICON, _INFONCE, _SUPCON = (PRESETS[name] for name in ("rkdo", "icon", "infonce", "supcon"))
@@ -47,7 +48,7 @@ class FieldLoss(nn.Module):
         validate: check every call's inputs and that all ranks agree (one small collective and one host
             synchronisation). Without, wrong input may give wrong numbers or a rank that waits for ever, and all ranks
             must have equal numbers of rows and of extra columns.
-        normalise: bring rows to unit norm first, in at least float32; without, they must have it.
+        normalise: bring rows to unit norm first, in at least float32; without, they must have it for the cosine.
 
     Inside a `torch.compile`d step the loss is one graph break: it runs as it is between the compiled parts. It may be
     copied, pickled (with the default group) and checkpointed, and works under autocast and DDP, also with static_graph.
@@ -100,8 +101,8 @@ class FieldLoss(nn.Module):
         over its rows, so that the mean over ranks, and DDP's gradient, are those of the mean over all B rows.
 
         Args:
-            u, v: this rank's unit-norm embeddings of view 1 and view 2, (b, d); float64 (computed in float64), float32,
-                bfloat16 or float16 (computed in float32, also under autocast).
+            u, v: this rank's embeddings of view 1 and view 2, (b, d), for the cosine of unit norm; float64 (computed in
+                float64), float32, bfloat16 or float16 (computed in float32, also under autocast).
             labels: (b,) integers, for objectives whose supervisor is labels.
             temperature: scalar tensor that replaces tau0 in this call (`1 / logit_scale.exp()` in CLIP's terms).
             extra_columns: (m, d) more columns that are nobody's positive: hard negatives, or a queue (detached). Those
@@ -116,9 +117,9 @@ class FieldLoss(nn.Module):
 
         Raises:
             FieldInputError: on every rank alike, naming argument and rank: shapes, dtypes or devices that disagree, an
-                empty batch, a global batch of one sample, embeddings that are not finite or not of unit norm, labels
-                missing or not integers, objectives that differ between ranks (or row counts, on a ring), a
-                temperature <= 0.
+                empty batch, a global batch of one sample, embeddings that are not finite or, for the cosine, not of
+                unit norm, labels missing or not integers, objectives that differ between ranks (or row counts, on a
+                ring), a temperature <= 0.
             ValueError: extra columns where they cannot be.
         """
         # Through a wrapper that keeps the compiler out, so that compiling a step need not compile this.
@@ -182,13 +183,17 @@ class RKDOLoss(FieldLoss):
     Args:
         depth: number of levels D >= 1.
         coupling: alpha in [0, 1], one number or one per level.
-        temperature: tau0 > 0; a number, or a scalar tensor (an `nn.Parameter` is learned).
+        temperature: tau0 > 0; a number, or a scalar tensor (an `nn.Parameter` is learned); None: 0.5 for the cosine,
+            1 for other affinities.
         cooling: beta in [0, 1).
         pairing: "cross" (rows of view 1, columns of view 2) or "joint" (2B rows and columns, self excluded).
         supervisor_grad: "flow" (gradients pass through p) or "stop".
         symmetric: for "cross", the mean of both directions.
         clock: "depth" (temperature falls with the level) or "training" (with `set_progress`).
         debias: a in [0, 1]: the recursion begins with p(0) = (1 - a) identity + a / N.
+        affinity: how closeness is measured: one of `field.affinity`, such as `Student(1)`, or its name. Other
+            affinities than the cosine take embeddings of any length; those of clusters are the logits of C >= 2
+            clusters.
         exchange, group, validate, normalise: see `FieldLoss`.
 
     Raises:
@@ -199,7 +204,7 @@ class RKDOLoss(FieldLoss):
         self,
         depth: int = DEPTH,
         coupling: float | Sequence[float] = COUPLING,
-        temperature: float | Tensor = _RKDO.temperature,
+        temperature: float | Tensor | None = None,
         cooling: float = COOLING,
         pairing: str = _RKDO.pairing,
         supervisor_grad: str = "flow",
@@ -207,6 +212,7 @@ class RKDOLoss(FieldLoss):
         clock: str = "depth",
         debias: float = 0.0,
         *,
+        affinity: Affinity | str = "cosine",
         exchange: str = "gather",
         group: Group = None,
         validate: bool = True,
@@ -215,13 +221,14 @@ class RKDOLoss(FieldLoss):
         number, tensor = _split_temperature(temperature)
         self._settings = (depth, coupling, number, cooling, pairing, supervisor_grad, symmetric, clock)
         self._debias = debias
-        objective = Objective.rkdo(*self._settings, debias=debias)
+        self._affinity = affinity
+        objective = Objective.rkdo(*self._settings, debias=debias, affinity=affinity)
         options: dict[str, Any] = {"exchange": exchange, "group": group, "validate": validate, "normalise": normalise}
         super().__init__(objective, temperature=tensor, **options)
 
     def set_progress(self, progress: float) -> None:
         """Share of the training done, in [0, 1], for clock="training"."""
-        self.objective = Objective.rkdo(*self._settings, progress, self._debias)
+        self.objective = Objective.rkdo(*self._settings, progress, self._debias, self._affinity)
 
 
 class IConLoss(FieldLoss):
@@ -229,23 +236,25 @@ class IConLoss(FieldLoss):
 
     Args:
         debias: a in [0, 1].
-        temperature, pairing, symmetric: see `RKDOLoss`; exchange, group, validate, normalise: see `FieldLoss`.
+        temperature, pairing, symmetric, affinity: see `RKDOLoss`.
+        exchange, group, validate, normalise: see `FieldLoss`.
     """
 
     def __init__(
         self,
         debias: float = _ICON.debias or 0.0,
-        temperature: float | Tensor = _ICON.temperature,
+        temperature: float | Tensor | None = None,
         pairing: str = _ICON.pairing,
         symmetric: bool = False,
         *,
+        affinity: Affinity | str = "cosine",
         exchange: str = "gather",
         group: Group = None,
         validate: bool = True,
         normalise: bool = False,
     ) -> None:
         number, tensor = _split_temperature(temperature)
-        objective = Objective.icon(debias, number, pairing, symmetric)
+        objective = Objective.icon(debias, number, pairing, symmetric, affinity)
         options: dict[str, Any] = {"exchange": exchange, "group": group, "validate": validate, "normalise": normalise}
         super().__init__(objective, temperature=tensor, **options)
 
@@ -254,22 +263,24 @@ class InfoNCELoss(FieldLoss):
     """InfoNCE: symmetric=True is CLIP's loss, pairing="joint" is SimCLR's NT-Xent.
 
     Args:
-        temperature, pairing, symmetric: see `RKDOLoss`; exchange, group, validate, normalise: see `FieldLoss`.
+        temperature, pairing, symmetric, affinity: see `RKDOLoss`.
+        exchange, group, validate, normalise: see `FieldLoss`.
     """
 
     def __init__(
         self,
-        temperature: float | Tensor = _INFONCE.temperature,
+        temperature: float | Tensor | None = None,
         pairing: str = _INFONCE.pairing,
         symmetric: bool = False,
         *,
+        affinity: Affinity | str = "cosine",
         exchange: str = "gather",
         group: Group = None,
         validate: bool = True,
         normalise: bool = False,
     ) -> None:
         number, tensor = _split_temperature(temperature)
-        objective = Objective.infonce(number, pairing, symmetric)
+        objective = Objective.infonce(number, pairing, symmetric, affinity)
         options: dict[str, Any] = {"exchange": exchange, "group": group, "validate": validate, "normalise": normalise}
         super().__init__(objective, temperature=tensor, **options)
 
@@ -280,30 +291,31 @@ class SupervisedLoss(FieldLoss):
     SupCon's own value is the part `cross_entropy`: it differs by the entropy of p, which has no gradient.
 
     Args:
-        temperature: tau > 0; a number or a scalar tensor.
+        temperature: tau > 0; a number or a scalar tensor; None: 0.1 for the cosine, 1 for other affinities.
         debias: a in [0, 1], see `IConLoss`.
-        pairing, symmetric: see `RKDOLoss`; exchange, group, validate, normalise: see `FieldLoss`.
+        pairing, symmetric, affinity: see `RKDOLoss`; exchange, group, validate, normalise: see `FieldLoss`.
     """
 
     def __init__(
         self,
-        temperature: float | Tensor = _SUPCON.temperature,
+        temperature: float | Tensor | None = None,
         debias: float = 0.0,
         pairing: str = _SUPCON.pairing,
         symmetric: bool = False,
         *,
+        affinity: Affinity | str = "cosine",
         exchange: str = "gather",
         group: Group = None,
         validate: bool = True,
         normalise: bool = False,
     ) -> None:
         number, tensor = _split_temperature(temperature)
-        objective = Objective.supervised(number, debias, pairing, symmetric)
+        objective = Objective.supervised(number, debias, pairing, symmetric, affinity)
         options: dict[str, Any] = {"exchange": exchange, "group": group, "validate": validate, "normalise": normalise}
         super().__init__(objective, temperature=tensor, **options)
 
 
-def _split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+def _split_temperature(temperature: float | Tensor | None) -> tuple[float | None, Tensor | None]:
     """A number for the objective, and the tensor if the temperature is one."""
     if not isinstance(temperature, Tensor):
         return temperature, None
@@ -364,13 +376,29 @@ class _Call:
             chosen = [torch.cat([chosen[0], extra.detach().to(dtype)])]
         return torch.stack(chosen) if len(chosen) > 1 else chosen[0].contiguous()[None]
 
-    def rows(self, u: Tensor, v: Tensor) -> FieldRows:
-        """This rank's rows of the field."""
+    def rows(self, u: Tensor, v: Tensor, own: Tensor, temperature: bool) -> FieldRows:
+        """This rank's rows of the field; collective where lifts need to know of all columns.
+
+        Args:
+            own: this rank's columns.
+            temperature: whether its gradient will be asked for.
+        """
         columns, counts = self.columns, self.shares.columns
         batch, first = sum(counts), sum(counts[: columns.rank])
         views = {"u": u.detach(), "v": v.detach()}
         block = batch if columns.resident else len(u)
-        return FieldRows(self.objective, views, batch, first, block, self.labels, self.parts)
+        pooled = self.objective.affinity.pool(own, len(own) * batch)
+        return FieldRows(
+            self.objective,
+            views,
+            batch,
+            first,
+            block,
+            self.labels,
+            self.parts,
+            temperature=temperature,
+            pooled=None if pooled is None else columns.total(pooled),
+        )
 
 
 class _FieldFunction(torch.autograd.Function):
@@ -380,7 +408,8 @@ class _FieldFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = call.shares.mean_rows
         with torch.autocast(u.device.type, enabled=False):
-            own, field = call.own_block(u, v, extra), call.rows(u, v)
+            own = call.own_block(u, v, extra)
+            field = call.rows(u, v, own, temperature is not None)
             home = _walk(call, field, own)
             field.release()
             loss = (field.loss() / rows).to(own.dtype)
@@ -438,6 +467,10 @@ def _gradients_home(call: _Call, field: FieldRows, own: Tensor, home: Tensor | N
             field.differentiate(block, first, gradient)
             gradient.mul_(scale)
 
-        return call.columns.walk_home(own, visit)
-    assert home is not None
-    return call.columns.send_home(home * scale)
+        home = call.columns.walk_home(own, visit)
+    else:
+        assert home is not None
+        home = call.columns.send_home(home * scale)
+    if field.pooled_gradient is not None:
+        add_through_pool(call.objective, own, call.columns.total(field.pooled_gradient * scale), home)
+    return home

@@ -238,7 +238,7 @@ def test_static_objectives_check_their_arguments() -> None:
         ({"temperatures": (0.5,), "recursion": "in_batch"}, "else one temperature"),
         ({"temperatures": (math.inf,)}, "temperature must be finite"),
         ({"temperatures": (0.5,), "supervisor": "teacher"}, "supervisor must be one of identity, labels, rows"),
-        ({"temperatures": (0.5,), "affinity": "gaussian"}, "affinity must be one of cosine"),
+        ({"temperatures": (0.5,), "affinity": "gaussian"}, "affinity must be one of `field.affinity`, got 'gaussian'"),
         ({"temperatures": (0.5,), "supervisor": "rows", "pairing": "joint"}, "rows that are given"),
     ],
 )

@@ -162,12 +162,13 @@ def _field_means(objective: Objective, u: Array, v: Array, batch: int, labels: A
             loss, parts = loss_fn(*pair, mine, parts=True)
             found.append({"loss": float(loss), **{name: float(part) for name, part in parts.items()}})
             if mine is not None:
-                found[-1]["ideal"] = objective.at_ideal(batch, mine)
+                ideal = objective.at_ideal(batch, mine)
+                found[-1] |= {} if ideal is None else {"ideal": ideal}
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
-def _placed(name: str, loss: float, uniform: float, ideal: float) -> dict[str, float | None]:
-    """A loss with its values at chance level and at the ideal, and the share attained (None if those are equal)."""
+def _placed(name: str, loss: float, uniform: float, ideal: float | None) -> dict[str, float | None]:
+    """A loss with its values at chance level and at the ideal, and the share attained (see `attained_share`)."""
     return {
         name: loss,
         f"{name}_at_uniform": uniform,

@@ -40,26 +40,38 @@ class LocalColumns:
         """The gradient of this rank's columns (V, b, d): `gradients` itself."""
         return gradients
 
+    def total(self, own: Tensor) -> Tensor:
+        """The sum of `own` over the ranks whose columns these are: `own` itself."""
+        return own
 
-class GatheredColumns:
-    """All columns on every rank: 1 / W of them its own, B d numbers in all.
+
+class _OfAllRanks:
+    """What columns of all ranks have in common.
 
     Args:
         group: process group; None is the default group, or one rank without a process group.
     """
 
-    resident = True
-
     def __init__(self, group: Group = None) -> None:
-        self._group = group
+        self.group = group
         self.world, self.rank = ranks.world_size(group), ranks.rank(group)
+
+    def total(self, own: Tensor) -> Tensor:
+        """The sum of `own` over ranks, in rank order: the same bits on every rank. For a few numbers."""
+        return ranks.all_gather_rows(own[None], self.group).sum(0)
+
+
+class GatheredColumns(_OfAllRanks):
+    """All columns on every rank: 1 / W of them its own, B d numbers in all."""
+
+    resident = True
 
     def gather(self, own: Tensor) -> Tensor:
         """All ranks' `own` (V, b, d) side by side in rank order, (V, W b, d). No autograd."""
         if self.world == 1:
             return own
         views, b, d = own.shape
-        by_rank = ranks.all_gather_rows(own[None], self._group)
+        by_rank = ranks.all_gather_rows(own[None], self.group)
         return by_rank.transpose(0, 1).reshape(views, self.world * b, d)
 
     def send_home(self, gradients: Tensor) -> Tensor:
@@ -72,23 +84,23 @@ class GatheredColumns:
     def _reduce(self, by_rank: Tensor) -> Tensor:
         """This rank's (V, b, d) of the sum over ranks of (W, V, b, d)."""
         home = torch.empty_like(by_rank[:1])
-        ranks.reduce_scatter_single(home, by_rank, group=self._group)
+        ranks.reduce_scatter_single(home, by_rank, group=self.group)
         return home[0]
 
 
-class UnevenColumns:
+class UnevenColumns(_OfAllRanks):
     """`GatheredColumns` for ranks that have different numbers of columns: padded to the largest on the way.
 
     Args:
         counts: every rank's columns.
-        group: see `GatheredColumns`.
+        group: see `_OfAllRanks`.
     """
 
     resident = True
 
     def __init__(self, counts: Sequence[int], group: Group = None) -> None:
-        self._counts, self._group = list(counts), group
-        self.world, self.rank = ranks.world_size(group), ranks.rank(group)
+        super().__init__(group)
+        self._counts = list(counts)
         self._parts = [slice(k * max(counts), k * max(counts) + n) for k, n in enumerate(counts)]
 
     def gather(self, own: Tensor) -> Tensor:
@@ -96,7 +108,7 @@ class UnevenColumns:
         views, n, d = own.shape
         padded = own.new_zeros(1, views, max(self._counts), d)
         padded[0, :, :n] = own
-        flat = ranks.all_gather_rows(padded, self._group).transpose(0, 1).reshape(views, -1, d)
+        flat = ranks.all_gather_rows(padded, self.group).transpose(0, 1).reshape(views, -1, d)
         return torch.cat([flat[:, part] for part in self._parts], dim=1)
 
     def send_home(self, gradients: Tensor) -> Tensor:
@@ -106,7 +118,7 @@ class UnevenColumns:
         for k, part in enumerate(gradients.split(self._counts, dim=1)):
             padded[k, :, : part.shape[1]] = part
         home = torch.empty_like(padded[:1])
-        ranks.reduce_scatter_single(home, padded, group=self._group)
+        ranks.reduce_scatter_single(home, padded, group=self.group)
         return home[0, :, : self._counts[self.rank]]
 
 
@@ -114,21 +126,13 @@ class ExactColumns(GatheredColumns):
     """`GatheredColumns` whose gradients are summed in tree order: the same bits on any number of ranks."""
 
     def _reduce(self, by_rank: Tensor) -> Tensor:
-        return ranks.exact_reduce_scatter(by_rank, self._group)[0]
+        return ranks.exact_reduce_scatter(by_rank, self.group)[0]
 
 
-class RingColumns:
-    """Blocks of columns pass from rank r to rank r + 1; the block at step k of a walk is that of rank r - k.
-
-    Args:
-        group: process group; None is the default group, or one rank without a process group.
-    """
+class RingColumns(_OfAllRanks):
+    """Blocks of columns pass from rank r to rank r + 1; the block at step k of a walk is that of rank r - k."""
 
     resident = False
-
-    def __init__(self, group: Group = None) -> None:
-        self.group = group
-        self.world, self.rank = ranks.world_size(group), ranks.rank(group)
 
     def walk(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Every rank's block once, this rank's first: (index of its first sample, block (V, b, d)).

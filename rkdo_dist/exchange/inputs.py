@@ -6,6 +6,7 @@ then all exchange a few numbers, and all raise the same error, which names the a
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def check_inputs(
     if sum(rows) + sum(columns) < 2:
         raise FieldInputError("u and v: a global batch of one sample has no other column to compare with")
     for r, facts in zip(ranks, table, strict=True):
-        _check_values(r, facts)
+        _check_values(r, facts, objective.affinity.unit_norm)
     return Shares(tuple(rows), tuple(columns))
 
 
@@ -120,6 +121,8 @@ def _local_problem(
             return f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}"
         if x.shape[0] == 0 or x.shape[1] == 0:
             return f"{name} is empty: shape {tuple(x.shape)}"
+        if objective.affinity.pools and x.shape[1] < 2:
+            return f"{name} must hold the logits of at least 2 clusters (b, C), got {tuple(x.shape)}"
     for what in ("shape", "dtype", "device"):
         a, b = getattr(u, what), getattr(v, what)
         if a != b:
@@ -161,10 +164,11 @@ def _require_equal(what: str, found: Sequence[object], hint: str = "") -> None:
         raise FieldInputError(f"u and v need equal {what} on all ranks, got {listed}{hint}")
 
 
-def _check_values(rank: int, facts: list[float]) -> None:
+def _check_values(rank: int, facts: list[float], unit_norm: bool) -> None:
     """Norms and temperature of one rank; a comparison with NaN is False."""
+    allowed = NORM_TOLERANCE if unit_norm else sys.float_info.max
     for name, deviation in zip(("u", "v", "extra_columns"), facts[6:9], strict=True):
-        if not deviation <= NORM_TOLERANCE:
+        if not deviation <= allowed:
             raise FieldInputError(f"rank {rank}: {_norm_text(name, deviation)}")
     if not 0 < facts[9] < float("inf"):
         raise FieldInputError(f"rank {rank}: temperature must be finite and > 0, got {facts[9]}")
@@ -172,7 +176,7 @@ def _check_values(rank: int, facts: list[float]) -> None:
 
 def _norm_text(name: str, deviation: float) -> str:
     if deviation != deviation or deviation == float("inf"):
-        return f"{name} has entries that are not finite"
+        return f"{name} has entries that are not finite, or too large to be squared"
     return (
         f"{name} must have rows of unit norm, but a squared norm differs from 1 by {deviation:.3g}; "
         f"use torch.nn.functional.normalize({name}, dim=1), or the loss's normalise=True"

@@ -1,12 +1,12 @@
-"""Kernels, which turn a strip of similarities into gradients: their protocol, and the kernel of fixed supervisors.
+"""Kernels, which turn a strip of logits into gradients: their protocol, and the kernel of fixed supervisors.
 
-A kernel is given scaled similarities x = <row, column> / tau(D) of few rows and many columns, and works on them in
-place. With all columns in the strip, `fused` turns x into the gradient in one go. With columns in blocks, the walks do
-the same in several visits of every block. What a row needs to know between the walks, and what its loss is made of,
-are sums over columns; they live in `RowSums`.
+A kernel is given scaled logits x = l / tau(D) (of the cosine <row, column> / tau(D)) of few rows and many columns, and
+works on them in place. With all columns in the strip, `fused` turns x into the gradient in one go. With columns in
+blocks, the walks do the same in several visits of every block. What a row needs to know between the walks, and what its
+loss is made of, are sums over columns; they live in `RowSums`.
 
-Rows are unit-norm, so x is bounded by 1 / tau and exp(x) needs no running maximum (colder temperatures subtract the
-row's maximum first).
+Rows of unit norm have x bounded by 1 / tau, and exp(x) needs no running maximum; for other affinities, and at colder
+temperatures, the row's maximum is subtracted first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RowSums:
     """Partial results of b rows: sums over the columns seen so far, in scaled (and shifted) coordinates.
 
     Attributes:
-        shift: the largest x of the row (b,), where temperatures are so low that exp(x) might overflow.
+        shift: the largest x of the row (b,), where exp(x) might overflow.
         z: sum_j e_t (D+1, b), with e_t = exp(x tau(D) / tau(t)); the last is that of q(D).
         mean: sum_j e_(t-1) x (D, b).
         log_ratio: sum_j P_t rho_t (D, b), P_t proportional to p(t), rho_t = log p(t) - log q(t) + constant.
@@ -64,7 +64,7 @@ class Kernel(Protocol):
     """How a strip x (r, n) is worked on. Every visit overwrites x.
 
     Attributes:
-        scale: 1 / tau(D), by which similarities are multiplied before a visit.
+        scale: 1 / tau(D), by which logits are multiplied before a visit.
     """
 
     scale: float
@@ -89,9 +89,10 @@ class Kernel(Protocol):
         """Release the workspace; a further visit allocates it again."""
 
 
-def exponent_limit(dtype: torch.dtype) -> float:
-    """The largest |x| that needs no shift: exp(x) and the products made of it stay in range."""
-    return 0.35 * math.log(torch.finfo(dtype).max)
+def might_overflow(objective: Objective, dtype: torch.dtype) -> bool:
+    """Whether exp(x), or a product made of it, might leave the range: x is not bounded, or the bound is too large."""
+    bound = 1 / min(objective.temperatures)
+    return not objective.affinity.unit_norm or bound > 0.35 * math.log(torch.finfo(dtype).max)
 
 
 def hide(x: Tensor, column: int | None, value: float) -> None:
@@ -118,7 +119,7 @@ class FixedKernel:
 
     def __init__(self, objective: Objective, supervisor: Supervisor, taking_part: int, dtype: torch.dtype) -> None:
         self.scale = 1 / objective.temperatures[-1]
-        self._shifts = self.scale > exponent_limit(dtype)
+        self._shifts = might_overflow(objective, dtype)
         self._supervisor, self._taking_part = supervisor, taking_part
 
     @property

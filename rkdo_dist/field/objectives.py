@@ -1,7 +1,7 @@
 """An objective is three choices: who supervises, how closeness is measured, and how the supervisor recurs.
 
     loss = mean_i KL(p(.|i) || q(.|i)), summed over the levels of an in-batch recursion,
-    q(j|i) = softmax_j(<row_i, column_j> / tau)
+    q(j|i) = softmax_j(l_ij / tau), with the logit l of an affinity (`field.affinity`): of the cosine <row_i, column_j>
 
 `field.presets` names the combinations; here is what is computed of them, dense and readable. `field.tiled` computes the
 same in bounded memory.
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.field import recursion, schedules
+from rkdo_dist.field.affinity import AFFINITIES, COSINE, Affinity, Clusters
 from rkdo_dist.field.places import Slice
 from rkdo_dist.field.presets import (
-    AFFINITIES,
     CLOCKS,
     COOLING,
     COUPLING,
@@ -28,6 +28,7 @@ from rkdo_dist.field.presets import (
     RECURSIONS,
     SUPERVISOR_GRADIENTS,
     Relation,
+    temperature_of,
 )
 from rkdo_dist.field.supervisors import LISTED
 
@@ -60,7 +61,7 @@ class Objective:
     couplings: tuple[float, ...] = ()
     supervisor: str = "identity"
     debias: float = 0.0
-    affinity: str = "cosine"
+    affinity: Affinity = COSINE
     recursion: str = "none"
     pairing: str = "cross"
     symmetric: bool = False
@@ -70,7 +71,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         _require_choice("supervisor", self.supervisor, ("identity", "labels", "rows", *LISTED))
-        _require_choice("affinity", self.affinity, AFFINITIES)
+        if not isinstance(self.affinity, Affinity):
+            raise ValueError(f"affinity must be one of `field.affinity`, got {self.affinity!r}")
         _require_choice("recursion", self.recursion, RECURSIONS)
         _require_choice("pairing", self.pairing, ("cross", "joint"))
         _require_choice("supervisor_grad", self.supervisor_grad, SUPERVISOR_GRADIENTS)
@@ -91,6 +93,11 @@ class Objective:
         schedules.require_share("debias", self.debias)
         if (self.relation is not None) != (self.recursion == "restart"):
             raise ValueError("recursion='restart' and a relation go together")
+        if self.relation is not None and self.affinity != COSINE:
+            raise ValueError(
+                f"affinity must be cosine for recursion='restart', whose relation compares keys of unit norm; "
+                f"got {self.affinity.name}"
+            )
         if self.relation is not None:
             schedules.require_share("relation_weight", self.relation.weight)
             schedules.require_positive("teacher_temperature", self.relation.temperature)
@@ -105,6 +112,7 @@ class Objective:
         pairing: str | None = None,
         symmetric: bool = False,
         debias: float | None = None,
+        affinity: Affinity | str | None = None,
         depth: int = DEPTH,
         coupling: float | Sequence[float] = COUPLING,
         cooling: float = COOLING,
@@ -116,7 +124,8 @@ class Objective:
         """The objective that `presets.PRESETS` calls `name`; what is None is as the preset says.
 
         Args:
-            temperature: tau0 > 0.
+            temperature: tau0 > 0; None: the preset's, or 1 with another affinity than the preset's and the cosine.
+            affinity: one of `field.affinity`, or its name: then with its own defaults, and clusters with `debias`.
             pairing: one of `presets.PAIRINGS`; "symmetric" is "cross" with symmetric=True.
             symmetric, supervisor_grad: see the attributes.
             debias: a in [0, 1].
@@ -133,9 +142,13 @@ class Objective:
             ValueError: naming the argument that is out of range.
         """
         preset = PRESETS[name]
-        tau = preset.temperature if temperature is None else temperature
         pairing = preset.pairing if pairing is None else pairing
         debias = preset.debias if debias is None else debias
+        if not isinstance(affinity, Affinity):
+            affinity = preset.affinity if affinity is None else affinity
+            _require_choice("affinity", affinity, tuple(AFFINITIES))
+            affinity = Clusters(debias or 0.0) if affinity == Clusters.name else AFFINITIES[affinity]()
+        tau = temperature_of(preset, affinity.name) if temperature is None else temperature
         temperatures: tuple[float, ...] = (tau,)
         couplings: tuple[float, ...] = ()
         row_coupling = 0.0
@@ -151,7 +164,7 @@ class Objective:
             couplings,
             supervisor=preset.supervisor,
             debias=0.0 if debias is None else debias,
-            affinity=preset.affinity,
+            affinity=affinity,
             recursion=preset.recursion,
             pairing="cross" if pairing == "symmetric" else pairing,
             symmetric=symmetric or pairing == "symmetric",
@@ -172,6 +185,7 @@ class Objective:
         clock: str = "depth",
         progress: float = 0.0,
         debias: float | None = None,
+        affinity: Affinity | str | None = None,
     ) -> Objective:
         """RKDO with in-batch recursion (eq. 1-4); arguments as for `of`."""
         return Objective.of(
@@ -186,6 +200,7 @@ class Objective:
             clock=clock,
             progress=progress,
             debias=debias,
+            affinity=affinity,
         )
 
     @staticmethod
@@ -194,17 +209,25 @@ class Objective:
         temperature: float | None = None,
         pairing: str | None = None,
         symmetric: bool = False,
+        affinity: Affinity | str | None = None,
     ) -> Objective:
         """I-Con: p = (1 - a) identity + a / N; in "joint" the excluded column has p = 0 and N = 2B - 1."""
-        return Objective.of("icon", debias=debias, temperature=temperature, pairing=pairing, symmetric=symmetric)
+        return Objective.of(
+            "icon", debias=debias, temperature=temperature, pairing=pairing, symmetric=symmetric, affinity=affinity
+        )
 
     @staticmethod
-    def infonce(temperature: float | None = None, pairing: str | None = None, symmetric: bool = False) -> Objective:
+    def infonce(
+        temperature: float | None = None,
+        pairing: str | None = None,
+        symmetric: bool = False,
+        affinity: Affinity | str | None = None,
+    ) -> Objective:
         """InfoNCE (van den Oord et al. 2018): cross-entropy on the positive.
 
         "cross" with symmetric=True is CLIP's loss, "joint" is SimCLR's NT-Xent.
         """
-        return Objective.of("infonce", temperature=temperature, pairing=pairing, symmetric=symmetric)
+        return Objective.of("infonce", temperature=temperature, pairing=pairing, symmetric=symmetric, affinity=affinity)
 
     @staticmethod
     def persistent(
@@ -225,13 +248,16 @@ class Objective:
         debias: float | None = None,
         pairing: str | None = None,
         symmetric: bool = False,
+        affinity: Affinity | str | None = None,
     ) -> Objective:
         """KL(p || q) with p spread evenly over the columns of the same label (SupCon, Khosla et al. 2020).
 
         SupCon's own value is the part `cross_entropy`; the KL differs from it by the entropy of p, a
         constant. Calls with this objective need labels.
         """
-        return Objective.of("supcon", debias=debias, temperature=temperature, pairing=pairing, symmetric=symmetric)
+        return Objective.of(
+            "supcon", debias=debias, temperature=temperature, pairing=pairing, symmetric=symmetric, affinity=affinity
+        )
 
     @property
     def depth(self) -> int:
@@ -297,8 +323,10 @@ class Objective:
         """
         return _two_valued(self, self.column_count(batch), positives, 0.0)
 
-    def at_ideal(self, batch: int, labels: Tensor | None = None) -> float:
+    def at_ideal(self, batch: int, labels: Tensor | None = None) -> float | None:
         """The objective's value at the simplex: positives at similarity 1, all others at -1 / (B - 1).
+
+        None for other affinities than the cosine: embeddings without a bound, or clusters, have no such closed form.
 
         This is the least value of InfoNCE, where the embedding has d >= B - 1 dimensions; with fewer,
         similarities cannot all be that low, and the value is only approached. A supervisor by labels has the simplex of
@@ -307,6 +335,8 @@ class Objective:
         Args:
             labels: (B,) integers, for objectives that need them; None: all differ.
         """
+        if self.affinity != COSINE:
+            return None
         if not self.needs_labels or labels is None:
             return _two_valued(self, self.column_count(batch), 1, 1 + 1 / (batch - 1))
         views, excluded = len(self.slices[0].columns), int(self.slices[0].excluded is not None)
@@ -327,7 +357,7 @@ def dense(
     """The loss over a whole global batch and its parts, with r x N matrices and plain autograd: the oracle.
 
     Args:
-        u, v: unit-norm embeddings (B, d) of view 1 and view 2, floating point.
+        u, v: embeddings (B, d) of view 1 and view 2, floating point; of unit norm if the affinity asks for it.
         labels: (B,) integers, for objectives that need them.
         temperature: a scalar that replaces tau0, for its gradient.
         rows: indices (r,) of the samples whose rows are averaged; all by default.
@@ -381,7 +411,7 @@ def rows_of(
     scale = 1.0 if temperature is None else temperature / objective.temperature
     taus = [tau * scale for tau in objective.temperatures]
     initial = initial_supervisor(objective, piece, len(u), labels, u.dtype, u.device)
-    similarity = recursion.similarities(views[piece.rows], columns)
+    similarity = objective.affinity.logits(views[piece.rows], columns, objective.column_count(len(u)))
     if objective.recursion == "in_batch":
         gradient = objective.supervisor_grad
         return recursion.unroll(similarity, initial.p, taus, objective.couplings, initial.excluded, gradient), initial

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-AFFINITIES = ("cosine",)
+AFFINITIES = ("cosine", "gaussian", "student", "clusters")
 RECURSIONS = ("none", "in_batch", "persistent", "restart")
 PAIRINGS = ("cross", "symmetric", "joint")
 SUPERVISOR_GRADIENTS = ("flow", "stop")
@@ -17,6 +17,8 @@ CLOCKS = ("depth", "training")
 
 # Defaults of all objectives, those of the paper's released code; a preset may have its own.
 DEPTH, COUPLING, TEMPERATURE, COOLING = 3, 0.5, 0.5, 0.1
+# Of other affinities than the cosine: no temperature beside their own width, width, and tails as in I-Con's t-SimCLR.
+PLAIN_TEMPERATURE, SIGMA, DEGREES_OF_FREEDOM = 1.0, 1.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Preset:
             (rows that are given), or the name of a function in `field.supervisors.LISTED`.
         recursion: how p recurs, one of `RECURSIONS`.
         affinity: how closeness is measured, one of `AFFINITIES`.
-        temperature: where none is given.
+        temperature: where none is given, with this affinity.
         pairing: where none is given, one of `PAIRINGS`.
         fixes_pairing: whether another pairing would be another objective.
         debias: uniform share of p(0) where none is given; None: 0, and not for the configuration to set.
@@ -156,6 +158,30 @@ PRESETS: dict[str, Preset] = {
         pairing="joint",
         fixes_pairing=True,
     ),
+    "sne": Preset(
+        label="SNE",
+        title="the other view supervises, closeness is a gaussian of the distance",
+        colour="#5b6fd6",
+        affinity="gaussian",
+        temperature=PLAIN_TEMPERATURE,
+    ),
+    "t-simclr": Preset(
+        label="t-SimCLR",
+        title="SimCLR whose closeness is Student's t of the distance",
+        colour="#1b9e6b",
+        affinity="student",
+        temperature=PLAIN_TEMPERATURE,
+        pairing="joint",
+        fixes_pairing=True,
+    ),
+    "clusters": Preset(
+        label="InfoNCE clusters",
+        title="the other view supervises, closeness is to share clusters; both with a uniform share",
+        colour="#d08a1d",
+        affinity="clusters",
+        temperature=PLAIN_TEMPERATURE,
+        debias=0.2,
+    ),
     "sce": Preset(
         label="SCE",
         title="the other view, and the relation of an averaged teacher's key to a queue (Denize et al. 2023)",
@@ -184,6 +210,13 @@ PRESETS: dict[str, Preset] = {
         relation=Relation(10 / 11, "apart", "ema", 0.04, "strong", "queue", 65536),
     ),
 }
+
+
+def temperature_of(preset: Preset, affinity: str) -> float:
+    """The temperature where none is given: the preset's, with another affinity than its own what goes with that."""
+    if affinity == preset.affinity:
+        return preset.temperature
+    return TEMPERATURE if affinity == "cosine" else PLAIN_TEMPERATURE
 
 
 def named(objective: str, recursion: str = "in_batch") -> str:

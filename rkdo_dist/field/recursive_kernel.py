@@ -1,4 +1,4 @@
-"""In-batch recursion on a strip of similarities: the kernel of RKDO, in preallocated buffers.
+"""In-batch recursion on a strip of logits: the kernel of RKDO, in preallocated buffers.
 
 One fact keeps it short: constants of a row drop out of the gradient of a softmax, q (g - <q, g>), so log p may be off
 by any constant of the row that is restored in the loss.
@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rkdo_dist.field.kernels import RowSums, Walk, exponent_limit, hide, note_maximum
+from rkdo_dist.field.kernels import RowSums, Walk, hide, might_overflow, note_maximum
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.places import Place
 from rkdo_dist.field.supervisors import Supervisor
@@ -46,7 +46,7 @@ class RecursiveKernel:
         self.keeps_parts = parts or not self.flows
         inverse = [1 / tau for tau in objective.temperatures]
         self.scale = inverse[-1]
-        self.shifts = max(inverse) > exponent_limit(dtype)
+        self.shifts = might_overflow(objective, dtype)
         self._ratio = [x / self.scale for x in inverse]
         self._alpha, self._fold, added, self._scale_of_p = alpha, *scaled_chain(alpha)
         # log p must stay finite where p is 0 or underflows

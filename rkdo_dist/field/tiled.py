@@ -1,9 +1,9 @@
 """The field loss and its gradients in bounded memory: no B x B matrix, no autograd graph, no recomputation.
 
-Rows are taken in panels, whose similarities to all columns are one matrix product; a panel is taken in strips
-that stay in the cache, where a kernel (`kernels`) turns similarities into gradients in place; two more products of the
-panel give the gradients of rows and columns. Memory beyond inputs and gradients is one panel and a few
-strips.
+Rows are taken in panels, whose inner products with all columns are one matrix product; a panel is taken in strips
+that stay in the cache, where they become logits (`affinity`) and a kernel (`kernels`) turns these into gradients in
+place; two more products of the panel give the gradients of rows and columns. Memory beyond inputs and gradients is one
+panel and a few strips; other affinities than the cosine add one strip, and lifted rows and columns.
 
 When columns arrive in blocks (a ring of ranks), `FieldRows` makes the same computation in several walks.
 """
@@ -19,6 +19,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from rkdo_dist.field.affinity import pulled_back
 from rkdo_dist.field.kernels import FixedKernel, Kernel, RowSums, Walk
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.places import Place, Slice
@@ -42,7 +43,7 @@ class FieldResult:
         parts: sums of the rows' parts (names in `Objective.part_names`), float64 scalars; empty if not asked.
         rows_u, rows_v: gradient of `loss` with respect to the rows, (b, d); zeros where they are not used.
         columns_u, columns_v: gradient with respect to the columns, (B, d), or None where they are not used.
-        temperature: derivative of `loss` with respect to tau0, float64 scalar.
+        temperature: derivative of `loss` with respect to tau0, float64 scalar, or None if not asked.
     """
 
     loss: Tensor
@@ -51,7 +52,7 @@ class FieldResult:
     rows_v: Tensor
     columns_u: Tensor | None
     columns_v: Tensor | None
-    temperature: Tensor
+    temperature: Tensor | None
 
 
 def value_and_gradient(
@@ -64,6 +65,7 @@ def value_and_gradient(
     labels: Tensor | None = None,
     parts: bool = True,
     supervisor: Supervisor | None = None,
+    temperature: bool = True,
 ) -> FieldResult:
     """Sum of the losses of b consecutive samples of the global batch, and all its gradients, without
     autograd.
@@ -73,13 +75,14 @@ def value_and_gradient(
 
     Args:
         objective: what to compute.
-        rows_u, rows_v: unit-norm embeddings (b, d) of both views of samples first_row..first_row + b - 1;
-            float32 or float64 (computed in this precision), bfloat16 or float16 (computed in float32).
+        rows_u, rows_v: embeddings (b, d) of both views of samples first_row..first_row + b - 1, of unit norm if the
+            affinity asks for it; float32 or float64 (computed in this precision), bfloat16 or float16 (in float32).
         columns_u, columns_v: embeddings (B, d) of the whole global batch, B >= 2.
         first_row: index of the first of these samples in the global batch.
         labels: (B,) integers of the whole global batch, for objectives that need them.
         parts: whether to fill `parts`, which costs a few more passes over a strip.
         supervisor: p of these rows, for an objective whose supervisor is "rows"; None: the identity.
+        temperature: whether to fill `temperature`, which costs a strip where the affinity links.
 
     Raises:
         ValueError: if labels are missing, shapes or dtypes disagree, or the rows do not lie within the batch.
@@ -91,9 +94,23 @@ def value_and_gradient(
     columns = torch.stack([views[name].to(dtype) for name in names]) if len(names) > 1 else columns_v.to(dtype)[None]
     with torch.no_grad():
         batch = columns.shape[1]
-        field = FieldRows(objective, {"u": rows_u, "v": rows_v}, batch, first_row, batch, labels, parts, supervisor)
+        pooled = objective.affinity.pool(columns, len(columns) * batch)
+        field = FieldRows(
+            objective,
+            {"u": rows_u, "v": rows_v},
+            batch,
+            first_row,
+            batch,
+            labels,
+            parts,
+            supervisor,
+            temperature,
+            pooled,
+        )
         found = torch.zeros_like(columns)
         field.fused(columns, found)
+        if field.pooled_gradient is not None:
+            add_through_pool(objective, columns, field.pooled_gradient, found)
         home = dict(zip(names, found.unbind(), strict=True))
         return FieldResult(
             loss=field.loss(),
@@ -102,7 +119,7 @@ def value_and_gradient(
             rows_v=field.gradients["v"],
             columns_u=home.get("u"),
             columns_v=home["v"],
-            temperature=field.temperature_gradient(),
+            temperature=field.temperature_gradient() if temperature else None,
         )
 
 
@@ -122,9 +139,11 @@ class FieldRows:
         labels: (B,) integers, for objectives that need them.
         parts: whether `parts` will be asked for.
         supervisor: see `value_and_gradient`; columns must then come in one block.
+        temperature: whether `temperature_gradient` will be asked for.
+        pooled: `Affinity.pool` of the columns of the whole global batch, (V, d) in the views `objective.column_views`.
 
     Attributes:
-        gradients: of `loss` with respect to the rows, by view, (b, d) in the computing dtype.
+        pooled_gradient: of `loss` with respect to `pooled`, if a gradient passes there; `add_through_pool` uses it up.
         walks: the walks before `differentiate`.
 
     Raises:
@@ -141,6 +160,8 @@ class FieldRows:
         labels: Tensor | None = None,
         parts: bool = True,
         supervisor: Supervisor | None = None,
+        temperature: bool = True,
+        pooled: Tensor | None = None,
     ) -> None:
         b = rows["u"].shape[0]
         if not 0 <= first_row <= batch - b:
@@ -149,11 +170,15 @@ class FieldRows:
             raise ValueError(f"objective {objective.name} needs labels")
         self.objective, self._b, self._first_row, self._block = objective, b, first_row, block
         dtype, device = computing_dtype(rows["u"].dtype), rows["u"].device
-        self._rows = {name: x.to(dtype) for name, x in rows.items()}
+        self._embeddings = {name: x.to(dtype) for name, x in rows.items()}
+        self._affinity, self._pooled = objective.affinity, pooled
+        self._rows = {name: self._affinity.lift_rows(x, pooled) for name, x in self._embeddings.items()}
         self._taking_part = objective.column_count(batch)
         self._supervisor = _supervisor(objective, first_row, b, batch, labels, dtype, device, supervisor)
         self._sums = [RowSums.zeros(objective.depth, b, dtype, device) for _ in objective.slices]
-        self.gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
+        self._gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
+        self.pooled_gradient = torch.zeros_like(pooled) if pooled is not None and self._affinity.pools else None
+        self._by_temperature = torch.zeros((), dtype=torch.float64, device=device) if temperature else None
         self._width = block * len(objective.slices[0].columns)
         self._panel_rows, self._strip_rows = tile_rows(b, self._width, objective.depth, device.type)
         self._kernel: Kernel
@@ -191,7 +216,21 @@ class FieldRows:
             else:
                 view = self.objective.column_views.index(piece.columns)
                 flat, flat_home = columns[view], None if home is None else home[view]
-            self._visit(piece, sums, walk, flat, first_column, flat_home)
+            if self._affinity.unit_norm:
+                self._visit(piece, sums, walk, flat, first_column, flat_home)
+            else:
+                self._visit_lifted(piece, sums, walk, flat, first_column, flat_home)
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of `loss` with respect to the rows, by view, (b, d) in the computing dtype."""
+        if self._affinity.unit_norm:
+            return self._gradients
+        embeddings, pooled = self._embeddings, self._pooled
+        return {
+            name: pulled_back(lambda x: self._affinity.lift_rows(x, pooled), embeddings[name], gradient)
+            for name, gradient in self._gradients.items()
+        }
 
     def release(self) -> None:
         """Release the workspace of the visits; a further visit allocates it again."""
@@ -211,33 +250,73 @@ class FieldRows:
 
     def clear_gradients(self) -> None:
         """Forget `gradients`, before "differentiate" visits begin again."""
-        for gradient in self.gradients.values():
+        for gradient in self._gradients.values():
             gradient.zero_()
+        for total in (self.pooled_gradient, self._by_temperature):
+            if total is not None:
+                total.zero_()
 
     def temperature_gradient(self) -> Tensor:
-        """Derivative of `loss` with respect to tau0, float64 scalar: the loss depends on rows / tau0
-        alone."""
-        inner = [(self._rows[name] * g).sum(dtype=torch.float64) for name, g in self.gradients.items()]
+        """Derivative of `loss` with respect to tau0, float64 scalar: the loss depends on l / tau0 alone, and without a
+        link on rows / tau0."""
+        if self._affinity.links:
+            assert self._by_temperature is not None
+            return self._by_temperature / -self.objective.temperature
+        inner = [(self._rows[name] * g).sum(dtype=torch.float64) for name, g in self._gradients.items()]
         return torch.stack(inner).sum() / -self.objective.temperature
+
+    def _visit_lifted(
+        self, piece: Slice, sums: RowSums, walk: Walk, columns: Tensor, first_column: int, home: Tensor | None
+    ) -> None:
+        """`_visit` with the columns' lift before it, and the way back through the lift after it."""
+        assert self._pooled is not None
+        views = [self.objective.column_views.index(name) for name in piece.columns]
+        if home is None:
+            lifted = self._affinity.lift_columns(columns, self._pooled, views)
+            self._visit(piece, sums, walk, lifted, first_column, None)
+            return
+        with torch.enable_grad():
+            leaf, pool = columns.detach().requires_grad_(), self._pooled.detach().requires_grad_(self._affinity.pools)
+            lifted = self._affinity.lift_columns(leaf, pool, views)
+        gradient = torch.zeros_like(lifted)
+        self._visit(piece, sums, walk, lifted.detach(), first_column, gradient)
+        if self.pooled_gradient is None:
+            home += torch.autograd.grad(lifted, leaf, gradient)[0]
+        else:
+            by_columns, by_pool = torch.autograd.grad(lifted, (leaf, pool), gradient)
+            home += by_columns
+            self.pooled_gradient += by_pool
 
     def _visit(
         self, piece: Slice, sums: RowSums, walk: Walk, columns: Tensor, first_column: int, home: Tensor | None
     ) -> None:
-        rows = self._rows[piece.rows]
+        """One visit by lifted columns; `home` gets the gradient with respect to them."""
+        rows, affinity, scale = self._rows[piece.rows], self._affinity, self._kernel.scale
         workspace = rows.new_empty(self._panel_rows, self._width)
+        logits = rows.new_empty(self._strip_rows, self._width) if affinity.links else workspace
         for start in range(0, self._b, self._panel_rows):
             stop = min(start + self._panel_rows, self._b)
-            # The affinity: another link than the cosine's x / tau acts on the panel here, and its slope dl / dx
-            # multiplies the panel before the two products below.
-            panel = torch.mm(rows[start:stop] * self._kernel.scale, columns.T, out=workspace[: stop - start])
+            mine = rows[start:stop] if affinity.links else rows[start:stop] * scale
+            panel = torch.mm(mine, columns.T, out=workspace[: stop - start])
             for first in range(start, stop, self._strip_rows):
                 last = min(first + self._strip_rows, stop)
                 place = Place(piece, first, self._first_row + first - first_column, first_column, self._block)
-                walk(panel[first - start : last - start], sums.rows(first, last), place)
+                strip = panel[first - start : last - start]
+                if not affinity.links:
+                    walk(strip, sums.rows(first, last), place)
+                    continue
+                part, by_temperature = logits[: last - first], self._by_temperature if home is not None else None
+                affinity.link(strip, part, self._taking_part, scale)
+                before = None if by_temperature is None else part.clone()
+                walk(part, sums.rows(first, last), place)
+                if by_temperature is not None and before is not None:
+                    by_temperature.add_(before.mul_(part).sum(dtype=torch.float64), alpha=piece.weight)
+                if home is not None:
+                    torch.div(part, strip, out=strip)
             if home is not None:
-                scale = piece.weight * self._kernel.scale
-                self.gradients[piece.rows][start:stop].addmm_(panel, columns, alpha=scale)
-                home.addmm_(panel.T, rows[start:stop], alpha=scale)
+                factor = piece.weight * scale * affinity.slope
+                self._gradients[piece.rows][start:stop].addmm_(panel, columns, alpha=factor)
+                home.addmm_(panel.T, rows[start:stop], alpha=factor)
 
     def _at_uniform(self) -> Tensor:
         """Sum of the row losses if every learned row were uniform: log N - H(p(t)), summed over levels."""
@@ -246,6 +325,23 @@ class FieldRows:
             kept *= 1 - alpha
             total += (math.log(self._taking_part) - self._supervisor.mixed_entropy(self._taking_part, kept)).sum()
         return total
+
+
+def add_through_pool(objective: Objective, columns: Tensor, gradient: Tensor, home: Tensor) -> None:
+    """Add to the columns' gradient what passes through the pool.
+
+    Args:
+        columns: those of a rank, or all of them (V, n, d).
+        gradient: of the loss of all rows with respect to the pool, (V, d).
+        home: (V, n, d).
+    """
+
+    def pool(x: Tensor) -> Tensor:
+        pooled = objective.affinity.pool(x, len(x) * x.shape[1])
+        assert pooled is not None
+        return pooled
+
+    home += pulled_back(pool, columns, gradient)
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -110,7 +110,7 @@ def exact_field(
     for i, (u, v) in enumerate(lanes):
         first_row = (first_lane + i) * m
         result = value_and_gradient(
-            objective, u, v, columns_u, columns_v, first_row, everyones, supervisor=supervisors[i]
+            objective, u, v, columns_u, columns_v, first_row, everyones, supervisor=supervisors[i], temperature=False
         )
         for name, part in (("u", result.columns_u), ("v", result.columns_v)):
             if part is not None:

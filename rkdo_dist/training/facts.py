@@ -51,7 +51,7 @@ class Facts:
     """
 
     loss: float
-    parts: dict[str, float]
+    parts: dict[str, float | None]
     not_finite: str
     gradient_not_finite: str
     stop: int

@@ -49,7 +49,7 @@ class LossAndGradient:
 
     gradients: list[Pair]
     sums: dict[str, Tensor]
-    known: dict[str, float] = dataclasses.field(default_factory=dict)
+    known: dict[str, float | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,9 +134,9 @@ def overview(groups: Sequence[Group]) -> Sheet:
         for group, last in zip(groups, lasts, strict=True)
     ]
     sheet.rows.append(["loss, mean of that epoch", *(of_values([e.loss for e in epochs]) for epochs in each)])
-    means = [(mean_sd([e.at_uniform for e in epochs])[0], mean_sd([e.at_ideal for e in epochs])[0]) for epochs in each]
-    sheet.rows.append(["  at uniform (untrained)", *(number(uniform) for uniform, _ in means)])
-    sheet.rows.append(["  for ideal embeddings", *(number(ideal) for _, ideal in means)])
+    for title, which in (("  at uniform (untrained)", "loss_at_uniform"), ("  for ideal embeddings", "loss_at_ideal")):
+        means = [[e.means[which] for e in epochs if which in e.means] for epochs in each]
+        sheet.rows.append([title, *(number(mean_sd(values)[0]) for values in means)])
     shares = [of_values([epoch.attained for epoch in epochs], 1, percent=True) for epochs in each]
     sheet.rows.append(["  attained share of the way", *shares])
     sheet.rows.append(["evaluated after step", *(str(group.last_step or "-") for group in groups)])

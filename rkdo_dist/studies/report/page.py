@@ -108,6 +108,9 @@ def _alone(report: _Report) -> list[str]:
     if number is None:
         return []
     epoch = group.mean_epoch(number)
+    if epoch.at_ideal is None:
+        values = f"its mean loss is {epoch.loss:.4f}, and {epoch.at_uniform:.4f} for an untrained encoder"
+        return [f"In epoch {number + 1} {values}. {words.NO_IDEAL}"]
     share = "" if epoch.attained is None else f": an attained share of {epoch.attained:z.1%}"
     return [
         f"In epoch {number + 1} its mean loss is {epoch.loss:.4f}, between {epoch.at_uniform:.4f} for an untrained "

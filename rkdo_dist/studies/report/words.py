@@ -12,6 +12,7 @@ from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES
 from rkdo_dist.studies.report.groups import Group, last_common_epoch
 from rkdo_dist.studies.statistics import LEVEL, NO_EVIDENCE, Paired, holm, paired, verdict
 
+NO_IDEAL = "Its value for ideal embeddings has no closed form unless the affinity is the cosine: no share is attained."
 # The same function for every objective, so that differences mean something.
 COMMON = {k: t for k, t in (SCORE_TITLES | COMMON_METRIC_TITLES).items() if not k.startswith("own_")}
 _MANY = 3  # with more groups, each is compared with the first only
@@ -100,9 +101,13 @@ def loss_gap(first: Group, second: Group) -> list[str]:
         f"In epoch {number + 1} the mean loss of {low.label} is {a.loss:.4f} and that of {high.label} {b.loss:.4f}: "
         f"{low.label} is {_percent(gap, b.loss)} lower."
     ]
-    if math.isclose(a.at_uniform, b.at_uniform, rel_tol=1e-9) and math.isclose(a.at_ideal, b.at_ideal, rel_tol=1e-9):
-        said.append("Both losses have the same value for an untrained encoder and for an ideal one.")
-        return said
+    if math.isclose(a.at_uniform, b.at_uniform, rel_tol=1e-9):
+        if a.at_ideal is None or b.at_ideal is None:
+            said.append(f"Both losses have the same value for an untrained encoder. {NO_IDEAL}")
+            return said
+        if math.isclose(a.at_ideal, b.at_ideal, rel_tol=1e-9):
+            said.append("Both losses have the same value for an untrained encoder and for an ideal one.")
+            return said
     said.append(
         f"These are different functions. An untrained encoder scores {a.at_uniform:.4f} and "
         f"{b.at_uniform:.4f}: {_lower(before, b.at_uniform)} before any training."

@@ -1,0 +1,222 @@
+"""Affinities: how close a column is to a row, as the logit l that q = softmax(l / tau) is made of.
+
+- cosine: <a, b> of unit-norm embeddings a (of the row) and b (of the column);
+- gaussian: -|a - b|^2 / (2 sigma^2) (SNE, Hinton and Roweis 2002);
+- student: -(nu + 1) / 2 log(1 + |a - b|^2 / nu) (t-SNE, van der Maaten and Hinton 2008, has nu = 1);
+- clusters: log((1 - s) sum_c phi_c(a) phi_c(b) / S_c + s / N), with phi = softmax(embedding) the probabilities of the
+  clusters, S the sum of phi over all columns, N the columns that take part (I-Con, Alshammari et al. 2025).
+
+A field is never stored, so l is computed from an inner product x of lifted rows and columns, which matrix products
+make: `lift_rows`, `lift_columns`. Where l is another function of x than a multiple, `link` turns a strip of x into
+logits, and the gradient goes back through its slope. Lifts go back by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rkdo_dist.field.presets import DEGREES_OF_FREEDOM, SIGMA
+from rkdo_dist.field.recursion import similarities
+from rkdo_dist.field.schedules import require_positive, require_share
+
+
+class Affinity:
+    """What the field asks of an affinity; as it stands here, l is the inner product of the embeddings themselves.
+
+    Attributes:
+        name: by which it is chosen.
+        unit_norm: whether embeddings must have unit norm; l is then bounded.
+        links: whether l is another function of the lifted inner product than that product itself.
+        pools: whether the gradient passes through what `pool` sums over all columns.
+    """
+
+    name: ClassVar[str]
+    unit_norm: ClassVar[bool] = False
+    links: ClassVar[bool] = False
+    pools: ClassVar[bool] = False
+
+    def logits(self, rows: Tensor, columns: Tensor, taking_part: int) -> Tensor:
+        """l (r, N) of rows (r, d) and all columns (N, d), `taking_part` of each row: dense, by the formula."""
+        return similarities(rows, columns)
+
+    def pool(self, columns: Tensor, count: int) -> Tensor | None:
+        """What lifts need to know of all `count` columns, summed over these (V, n, d): (V, d) by view."""
+        return None
+
+    def lift_rows(self, x: Tensor, pooled: Tensor | None) -> Tensor:
+        """(r, d) to (r, d')."""
+        return x
+
+    def lift_columns(self, x: Tensor, pooled: Tensor | None, views: Sequence[int]) -> Tensor:
+        """(n, d) to (n, d'), of columns from these of the views that are pooled."""
+        return x
+
+    def link(self, x: Tensor, logits: Tensor, taking_part: int, factor: float) -> None:
+        """logits (r, n) <- factor l(x) = factor `slope` log(y), where y takes the place of x: dl / dx = slope / y."""
+        raise NotImplementedError
+
+    @property
+    def slope(self) -> float:
+        """See `link`."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Cosine(Affinity):
+    """l = <a, b> of unit-norm embeddings."""
+
+    name = "cosine"
+    unit_norm = True
+
+
+class _OfDistance(Affinity):
+    """x = `factor` |a - b|^2. Embeddings are centred first, which keeps the squares small."""
+
+    @property
+    def factor(self) -> float:
+        """By which squared distances are multiplied."""
+        raise NotImplementedError
+
+    def pool(self, columns: Tensor, count: int) -> Tensor:
+        """See `Affinity`: the mean. No distance depends on it, so no gradient passes."""
+        return columns.sum(1) / count
+
+    def lift_rows(self, x: Tensor, pooled: Tensor | None) -> Tensor:
+        """See `Affinity`: [a, 1, |a|^2] times the factor."""
+        x, squares = _centred(x, pooled)
+        return torch.cat([x, torch.ones_like(squares), squares], 1) * self.factor
+
+    def lift_columns(self, x: Tensor, pooled: Tensor | None, views: Sequence[int]) -> Tensor:
+        """See `Affinity`: [-2 b, |b|^2, 1]."""
+        x, squares = _centred(x, pooled)
+        return torch.cat([-2 * x, squares, torch.ones_like(squares)], 1)
+
+
+@dataclass(frozen=True)
+class Gaussian(_OfDistance):
+    """l = -|a - b|^2 / (2 sigma^2).
+
+    Attributes:
+        sigma: width, > 0. A learned temperature tau makes it sigma sqrt(tau).
+    """
+
+    sigma: float = SIGMA
+    name = "gaussian"
+
+    def __post_init__(self) -> None:
+        require_positive("sigma", self.sigma)
+
+    @property
+    def factor(self) -> float:
+        """See `_OfDistance`."""
+        return -0.5 / self.sigma**2
+
+    def logits(self, rows: Tensor, columns: Tensor, taking_part: int) -> Tensor:
+        """See `Affinity`."""
+        return -_squared_distances(rows, columns) / (2 * self.sigma**2)
+
+
+@dataclass(frozen=True)
+class Student(_OfDistance):
+    """l = -(nu + 1) / 2 log(1 + |a - b|^2 / nu): heavy tails, so that what is far need not be farther still.
+
+    Attributes:
+        degrees_of_freedom: nu > 0. 2: I-Con's t-SimCLR; 1: t-SNE and t-SimCNE; large: the gaussian of sigma = 1.
+    """
+
+    degrees_of_freedom: float = DEGREES_OF_FREEDOM
+    name = "student"
+    links = True
+
+    def __post_init__(self) -> None:
+        require_positive("degrees_of_freedom", self.degrees_of_freedom)
+
+    @property
+    def factor(self) -> float:
+        """See `_OfDistance`."""
+        return 1 / self.degrees_of_freedom
+
+    @property
+    def slope(self) -> float:
+        """See `Affinity.link`."""
+        return -(self.degrees_of_freedom + 1) / 2
+
+    def logits(self, rows: Tensor, columns: Tensor, taking_part: int) -> Tensor:
+        """See `Affinity`."""
+        return self.slope * torch.log1p(_squared_distances(rows, columns) / self.degrees_of_freedom)
+
+    def link(self, x: Tensor, logits: Tensor, taking_part: int, factor: float) -> None:
+        """See `Affinity`: y = 1 + x. Rounding may leave a small distance below 0."""
+        torch.log1p(x.clamp_(min=0), out=logits).mul_(self.slope * factor)
+        x.add_(1)
+
+
+@dataclass(frozen=True)
+class Clusters(Affinity):
+    """l = log((1 - s) sum_c phi_c(a) phi_c(b) / S_c + s / N): the chance to meet b in the cluster of a.
+
+    Embeddings are the C >= 2 logits of the clusters. Over all columns the sum is 1, so q is that chance at tau = 1.
+
+    Attributes:
+        share: s in [0, 1], uniform: I-Con's debiasing of the learned row.
+    """
+
+    share: float = 0.0
+    name = "clusters"
+    links = True
+    pools = True
+
+    def __post_init__(self) -> None:
+        require_share("share", self.share)
+
+    def logits(self, rows: Tensor, columns: Tensor, taking_part: int) -> Tensor:
+        """See `Affinity`."""
+        phi_rows, phi_columns = rows.softmax(1), columns.softmax(1)
+        chance = phi_rows @ (phi_columns / phi_columns.sum(0)).T
+        return ((1 - self.share) * chance + self.share / taking_part).log()
+
+    def pool(self, columns: Tensor, count: int) -> Tensor:
+        """See `Affinity`: the sizes S of the clusters."""
+        return columns.softmax(2).sum(1)
+
+    def lift_rows(self, x: Tensor, pooled: Tensor | None) -> Tensor:
+        """See `Affinity`: (1 - s) phi."""
+        return (1 - self.share) * x.softmax(1)
+
+    def lift_columns(self, x: Tensor, pooled: Tensor | None, views: Sequence[int]) -> Tensor:
+        """See `Affinity`: phi / S."""
+        assert pooled is not None
+        return x.softmax(1) / pooled[list(views)].sum(0)
+
+    def link(self, x: Tensor, logits: Tensor, taking_part: int, factor: float) -> None:
+        """See `Affinity`: y = x + s / N. Without a share, chances that are 0 or nearly so count as a very small one."""
+        x.add_(self.share / taking_part).clamp_(min=torch.finfo(x.dtype).tiny ** 0.5)
+        torch.log(x, out=logits).mul_(factor)
+
+
+COSINE = Cosine()
+AFFINITIES: dict[str, type[Affinity]] = {kind.name: kind for kind in (Cosine, Gaussian, Student, Clusters)}
+
+
+def pulled_back(lift: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with respect to x, from that with respect to lift(x)."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(lift(leaf), leaf, gradient)[0]
+
+
+def _centred(x: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x without the mean of all columns, and its squared norms (n, 1)."""
+    assert pooled is not None
+    x = x - pooled.detach().sum(0)
+    return x, (x * x).sum(1, keepdim=True)
+
+
+def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
+    """(r, d) and (N, d) give (r, N), by their differences."""
+    return (rows[:, None] - columns[None]).square().sum(2)
