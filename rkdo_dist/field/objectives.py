@@ -9,7 +9,6 @@ same in bounded memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,6 @@ from rkdo_dist.field import recursion, schedules
 from rkdo_dist.field.affinity import AFFINITIES, COSINE, Affinity, Clusters
 from rkdo_dist.field.places import Slice
 from rkdo_dist.field.presets import (
-    CLOCKS,
     COOLING,
     COUPLING,
     DEPTH,
@@ -31,6 +29,7 @@ from rkdo_dist.field.presets import (
     temperature_of,
 )
 from rkdo_dist.field.supervisors import LISTED
+from rkdo_dist.field.two_valued import two_valued
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class Objective:
         couplings: tuple[float, ...] = ()
         row_coupling = 0.0
         if preset.recursion == "in_batch":
-            temperatures, couplings = _levels(depth, coupling, tau, cooling, clock, progress)
+            temperatures, couplings = schedules.levels(depth, coupling, tau, cooling, clock, progress)
         elif preset.recursion == "persistent":
             assert not isinstance(coupling, Sequence), "persistent rows have one coupling"
             temperatures, row_coupling = (schedules.temperature(tau, cooling, progress, 1),), coupling
@@ -321,7 +320,7 @@ class Objective:
             batch: B >= 2.
             positives: columns that share the supervisor evenly, more than 1 only for one by labels.
         """
-        return _two_valued(self, self.column_count(batch), positives, 0.0)
+        return self._two_valued(self.column_count(batch), positives, 0.0)
 
     def at_ideal(self, batch: int, labels: Tensor | None = None) -> float | None:
         """The objective's value at the simplex: positives at similarity 1, all others at -1 / (B - 1).
@@ -338,12 +337,15 @@ class Objective:
         if self.affinity != COSINE:
             return None
         if not self.needs_labels or labels is None:
-            return _two_valued(self, self.column_count(batch), 1, 1 + 1 / (batch - 1))
+            return self._two_valued(self.column_count(batch), 1, 1 + 1 / (batch - 1))
         views, excluded = len(self.slices[0].columns), int(self.slices[0].excluded is not None)
         counts = labels.unique(return_counts=True)[1].tolist()
         gap = 1 + 1 / max(1, len(counts) - 1)
-        of_rows = (n * _two_valued(self, self.column_count(batch), n * views - excluded, gap) for n in counts)
+        of_rows = (n * self._two_valued(self.column_count(batch), n * views - excluded, gap) for n in counts)
         return sum(of_rows) / batch
+
+    def _two_valued(self, columns: int, positives: int, gap: float) -> float:
+        return two_valued(self.temperatures, self.couplings, self.debias, columns, positives, gap)
 
 
 def dense(
@@ -460,53 +462,6 @@ def _parts(objective: Objective, field: recursion.Field, initial: Initial) -> di
         divergences.append(recursion.kl_divergence(p, flat.log()))
     parts["uniform"] = torch.stack(divergences).sum(0)
     return parts
-
-
-def _two_valued(objective: Objective, columns: int, positives: int, gap: float) -> float:
-    """The sum over levels of KL(p || q) of a row whose positives all have one similarity and all others
-    another.
-
-    Args:
-        columns: N, those that take part.
-        positives: columns that share the supervisor evenly.
-        gap: similarity of the positives minus that of the others.
-    """
-    if columns < 2 or not 1 <= positives <= columns:
-        raise ValueError(
-            f"a row needs at least 2 columns and 1 to N positives, got N = {columns}, {positives} positives"
-        )
-    others = columns - positives
-
-    def learned(temperature: float) -> tuple[float, float]:  # log q of one positive, of one other column
-        low = -gap / temperature
-        log_sum = math.log(positives + others * math.exp(low))
-        return -log_sum, low - log_sum
-
-    share = objective.debias / columns
-    p, total, log_q = ((1 - objective.debias) / positives + share, share), 0.0, learned(objective.temperatures[0])
-    for temperature, alpha in zip(
-        objective.temperatures[-objective.depth :], objective.couplings or (0.0,), strict=True
-    ):
-        p = tuple((1 - alpha) * old + alpha * math.exp(log) for old, log in zip(p, log_q, strict=True))  # type: ignore[assignment]
-        log_q = learned(temperature)
-        for count, mass, log in zip((positives, others), p, log_q, strict=True):
-            total += count * mass * (math.log(mass) - log) if mass > 0 and count else 0.0
-    return total
-
-
-def _levels(
-    depth: int, coupling: float | Sequence[float], temperature: float, cooling: float, clock: str, progress: float
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """tau(0)..tau(D) and alpha(1)..alpha(D) of an in-batch recursion."""
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"depth must be a whole number >= 1, got {depth!r}")
-    _require_choice("clock", clock, CLOCKS)
-    schedules.require_share("progress", progress)
-    couplings = tuple(coupling) if isinstance(coupling, Sequence) else (coupling,) * depth
-    if len(couplings) != depth:
-        raise ValueError(f"coupling needs one number, or one per level ({depth}), got {len(couplings)}")
-    clocked = [t / depth if clock == "depth" else progress for t in range(depth + 1)]
-    return tuple(schedules.temperature(temperature, cooling, done, 1) for done in clocked), couplings
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

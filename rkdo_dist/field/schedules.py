@@ -6,6 +6,9 @@ The value at a step depends on the step alone, so a resumed run needs no schedul
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from rkdo_dist.field.presets import CLOCKS
 
 COUPLING_SCHEDULES = ("constant", "linear", "cosine", "step")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
@@ -27,6 +30,33 @@ def temperature(initial: float, cooling: float, step: float, total: float) -> fl
     if not 0 <= cooling < 1:
         raise ValueError(f"cooling must lie in [0, 1), so that every temperature stays above 0; got {cooling}")
     return initial * (1 - cooling * _progress(step, total))
+
+
+def levels(
+    depth: int, coupling: float | Sequence[float], initial: float, cooling: float, clock: str, progress: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """tau(0)..tau(D) and alpha(1)..alpha(D) of an in-batch recursion.
+
+    Args:
+        depth: D >= 1.
+        coupling: one number, or one per level.
+        initial, cooling: see `temperature`.
+        clock: "depth" or "training".
+        progress: share of the training done, in [0, 1].
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"depth must be a whole number >= 1, got {depth!r}")
+    if clock not in CLOCKS:
+        raise ValueError(f"clock must be one of {', '.join(CLOCKS)}, got {clock!r}")
+    require_share("progress", progress)
+    couplings = tuple(coupling) if isinstance(coupling, Sequence) else (coupling,) * depth
+    if len(couplings) != depth:
+        raise ValueError(f"coupling needs one number, or one per level ({depth}), got {len(couplings)}")
+    clocked = [t / depth if clock == "depth" else progress for t in range(depth + 1)]
+    return tuple(temperature(initial, cooling, done, 1) for done in clocked), couplings
 
 
 def coupling(schedule: str, initial: float, final: float, step: float, total: float, start: float = 0) -> float:
