@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -211,11 +212,20 @@ def encoder_of(section: EncoderConfig, pretrained: bool = True, backbone: torch.
 
 
 def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over the encoder's parameters that are trained."""
+    """The optimizer over the encoder's parameters that are trained.
+
+    Without `train.decay_norms` it has two groups: parameters of one dimension at most (biases; weights of batch, layer
+    and group norm) have no weight decay. Those of more than one are weight matrices and filters.
+    """
     train = config.train
     options = {"momentum": 0.9} if train.optimizer == "sgd" else {}
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trained}]
+    if not train.decay_norms:
+        groups = [{"params": [p for p in trained if p.ndim > 1]}]
+        groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0})
     return _OPTIMIZERS[train.optimizer](
-        [p for p in encoder.parameters() if p.requires_grad],
+        [group for group in groups if group["params"]],
         lr=train.learning_rate,
         weight_decay=train.weight_decay,
         **options,

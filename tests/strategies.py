@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,19 @@ class Network(nn.Module):
         return functional.normalize(self.body(x).float(), dim=1)
 
 
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "grouped": lambda p: torch.optim.Adam(  # as `train.decay_norms=false` has it
+        [
+            {"params": [x for x in p if x.ndim > 1], "weight_decay": 0.1},
+            {"params": [x for x in p if x.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+    ),
+}
+
+
 @contextmanager
 def launched(strategy: str, precision: str = "no") -> Iterator[None]:
     """The environment that a launcher leaves for a strategy, and an Accelerate that has seen nothing yet."""
@@ -71,7 +84,7 @@ class Task:
     """One training.
 
     Attributes:
-        optimizer: "sgd" (its momentum after one step is the gradient) or "adam".
+        optimizer: of `OPTIMIZERS`; the momentum of "sgd" after one step is the gradient.
         scale: an initial loss scale for computing in float32.
         poison: steps in which an embedding's gradient is infinite, on the last rank only.
         begin: a state to start from.
@@ -117,11 +130,7 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
             rt = dataclasses.replace(rt, loss_scale=LossScale(task.scale))
         torch.manual_seed(0)
         encoder = Network()
-        optimizer = (
-            torch.optim.SGD(encoder.parameters(), lr=0.01, momentum=0.9)
-            if task.optimizer == "sgd"
-            else torch.optim.Adam(encoder.parameters(), lr=1e-3)
-        )
+        optimizer = OPTIMIZERS[task.optimizer](list(encoder.parameters()))
         if task.begin is not None:
             _load(task.begin, encoder, optimizer)
         settings = StepSettings(3, rt.reduction, task.recompute, True, "gather")

@@ -100,7 +100,7 @@ def test_the_average_of_the_weights_is_that_of_one_process(strategy: str) -> Non
 
 @cache
 def chain() -> list[dict[str, Any]]:
-    """30 steps of Adam, handed on from strategy to strategy and from 2 ranks to 4 and back to one process."""
+    """30 steps of Adam with two groups of parameters, handed on over strategies and from 2 ranks to 4 to 1."""
     found: list[dict[str, Any]] = list(on_two_ranks()["handed on"])
     found += run_ranks(_handed_on, 4, found[-1]["last"], timeout=300)[0]
     return found + _handed_on(0, 1, found[-1]["last"])
@@ -109,7 +109,7 @@ def chain() -> list[dict[str, Any]]:
 def _handed_on(rank: int, world: int, begin: Any) -> list[dict[str, Any]]:
     found = []
     for strategy in HANDED_ON[world]:
-        found.append(train(rank, world, Task(strategy, optimizer="adam", steps=5, begin=begin)))
+        found.append(train(rank, world, Task(strategy, optimizer="grouped", steps=5, begin=begin)))
         begin = group.from_rank_zero(found[-1]["last"])
     return found
 
@@ -131,12 +131,12 @@ def test_thirty_steps_learn_and_follow_one_process() -> None:
     straight: list[float] = []
     begin = None
     for _ in range(6):
-        part = train(0, 1, Task("exact", optimizer="adam", steps=5, begin=begin))
+        part = train(0, 1, Task("exact", optimizer="grouped", steps=5, begin=begin))
         begin, straight = part["last"], straight + part["losses"]
     assert np.abs(np.array(handed[:3]) - straight[:3]).max() < 1e-4
     assert np.abs(np.array(handed) - straight).max() < 0.02
     assert np.mean(handed[-5:]) < np.mean(handed[:5]) - 0.02
-    fresh = train(0, 1, Task("exact", optimizer="adam", steps=5, begin=_without_moments(chain()[-2]["last"])))
+    fresh = train(0, 1, Task("exact", optimizer="grouped", steps=5, begin=_without_moments(chain()[-2]["last"])))
     assert np.abs(np.array(fresh["losses"]) - handed[-5:]).max() > 1e-4  # the control: moments that start anew show
 
 
