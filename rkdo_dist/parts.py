@@ -23,8 +23,9 @@ from rkdo_dist.encoders import Encoder, is_code
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import PRESETS, Relation, named
 from rkdo_dist.field.schedules import coupling
+from rkdo_dist.lars import LARS
 
-_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "lars": LARS}
 
 
 def check(config: Config) -> None:
@@ -214,14 +215,14 @@ def encoder_of(section: EncoderConfig, pretrained: bool = True, backbone: torch.
 def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Optimizer:
     """The optimizer over the encoder's parameters that are trained.
 
-    Without `train.decay_norms` it has two groups: parameters of one dimension at most (biases; weights of batch, layer
-    and group norm) have no weight decay. Those of more than one are weight matrices and filters.
+    Without `train.decay_norms`, and with LARS, it has two groups: parameters of one dimension at most (biases; weights
+    of batch, layer and group norm) have no weight decay. Those of more than one are weight matrices and filters.
     """
     train = config.train
     options = {"momentum": 0.9} if train.optimizer == "sgd" else {}
     trained = [p for p in encoder.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained}]
-    if not train.decay_norms:
+    if not train.decay_norms or train.optimizer == "lars":
         groups = [{"params": [p for p in trained if p.ndim > 1]}]
         groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0})
     return _OPTIMIZERS[train.optimizer](

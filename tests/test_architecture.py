@@ -23,6 +23,7 @@ FLOORS = {
     "console": 0,
     "diagnostics": 1,
     "batch_norm": 3,
+    "lars": 0,
     "checkpoint": 3,
     "history": 3,
     "rundir": 4,

@@ -159,6 +159,11 @@ def check_strategy(config: Config, zero_stage: int) -> None:
         )
     if zero_stage and any(relation_of(config, name) is not None for name in used_objectives(config)):
         raise ConfigError("a recursion with restart runs on one process or under DDP, not under DeepSpeed's ZeRO")
+    if config.train.optimizer == "lars" and zero_stage:
+        raise ConfigError(
+            "train.optimizer=lars needs the norm of every weight, and DeepSpeed's ZeRO shards them as one flat vector: "
+            "use one process, DDP, or another train.optimizer"
+        )
 
 
 def _suggest_micro_batch(train: TrainConfig, world: int) -> str:

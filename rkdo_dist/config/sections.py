@@ -225,10 +225,12 @@ class TrainConfig:
     )
     recompute: bool = setting(False, "embed again in the backward pass: less memory, same numbers", free=True)
     skip_nonfinite: int = setting(0, "steps in a row that may be skipped because of NaN or Inf", least=0)
-    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "the optimizer (sgd has momentum 0.9)")
+    optimizer: Literal["adam", "adamw", "sgd", "lars"] = setting(
+        "adam", "the optimizer (sgd and lars have momentum 0.9, lars the trust coefficient 0.001)"
+    )
     learning_rate: float = setting(1e-3, "the largest learning rate", above=0)
     weight_decay: float = setting(1e-5, "weight decay", least=0)
-    decay_norms: bool = setting(True, "weight decay of biases and norms too, not of weight matrices and filters alone")
+    decay_norms: bool = setting(True, "weight decay of biases and norms too (never with lars)")
     schedule: Literal["constant", "cosine"] = setting("constant", "of the learning rate; cosine ends at 0")
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     ema: float | None = setting(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rkdo_dist.measure.wire import StepShape
 
-_MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1}
+_MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
 _PROBES = (2, 4)  # images; batch norm of vectors needs two
 
 
