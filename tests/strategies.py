@@ -91,6 +91,7 @@ class Task:
         wrong: whether to make the well-known mistake of averaging twice.
         objective: name of a preset.
         ema: decay of an average of the weights.
+        clip: the largest norm of the gradient.
     """
 
     strategy: str
@@ -104,6 +105,7 @@ class Task:
     wrong: bool = False
     objective: str = "rkdo"
     ema: float | None = None
+    clip: float | None = None
 
 
 def plain(state: TrainState) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
         optimizer = OPTIMIZERS[task.optimizer](list(encoder.parameters()))
         if task.begin is not None:
             _load(task.begin, encoder, optimizer)
-        settings = StepSettings(3, rt.reduction, task.recompute, True, "gather")
+        settings = StepSettings(3, rt.reduction, task.recompute, True, "gather", task.clip)
         average = None if task.ema is None else WeightAverage(encoder, task.ema)
         step = Step(encoder, make_view, rt, settings, optimizer, average=average)
         if task.begin is not None:
@@ -141,18 +143,19 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
         begin = plain(step.strategy.state())
         dtypes: set[str] = set()
         _interfere(step, task, rank == world - 1, world, dtypes)
-        losses, skipped, scales, states = [], [], [], []
+        losses, skipped, scales, norms, states = [], [], [], [], []
         for t in range(task.steps):
             lanes = [micro_batch(t % 4, lane) for lane in own(rank, world)]
             facts, update = train_step(step, lanes, Objective.of(task.objective), 0, t)
             skipped.append(update.skipped)
+            norms.append(update.gradient_norm)
             if not update.not_finite:
                 losses.append(facts.loss)
                 scales.append(update.loss_scale)
             if t == 0 or t == task.steps - 1:
                 states.append(plain(step.strategy.state()))
         return {
-            "launch": rt.launch, "losses": losses, "skipped": skipped, "scales": scales, "begin": begin,
+            "launch": rt.launch, "losses": losses, "skipped": skipped, "scales": scales, "begin": begin, "norms": norms,
             "first": states[0] if states else begin, "last": states[-1] if states else begin,
             "dtypes": sorted(dtypes),
             "average": {} if average is None else arrays(average.model.state_dict()),

@@ -21,7 +21,7 @@ SETTINGS = {
     "views": "crop_scale flip jitter grayscale teacher mean std",
     "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze",
     "train": "global_batch micro_batch epochs batches_per_epoch max_steps views recompute skip_nonfinite optimizer "
-    "learning_rate weight_decay decay_norms schedule warmup_steps ema early_stop_slope early_stop_window "
+    "learning_rate weight_decay decay_norms clip_gradient schedule warmup_steps ema early_stop_slope early_stop_window "
     "checkpoint_every keep_checkpoints evaluate_every evaluate_at",
     "evaluate": "protocol train_split test_split at_end weights probes probe_every",
     "run": "dir seed resume reduction threads timeout trackers",

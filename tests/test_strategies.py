@@ -30,7 +30,8 @@ def single(objective: str = "rkdo") -> dict[str, Any]:
     return train(0, 1, Task("exact", objective=objective))
 
 
-FIRST_STEP = [(strategy, how) for how in ("kept", "recomputed", "labels", "wrong") for strategy in ALL]
+FIRST_STEP = [(strategy, how) for how in ("kept", "recomputed", "labels", "clipped", "wrong") for strategy in ALL]
+CLIP = 0.05  # a small part of the norm of the first gradient
 HANDED_ON = {2: ("zero-3", "zero-1"), 4: ("zero-2", "fast", "zero-3"), 1: ("exact",)}  # world size: five steps each
 
 
@@ -38,7 +39,11 @@ HANDED_ON = {2: ("zero-3", "zero-1"), 4: ("zero-2", "fast", "zero-3"), 1: ("exac
 def on_two_ranks() -> dict[str, Any]:
     """All that two ranks are asked for, in one go: importing DeepSpeed takes longer than the steps."""
     tasks = [
-        Task(s, recompute=how == "recomputed", wrong=how == "wrong", objective="supcon" if how == "labels" else "rkdo")
+        Task(s, clip=CLIP, scale=1024.0)
+        if how == "clipped"
+        else Task(
+            s, recompute=how == "recomputed", wrong=how == "wrong", objective="supcon" if how == "labels" else "rkdo"
+        )
         for s, how in FIRST_STEP
     ]
     poisoned = [Task(s, optimizer="adam", steps=3, poison=(1,)) for s in ZERO]
@@ -71,6 +76,23 @@ def test_the_first_gradient_of_every_parameter_is_that_of_one_process(strategy: 
     assert got["launch"]["reduction"] == ("exact" if strategy == "exact" else "fast")
     for name, value in reference["first"]["model"].items():  # weights and batch norm's statistics
         assert np.allclose(got["first"]["model"][name], value, rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("strategy", ALL)
+def test_clipping_is_the_same_everywhere(strategy: str) -> None:
+    """By the norm over all ranks of the gradient without loss scale, which the step reports."""
+    right, got = gradients(single()), on_two_ranks()[strategy, "clipped"]
+    norm = np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in right.values()))
+    assert norm > 4 * CLIP
+    for how in ("kept", "clipped"):
+        assert abs(on_two_ranks()[strategy, how]["norms"][0] - norm) < 1e-5 * norm
+    clipped = gradients(got)
+    assert (
+        abs(np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in clipped.values())) - CLIP) < 1e-6 * CLIP + 1e-6
+    )
+    for name, gradient in right.items():
+        wanted = gradient * CLIP / (norm + 1e-6)
+        assert np.linalg.norm(clipped[name] - wanted) < 1e-5 * np.linalg.norm(wanted), name
 
 
 @pytest.mark.parametrize("strategy", ALL)
@@ -150,6 +172,7 @@ def test_a_gradient_that_is_not_finite_stops_zero_before_any_weight_changes(stra
     for one in ranks:
         assert [bool(s) for s in one["skipped"]] == [False, True, False]
         assert "the gradient of step 2 is not finite" in one["skipped"][1]
+        assert [norm is None for norm in one["norms"]] == [False, True, False]
     assert all(np.isfinite(a).all() for a in ranks[0]["last"]["model"].values())
     assert float(ranks[0]["last"]["tensors"]["body.4.bias.step"]) == 2
 

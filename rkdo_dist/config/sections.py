@@ -231,6 +231,7 @@ class TrainConfig:
     learning_rate: float = setting(1e-3, "the largest learning rate", above=0)
     weight_decay: float = setting(1e-5, "weight decay", least=0)
     decay_norms: bool = setting(True, "weight decay of biases and norms too (never with lars)")
+    clip_gradient: float | None = setting(None, "largest norm of the gradient of all weights; null: any", above=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "of the learning rate; cosine ends at 0")
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     ema: float | None = setting(

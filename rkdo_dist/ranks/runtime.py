@@ -94,8 +94,9 @@ class Runtime:
         """A context in which backward passes of `wrapped` only accumulate on this rank."""
         return self.accelerator.no_sync(wrapped)
 
-    def sharded(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        """DeepSpeed's engine around `model`, which takes `optimizer` over (collective)."""
+    def sharded(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> Any:
+        """DeepSpeed's engine around `model`, which takes `optimizer` over and clips gradients (collective)."""
+        self.accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = clip or 0.0
         return self.accelerator.prepare(model, optimizer)[0]
 
 
@@ -219,7 +220,7 @@ def _settle_deepspeed(config: dict[str, Any], on_cpu: bool) -> None:
     """Adapt a DeepSpeed configuration so that it computes the same as other strategies, or refuse it.
 
     Micro-batches are the step's own (each is its own backward pass, one `step` ends them), precision is autocast, and
-    nothing clips: Accelerate would clip at 1.0 where the configuration says "auto".
+    `train.clip_gradient` alone clips: Accelerate would clip at 1.0 where the configuration says "auto".
 
     Raises:
         LaunchError: naming the key.
@@ -227,8 +228,8 @@ def _settle_deepspeed(config: dict[str, Any], on_cpu: bool) -> None:
     zero = config["zero_optimization"]
     if config.get("gradient_clipping", "auto") not in ("auto", 0, 0.0):
         raise LaunchError(
-            f"the DeepSpeed configuration clips gradients (gradient_clipping={config['gradient_clipping']}), which no "
-            "other strategy here does: remove it"
+            f"the DeepSpeed configuration clips gradients (gradient_clipping={config['gradient_clipping']}): remove it "
+            "and set train.clip_gradient, which is the same in every strategy"
         )
     if config.get("gradient_accumulation_steps", "auto") not in ("auto", 1):
         raise LaunchError(

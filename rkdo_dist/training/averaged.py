@@ -17,7 +17,15 @@ from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.losses import FieldLoss
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
-from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all, with_graph
+from rkdo_dist.training.strategy import (
+    Exchanged,
+    LossAndGradient,
+    Position,
+    Strategy,
+    norm_of_all,
+    sum_of_all,
+    with_graph,
+)
 
 
 class Averaged(Strategy):
@@ -27,6 +35,7 @@ class Averaged(Strategy):
         encoder, optimizer, runtime: see `Strategy`.
         exchange: how columns travel, "gather" or "ring".
         recompute: whether `backward` gets outputs that are computed when asked for.
+        clip: see `Strategy`.
     """
 
     def __init__(
@@ -36,8 +45,9 @@ class Averaged(Strategy):
         runtime: Runtime,
         exchange: str,
         recompute: bool,
+        clip: float | None = None,
     ) -> None:
-        super().__init__(encoder, optimizer, runtime)
+        super().__init__(encoder, optimizer, runtime, clip)
         self._exchange, self._recompute = exchange, recompute
         self.model = self._wrap(encoder)
 
@@ -81,7 +91,8 @@ class Averaged(Strategy):
     def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
         """The wrapper has averaged gradients already, so a NaN of one rank is everywhere; statistics are summed."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        return Exchanged(self._sum_statistics(statistics), torch.isfinite(sum_of_all(gradients)))
+        finite = torch.isfinite(sum_of_all(gradients))
+        return Exchanged(self._sum_statistics(statistics), finite, norm_of_all(gradients))
 
     def _sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
         statistics = torch.stack(list(lanes)).sum(0)

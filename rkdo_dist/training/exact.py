@@ -18,14 +18,28 @@ from rkdo_dist.field.persistent import Restricted
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
-from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy, sum_of_all, with_graph
+from rkdo_dist.training.strategy import (
+    Exchanged,
+    LossAndGradient,
+    Position,
+    Strategy,
+    norm_of_all,
+    sum_of_all,
+    with_graph,
+)
 
 
 class Exact(Strategy):
     """Per-lane gradients and one tree; see `Strategy`."""
 
-    def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer | None, runtime: Runtime) -> None:
-        super().__init__(encoder, optimizer, runtime)
+    def __init__(
+        self,
+        encoder: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        runtime: Runtime,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__(encoder, optimizer, runtime, clip)
         self.model = encoder
         self._reduce: group.ExactAllReduce | None = None
         self._summed: list[Tensor] = []
@@ -60,17 +74,19 @@ class Exact(Strategy):
 
     def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
         """Sum over ranks, gradients into the vector that the parameters' gradients are views of."""
-        self._sum_gradients()
-        return Exchanged(self._sum_statistics(statistics), torch.isfinite(torch.stack(self._finite)))
+        norm = norm_of_all(self._sum_gradients())
+        return Exchanged(self._sum_statistics(statistics), torch.isfinite(torch.stack(self._finite)), norm)
 
-    def _sum_gradients(self) -> None:
+    def _sum_gradients(self) -> list[Tensor]:
         sizes = [p.numel() for p in self._parameters]
         if self._reduce is None:
             self._reduce = group.ExactAllReduce(sum(sizes), self._parameters[0].detach())
         torch.cat([g.flatten() for g in self._summed], out=self._reduce.vector)
         self._summed = []
-        for parameter, part in zip(self._parameters, self._reduce.reduce().split(sizes), strict=True):
+        parts = self._reduce.reduce().split(sizes)
+        for parameter, part in zip(self._parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
+        return list(parts)
 
     def _sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
         local = group.tree_sum([lane.clone() for lane in lanes])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.exchange import group
-from rkdo_dist.training.strategy import LossAndGradient, Position, Strategy
+from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Facts:
         parts: of the loss (`field.objectives`), means over the global batch.
         not_finite: the first embedding, or the loss, that is not finite, in words; empty if all are.
         gradient_not_finite: the same for gradients.
+        gradient_norm: of the gradient, times the loss scale; None where the strategy learns it in its update.
         stop, replaced, warned, unread: the largest, the sum, and whether any, over ranks (see `Told`).
         digest: SHA-256 (hex) of the lanes' digests in lane order.
     """
@@ -54,6 +55,7 @@ class Facts:
     parts: dict[str, float | None]
     not_finite: str
     gradient_not_finite: str
+    gradient_norm: float | None
     stop: int
     replaced: int
     warned: bool
@@ -62,7 +64,7 @@ class Facts:
 
 
 def gather(
-    strategy: Strategy, embeddings: Tensor, field: LossAndGradient, gradients: Tensor, told: Told, at: Position
+    strategy: Strategy, embeddings: Tensor, field: LossAndGradient, exchanged: Exchanged, told: Told, at: Position
 ) -> Facts:
     """Gather the facts of a step (collective).
 
@@ -70,17 +72,17 @@ def gather(
         strategy: whose order of summation the means of the loss follow.
         embeddings: (lanes,) bool, whether the embeddings of each of this rank's lanes are finite.
         field: the loss of the step.
-        gradients: bool, whether gradients are finite: one for each lane, or a scalar where lanes are not told apart.
+        exchanged: whether gradients are finite, and their norm, which is the same on every rank.
         told: by this rank's host.
         at: the step.
     """
+    gradients = exchanged.finite
     sums = torch.stack([x.double() for x in field.sums.values()], dim=1)
     numbers = torch.cat([x.double().flatten() for x in (embeddings, gradients, sums)])
     words = np.array([told.stop, told.replaced, told.warned, told.unread], dtype=np.int64)
     words = np.concatenate([words, np.frombuffer(told.digests, dtype=np.int64)])
     row = torch.cat([numbers.view(torch.int64), torch.from_numpy(words).to(numbers.device)])
-    table = group.all_gather_rows(row[None]).cpu()
-
+    table, norm = _on_host(group.all_gather_rows(row[None]), exchanged.norm)
     numbers, hosts = table[:, : len(numbers)].view(torch.float64), table[:, len(numbers) :].numpy()
     embeddings_fine, gradients_fine, sums_found = numbers.split(
         [embeddings.numel(), gradients.numel(), sums.numel()], dim=1
@@ -96,12 +98,21 @@ def gather(
         parts=means | field.known,
         not_finite=not_finite,
         gradient_not_finite=_broken("the gradient", gradients_fine, at, lanes=gradients.ndim > 0),
+        gradient_norm=norm,
         stop=int(stop.max()),
         replaced=int(replaced.sum()),
         warned=bool(warned.any()),
         unread=bool(unread.any()),
         digest=hashlib.sha256(hosts[:, 4:].tobytes()).hexdigest(),
     )
+
+
+def _on_host(table: Tensor, norm: Tensor | None) -> tuple[Tensor, float | None]:
+    """Both in one transfer."""
+    if norm is None:
+        return table.cpu(), None
+    words = torch.cat([table.flatten(), norm.double().view(1).view(torch.int64)]).cpu()
+    return words[:-1].view(table.shape), float(words[-1:].view(torch.float64))
 
 
 def _broken(what: str, fine: Tensor, at: Position, lanes: bool) -> str:

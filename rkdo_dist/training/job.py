@@ -82,6 +82,7 @@ class Job:
             recompute=self.config.train.recompute,
             views_together=self.config.train.views == "together",
             exchange="ring" if self.config.run.reduction == "ring" else "gather",
+            clip=self.config.train.clip_gradient,
         )
         self.step = Step(
             self.encoder,
@@ -168,6 +169,7 @@ class Job:
             **({"skipped": update.skipped} if update.skipped else {}),
             **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
             **({"replaced_samples": facts.replaced} if self.config.data.on_corrupt == "skip" else {}),
+            "gradient_norm": update.gradient_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "objective": objective.name,
             "temperature": objective.temperatures[-1],

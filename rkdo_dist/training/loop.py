@@ -68,11 +68,11 @@ def train_step(
     exchanged = strategy.exchange([lane.statistics for lane in embedded])
 
     finite = torch.stack([torch.isfinite(u).all() & torch.isfinite(v).all() for u, v in pairs])
-    facts = facts_of_a_step.gather(strategy, finite, field, exchanged.finite, tell(), at)
+    facts = facts_of_a_step.gather(strategy, finite, field, exchanged, tell(), at)
     if facts.not_finite:
         strategy.discard()
         return facts, Update(facts.not_finite, not_finite=True)
-    update = strategy.update(at, overflow=facts.gradient_not_finite)
+    update = strategy.update(at, facts.gradient_not_finite, facts.gradient_norm)
     if not update.skipped:
         for statistics in exchanged.statistics:  # once, or once per view where views are forwarded apart
             step.statistics.update(statistics)

@@ -40,6 +40,7 @@ class StepSettings:
     recompute: bool
     views_together: bool
     exchange: str
+    clip: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _choose(
     if runtime.zero_stage:
         from rkdo_dist.training.zero import Zero  # imports DeepSpeed
 
-        return Zero(encoder, optimizer, runtime, settings.exchange, settings.recompute)
+        return Zero(encoder, optimizer, runtime, settings.exchange, settings.recompute, settings.clip)
     if settings.reduction == "exact":
-        return Exact(encoder, optimizer, runtime)
-    return Averaged(encoder, optimizer, runtime, settings.exchange, settings.recompute)
+        return Exact(encoder, optimizer, runtime, settings.clip)
+    return Averaged(encoder, optimizer, runtime, settings.exchange, settings.recompute, settings.clip)

@@ -59,10 +59,12 @@ class Exchanged:
     Attributes:
         statistics: batch statistics summed over all lanes of all ranks, one row per forward.
         finite: bool, whether this rank's gradients are: one for each lane, or a scalar where lanes are mixed already.
+        norm: of the global batch's gradient, times the loss scale, a scalar; None where it is not known yet.
     """
 
     statistics: Tensor
     finite: Tensor
+    norm: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +75,13 @@ class Update:
         skipped: why no weight moved; empty when they did.
         not_finite: whether that is a number that is not finite and no loss scale explains.
         loss_scale: what half precision's gradients were multiplied by; None without loss scaling.
+        gradient_norm: Euclidean norm of the gradient of all weights before clipping; None if it is not finite.
     """
 
     skipped: str = ""
     not_finite: bool = False
     loss_scale: float | None = None
+    gradient_norm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Strategy(abc.ABC):
         encoder: images to unit-norm embeddings; the same float32 weights on every rank.
         optimizer: over the encoder's parameters; None leaves the gradient in `.grad` and no weight moves.
         runtime: ranks, device, precision.
+        clip: the largest norm of the gradient; None for any.
 
     Attributes:
         model: what embeds training lanes (the encoder, or a wrapper of it).
@@ -113,8 +118,14 @@ class Strategy(abc.ABC):
     persistent: PersistentField | None = None
     relational: RelationalField | None = None
 
-    def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer | None, runtime: Runtime) -> None:
-        self._encoder, self._optimizer, self._runtime = encoder, optimizer, runtime
+    def __init__(
+        self,
+        encoder: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        runtime: Runtime,
+        clip: float | None = None,
+    ) -> None:
+        self._encoder, self._optimizer, self._runtime, self._clip = encoder, optimizer, runtime, clip
         self._parameters = [p for p in encoder.parameters() if p.requires_grad]
         self._scale = runtime.loss_scale
 
@@ -150,24 +161,28 @@ class Strategy(abc.ABC):
     def mean(self, sums: Tensor) -> Tensor:
         """Means (K,) over the global batch, from what `field` has found on all ranks: (R, K) float64, in rank order."""
 
-    def update(self, at: Position, overflow: str) -> Update:
+    def update(self, at: Position, overflow: str, norm: float | None) -> Update:
         """Move the weights by the gradient in `.grad`, unless it is not finite.
+
+        A gradient whose norm |g| is above `clip` is multiplied by clip / (|g| + 1e-6), as torch and DeepSpeed do.
 
         Args:
             overflow: the gradient that is not finite, in words (of `Facts`); empty if all are.
+            norm: of the gradient as it is in `.grad`, times the loss scale; None if the strategy has not told it.
         """
-        if self._scale is None:
-            if overflow:
-                return Update(overflow, not_finite=True)
-            if self._optimizer is not None:
-                self._optimizer.step()
-            return Update()
+        if overflow and self._scale is None:
+            return Update(overflow, not_finite=True)
+        scale = 1.0 if self._scale is None else self._scale.scale
+        norm = None if norm is None or overflow else norm / scale
         if not overflow:
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self._scale.scale)
+            factor = 1 / scale
+            if self._clip is not None and norm is not None and norm + 1e-6 > self._clip:
+                factor *= self._clip / (norm + 1e-6)
+            if factor != 1:
+                torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], factor)
             if self._optimizer is not None:
                 self._optimizer.step()
-        return self._scaled_update(bool(overflow), at)
+        return Update(gradient_norm=norm) if self._scale is None else self._scaled_update(bool(overflow), at, norm)
 
     def discard(self) -> None:
         """Drop the gradient of a step that is not finite; no weight moves."""
@@ -193,14 +208,15 @@ class Strategy(abc.ABC):
         if self._scale is not None and state:
             self._scale.load(state)
 
-    def _scaled_update(self, overflow: bool, at: Position) -> Update:
+    def _scaled_update(self, overflow: bool, at: Position, norm: float | None) -> Update:
         """Adapt the loss scale after a step."""
         assert self._scale is not None
         scale = self._scale.scale
         self._scale.update(overflow)
         if self._scale.exhausted:
             return Update(f"the gradient of step {at.step + 1} is not finite at any loss scale, now {scale:g}", True)
-        return Update(f"half precision overflowed at loss scale {scale:g}" if overflow else "", loss_scale=scale)
+        why = f"half precision overflowed at loss scale {scale:g}" if overflow else ""
+        return Update(why, loss_scale=scale, gradient_norm=norm)
 
     def _scaled(self, weights: Pair) -> Pair:
         """Embedding gradients times the loss scale: half precision loses small gradients otherwise."""
@@ -213,6 +229,11 @@ def with_graph(outputs: Pair, weights: Pair) -> tuple[list[Tensor], list[Tensor]
     """The embeddings that have a graph (a teacher's keys have none), and what to push through them."""
     kept = [(x, w) for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
     return [x for x, _ in kept], [w for _, w in kept]
+
+
+def norm_of_all(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all elements, a float64 scalar on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).double())
 
 
 def sum_of_all(tensors: Sequence[Tensor]) -> Tensor:

@@ -45,7 +45,7 @@ class Zero(Averaged):
         before = optimizer_to_tensors(optimizer, self._named)
         self._groups = before.groups
         optimizer.state.clear()
-        self._engine = self._runtime.sharded(_Autocast(encoder, self._runtime), optimizer)
+        self._engine = self._runtime.sharded(_Autocast(encoder, self._runtime), optimizer, self._clip)
         assert self._engine.optimizer.optimizer is optimizer, "DeepSpeed has put another optimizer in place of ours"
         self._take_over(before)
         return self._engine
@@ -68,15 +68,17 @@ class Zero(Averaged):
         """Statistics alone: the engine exchanges gradients during the backward pass (2, 3) or in its step (1)."""
         return Exchanged(self._sum_statistics(statistics), torch.ones((), device=self._runtime.device))
 
-    def update(self, at: Position, overflow: str) -> Update:
-        """The engine's step. It leaves the weights alone if the norm of the gradient is not finite on any rank."""
+    def update(self, at: Position, overflow: str, norm: float | None) -> Update:
+        """The engine's step, which knows the norm of the gradient and clips it. It leaves the weights alone if the norm
+        is not finite on any rank."""
         self._engine.step()
         overflowed = bool(self._engine.optimizer.overflow)
+        norm = None if overflowed else float(self._engine.get_global_grad_norm())
         if self._scale is not None:
-            return self._scaled_update(overflowed, at)
+            return self._scaled_update(overflowed, at, norm)
         if overflowed:
             return Update(f"the gradient of step {at.step + 1} is not finite", not_finite=True)
-        return Update()
+        return Update(gradient_norm=norm)
 
     def discard(self) -> None:
         """The engine detects this by itself, and drops what it has accumulated."""
