@@ -227,7 +227,7 @@ def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Opti
         groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0})
     return _OPTIMIZERS[train.optimizer](
         [group for group in groups if group["params"]],
-        lr=train.learning_rate,
+        lr=train.peak_rate,
         weight_decay=train.weight_decay,
         **options,
     )

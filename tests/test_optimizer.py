@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from rkdo_dist import parts
 from rkdo_dist.checkpoint import optimizer_to_tensors, tensors_to_optimizer
 from rkdo_dist.config import ConfigError
 from rkdo_dist.lars import LARS
+from tests.jobs import command, metrics, run_of
 from tests.nets import tiny_vit
 from tests.test_step import SmallEncoder
 
@@ -138,3 +141,22 @@ def test_lars_is_refused_where_weights_are_flat_shards(stage: int) -> None:
         ConfigError, match=r"train\.optimizer=lars needs the norm of every weight, and DeepSpeed's ZeRO"
     ):
         configuration.check_strategy(config, stage)
+
+
+# --- the learning rate ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("how", "rate"), [("none", 0.3), ("linear", 1.2), ("sqrt", 0.6)])
+def test_the_rate_is_scaled_with_the_batch_and_warms_up_in_epochs(how: str, rate: float, small: list[str]) -> None:
+    words = ["train.global_batch=1024", "train.learning_rate=0.3", f"train.scale_lr={how}"]
+    config = configuration.change(configuration.Config(), words)
+    assert abs(config.train.peak_rate - rate) < 1e-12
+    scaled = 0.3 * {"none": 1.0, "linear": 0.125, "sqrt": 0.125**0.5}[how]  # a global batch of 32
+    arguments = [*small, "train.learning_rate=0.3", "train.optimizer=sgd", f"train.scale_lr={how}"]
+    code, text = command([*arguments, "train.epochs=2", "train.batches_per_epoch=2", "train.warmup_epochs=1.5"])
+    assert code == 0, text
+    rates = [record["learning_rate"] for record in metrics(run_of(small))]
+    assert np.allclose(rates, np.array([1 / 3, 2 / 3, 1, 1]) * scaled, rtol=1e-12)
+    facts = json.loads((run_of(small) / "environment.json").read_text())
+    assert abs(facts["peak_learning_rate"] - scaled) < 1e-12
+    assert (f"learning rate {scaled:g}: train.learning_rate=0.3 for 256 samples" in text) == (how != "none")

@@ -21,8 +21,8 @@ SETTINGS = {
     "views": "crop_scale flip jitter grayscale teacher mean std",
     "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze",
     "train": "global_batch micro_batch epochs batches_per_epoch max_steps views recompute skip_nonfinite optimizer "
-    "learning_rate weight_decay decay_norms clip_gradient schedule warmup_steps ema early_stop_slope early_stop_window "
-    "checkpoint_every keep_checkpoints evaluate_every evaluate_at",
+    "learning_rate scale_lr weight_decay decay_norms clip_gradient schedule warmup_steps warmup_epochs ema "
+    "early_stop_slope early_stop_window checkpoint_every keep_checkpoints evaluate_every evaluate_at",
     "evaluate": "protocol train_split test_split at_end weights probes probe_every",
     "run": "dir seed resume reduction threads timeout trackers",
 }
@@ -69,6 +69,8 @@ def test_the_command_line_finds_settings_by_name_and_by_what_they_do() -> None:
 @pytest.mark.parametrize(("words", "both"), [
     ("train.global_batch=100 train.micro_batch=64", ["train.global_batch=100", "train.micro_batch=64"]),
     ("field.coupling_start_epoch=11 train.epochs=10", ["field.coupling_start_epoch", "11", "train.epochs=10"]),
+    ("train.warmup_steps=5 train.warmup_epochs=1", ["train.warmup_steps=5", "train.warmup_epochs=1"]),
+    ("train.warmup_epochs=11 train.epochs=10", ["train.warmup_epochs", "11", "train.epochs=10"]),
     ("train.evaluate_at=[1,11] train.epochs=10", ["train.evaluate_at", "11", "train.epochs=10"]),
     ("run.dir=runs/a run.resume=runs/a", ["run.resume=runs/a", "run.dir", "run.resume=auto"]),
     ("field.recursion=persistent field.objective=icon", ["field.recursion=persistent", "field.objective=icon"]),

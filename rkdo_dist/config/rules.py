@@ -23,6 +23,16 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"field.coupling_start_epoch must lie in [0, train.epochs={train.epochs}], got {field.coupling_start_epoch}"
         )
+    if train.warmup_epochs is not None:
+        if train.warmup_steps:
+            raise ConfigError(
+                f"train.warmup_steps={train.warmup_steps} and train.warmup_epochs={train.warmup_epochs} both say how "
+                "long the warm-up is: set one of them"
+            )
+        if train.warmup_epochs > train.epochs:
+            raise ConfigError(
+                f"train.warmup_epochs must lie in [0, train.epochs={train.epochs}], got {train.warmup_epochs}"
+            )
     late = [epoch for epoch in train.evaluate_at if epoch > train.epochs]
     if late:
         raise ConfigError(f"train.evaluate_at must hold epochs from 1 to train.epochs={train.epochs}, got {late[0]}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -229,11 +230,15 @@ class TrainConfig:
         "adam", "the optimizer (sgd and lars have momentum 0.9, lars the trust coefficient 0.001)"
     )
     learning_rate: float = setting(1e-3, "the largest learning rate", above=0)
+    scale_lr: Literal["none", "linear", "sqrt"] = setting(
+        "none", "multiply train.learning_rate by train.global_batch / 256, or by its square root"
+    )
     weight_decay: float = setting(1e-5, "weight decay", least=0)
     decay_norms: bool = setting(True, "weight decay of biases and norms too (never with lars)")
     clip_gradient: float | None = setting(None, "largest norm of the gradient of all weights; null: any", above=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "of the learning rate; cosine ends at 0")
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
+    warmup_epochs: float | None = setting(None, "the same in epochs, instead of train.warmup_steps", least=0)
     ema: float | None = setting(
         None, "decay of a moving average of the weights, kept beside the trained ones; null: none", least=0, most=1
     )
@@ -252,6 +257,12 @@ class TrainConfig:
     def lanes(self) -> int:
         """Micro-batches in a global batch (L)."""
         return self.global_batch // self.micro_batch
+
+    @property
+    def peak_rate(self) -> float:
+        """The largest learning rate in effect: `learning_rate`, scaled with the batch as `scale_lr` says."""
+        share = self.global_batch / 256
+        return self.learning_rate * {"none": 1.0, "linear": share, "sqrt": math.sqrt(share)}[self.scale_lr]
 
 
 @dataclasses.dataclass(frozen=True)

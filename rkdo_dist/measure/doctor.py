@@ -150,6 +150,7 @@ def _run_table(config: Config, index: ShardIndex, shape: wire.StepShape) -> Tabl
     table.add_row("encoder", f"{config.encoder.backbone}, {shape.parameters:,} parameters, d = {shape.dimension}")
     table.add_row("step", f"{shape.batch} pairs = {shape.lanes} lanes of {shape.micro_batch}; {shape.rows} per process")
     table.add_row("memory policy", "embed again (recompute)" if train.recompute else "keep activations")
+    table.add_row("optimizer", f"{train.optimizer}, learning rate {train.peak_rate:g} at most")
     table.add_row("length", f"{total} steps, {steps} an epoch")
     table.add_row("run.dir", config.run.dir or "not set (runs/NAME-DATE-TIME)")
     return table

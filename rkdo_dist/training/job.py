@@ -140,7 +140,9 @@ class Job:
     def set_learning_rate(self, step: int) -> None:
         """Set the learning rate of a step, a function of the step alone."""
         train = self.config.train
-        rate = learning_rate(train.schedule, train.learning_rate, step, self.total_steps, train.warmup_steps)
+        epochs = train.warmup_epochs
+        warmup = train.warmup_steps if epochs is None else round(epochs * self.steps_per_epoch)
+        rate = learning_rate(train.schedule, train.peak_rate, step, self.total_steps, warmup)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
 

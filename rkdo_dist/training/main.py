@@ -160,6 +160,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
             **rt.launch,
             "threads": config.run.threads,
             "image_size": job.views.size,
+            "peak_learning_rate": config.train.peak_rate,
             "code": code_digest(),
             "started_at_step": job.position,
             "callbacks": [callbacks.name_of(one) for one in given.callbacks],
@@ -199,6 +200,12 @@ def _remarks(job: Job, plan: EvaluationPlan, config: Config) -> list[str]:
     rt, before, lines = job.runtime, job.launch_before, [*job.index.notes]
     if plan.note is not None:
         lines.append(plan.note)
+    train = config.train
+    if train.scale_lr != "none":
+        lines.append(
+            f"learning rate {train.peak_rate:g}: train.learning_rate={train.learning_rate:g} for 256 samples, "
+            f"train.scale_lr={train.scale_lr} for train.global_batch={train.global_batch}"
+        )
     if rt.reduction != config.run.reduction:
         lines.append(
             f"{rt.strategy} (DeepSpeed) sums gradients in its own order, so run.reduction={rt.reduction} is in effect: "
