@@ -36,7 +36,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 def small_run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """A run of a backbone that no library has."""
     path = tmp_path_factory.mktemp("small") / "run"
-    trained(path, digits, "encoder.backbone=cifar_resnet8", "data.image_size=null")
+    channels = ("views.mean=[0.4,0.5,0.6]", "views.std=[0.2,0.3,0.4]")
+    trained(path, digits, "encoder.backbone=cifar_resnet8", "data.image_size=null", *channels)
     return path
 
 
@@ -100,6 +101,16 @@ def test_the_size_of_images_is_known_without_the_data(small_run: Path, tmp_path:
     settings = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"(?m)^  source: .*$", "  source: gone", settings))
     assert rkdo_dist.load_encoder(run).transform.size == 8
+
+
+def test_mean_and_std_of_each_channel_go_with_the_encoder(small_run: Path, pictures: Path, tmp_path: Path) -> None:
+    encoder = rkdo_dist.load_encoder(small_run)
+    encoder.save_pretrained(tmp_path / "saved")
+    images = torch.full((1, 3, 8, 8), 51, dtype=torch.uint8)  # 0.2
+    right = (0.2 - torch.tensor([0.4, 0.5, 0.6])) / torch.tensor([0.2, 0.3, 0.4])
+    for one in (encoder, rkdo_dist.load_encoder(tmp_path / "saved")):
+        assert torch.allclose(one.transform.plain(images)[0, :, 0, 0], right, atol=1e-6)
+    assert "mean [0.4, 0.5, 0.6], std [0.2, 0.3, 0.4]" in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_loading_draws_nothing_from_the_callers_generator(run: Path) -> None:

@@ -18,7 +18,7 @@ SETTINGS = {
     "teacher_temperature neighbours mutual confidence stored store depth coupling coupling_schedule coupling_end "
     "coupling_start_epoch temperature cooling clock pairing supervisor_grad debias switch_to switch_at",
     "data": "source shards allow_remote split image_size shuffle_buffer workers on_corrupt",
-    "views": "crop_scale flip jitter grayscale teacher mean std",
+    "views": "crop_scale flip jitter grayscale blur solarize teacher mean std",
     "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze",
     "train": "global_batch micro_batch epochs batches_per_epoch max_steps views recompute skip_nonfinite optimizer "
     "learning_rate scale_lr weight_decay decay_norms clip_gradient schedule warmup_steps warmup_epochs ema "

@@ -69,6 +69,42 @@ def test_pixels_are_those_of_torchvision(height: int, width: int, size: int) -> 
     torch.testing.assert_close(views(images, torch.arange(40), 1, 2, 0), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [1, 2, 8, 32, 64])
+def test_blur_and_solarization_are_those_of_torchvision(size: int) -> None:
+    images, ids = pictures(40, 40, 36), torch.arange(40)
+    views = Views(size, blur=0.5, solarize=0.5, mean=(0.1, 0.4, 0.5), std=(0.7, 1.0, 0.3))
+    draws = views.draw(np.arange(40), seed=1, epoch=2, view=0, height=40, width=36)
+    plain = Views(size, mean=0.0, std=1.0)(images, ids, 1, 2, 0)  # the draws of all else are as they were
+    kernel = [2 * min(max(1, size // 20), size - 1) + 1] * 2
+    rows = []
+    for k, row in enumerate(plain):
+        row = F.gaussian_blur(row, kernel, [float(draws.sigmas[k])] * 2) if draws.blur[k] else row
+        rows.append(F.solarize(row, 128 / 255) if draws.solarize[k] else row)
+    assert 8 < draws.blur.sum() < 32
+    assert 8 < (draws.blur & draws.solarize).sum() + (~draws.blur & ~draws.solarize).sum() < 32
+    expected = F.normalize(torch.stack(rows), [0.1, 0.4, 0.5], [0.7, 1.0, 0.3])
+    got = views(images, ids, 1, 2, 0)
+    off = (got - expected).abs().amax((1, 2, 3))  # a pixel at 128 may be inverted or not, by the last bit
+    assert (off < 1e-5).sum() >= 39
+    if size > 1:
+        assert (plain - torch.stack(rows)).abs().max() > 0.1
+    if size == 32:
+        centre = F.resize(F.center_crop(images.float() / 255, [36, 36]), [32, 32], antialias=True)
+        normalised = F.normalize(centre, [0.1, 0.4, 0.5], [0.7, 1.0, 0.3])
+        torch.testing.assert_close(views.plain(images), normalised, atol=2e-5, rtol=0)
+
+
+def test_blur_and_solarization_are_drawn_as_asked_for_each_view() -> None:
+    views, count = Views(8, blur=(1.0, 0.1), solarize=(0.0, 0.2)), 6000
+    first, second = (views.draw(np.arange(count), 3, 0, view, 8, 8) for view in (0, 1))
+    assert first.blur.all()
+    assert not first.solarize.any()
+    for chosen, probability in ((second.blur, 0.1), (second.solarize, 0.2), (second.blur & second.solarize, 0.02)):
+        assert stats.binomtest(int(chosen.sum()), count, probability).pvalue > 1e-3
+    assert stats.kstest(first.sigmas, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
+    assert (Views(8).draw(np.arange(count), 3, 0, 1, 8, 8).boxes == second.boxes).all()
+
+
 def test_both_ways_of_resizing_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(24, 40, 56)
     draws = Views(30).draw(np.arange(24), 0, 0, 0, 40, 56)
@@ -78,7 +114,8 @@ def test_both_ways_of_resizing_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_view_belongs_to_seed_epoch_sample_and_view_alone() -> None:
-    images, ids, views = pictures(64, 32, 32), torch.arange(64) * 977, Views(24)
+    images, ids = pictures(64, 32, 32), torch.arange(64) * 977
+    views = Views(24, blur=0.5, solarize=0.2, mean=(0.4, 0.5, 0.6))
     expected = views(images, ids, 5, 3, 1)
     assert torch.equal(expected, views(images, ids, 5, 3, 1))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
@@ -205,7 +242,9 @@ def test_plain_is_the_resized_central_square() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     for bad in ({"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.5, 0.2)}, {"flip": 1.5}, {"jitter": (0, 0, 0, 0.6)},
-                {"jitter": (-1, 0, 0, 0)}, {"size": 0}, {"std": 0.0}, {"grayscale": float("nan")}):  # fmt: skip
+                {"jitter": (-1, 0, 0, 0)}, {"size": 0}, {"std": 0.0}, {"grayscale": float("nan")}, {"blur": 1.5},
+                {"blur": (0.1, 0.2, 0.3)}, {"solarize": (0.1, -1.0)}, {"mean": (0.5, 0.5)}, {"std": (1.0, 0.0, 1.0)},
+                {"mean": (0.5, 0.5, float("inf"))}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))):
             Views(**{"size": 8, **bad})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"images must be uint8 \(m, 3, H, W\), got torch.float32"):

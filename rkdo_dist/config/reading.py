@@ -233,7 +233,9 @@ def _coerce(key: str, kind: Any, value: Any) -> Any:
             raise ConfigError(_unknown(f"value {value!r} for {key}", str(value), [str(o) for o in options]))
         return value
     if origin in (types.UnionType, typing.Union):
-        kinds = [o for o in options if o is not type(None)]
+        several = isinstance(value, list | tuple)
+        kinds = [o for o in options if o is not type(None) and (typing.get_origin(o) is tuple) == several]
+        kinds = kinds or [o for o in options if o is not type(None)]
         return None if value is None else _coerce(key, type(value) if type(value) in kinds else kinds[-1], value)
     if origin is tuple and Ellipsis in options:
         if not isinstance(value, Sequence) or isinstance(value, str):

@@ -183,13 +183,19 @@ class ViewsConfig:
         (0.4, 0.4, 0.4, 0.1), "strength of brightness, contrast, saturation and hue", "at least 0, hue at most 0.5"
     )
     grayscale: float = setting(0.2, "probability of a grey image", "in [0, 1]")
+    blur: float | tuple[float, ...] = setting(
+        0.0, "probability of a Gaussian blur, or one for each of the two views", "in [0, 1]"
+    )
+    solarize: float | tuple[float, ...] = setting(
+        0.0, "probability that bright pixels are inverted, or one for each of the two views", "in [0, 1]"
+    )
     teacher: Literal["strong", "weak", "plain"] | None = setting(
         None,
         "what a teacher (field.teacher) sees: a view like the others, crop and flip alone, or the central square; "
         "null: the objective's own (sce, ressl weak; co2 strong)",
     )
-    mean: float = setting(0.5, "what is subtracted from pixels in [0, 1]")
-    std: float = setting(0.5, "what pixels are divided by", "above 0")
+    mean: float | tuple[float, ...] = setting(0.5, "what is subtracted from pixels in [0, 1], or one for each channel")
+    std: float | tuple[float, ...] = setting(0.5, "what pixels are divided by, or one for each channel", "above 0")
 
 
 @dataclasses.dataclass(frozen=True)

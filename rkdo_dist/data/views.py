@@ -4,8 +4,9 @@ The draws for a sample are a pure function of (seed, epoch, sample id, view), ma
 arithmetic that is the same everywhere. So a view does not depend on the rank, the worker, the other
 samples of the batch or a restart. What is done to the pixels is what torchvision's v2 transforms do, with
 the same distributions: random resized crop (antialiased bilinear), horizontal flip, colour jitter in
-random order, grayscale, normalisation. torchvision and others draw once for a whole batch or handle sample
-after sample; here every operation handles the batch at once, with different parameters for each sample.
+random order, grayscale, Gaussian blur, solarization, normalisation. torchvision and others draw once
+for a whole batch or handle sample after sample; here every operation handles the batch at once, with
+different parameters for each sample.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from rkdo_dist.data.order import GOLDEN, finalised, hash64
 _STREAM_VIEWS = 16  # keeps these draws apart from those of `order`
 _TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
-_DRAWS = 2 * _TRIES + 14
+_DRAWS = 2 * _TRIES + 16
+_SIGMAS = (0.1, 2.0)  # of the blur, in pixels (SimCLR, appendix A)
+_SOLAR = 128 / 255  # pixels from here on are inverted (BYOL, appendix B)
 _LUMA = (0.2989, 0.587, 0.114)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _CACHED = 1 << 19  # numbers worked on at a time on a CPU
@@ -37,7 +40,8 @@ class Draws:
 
     Attributes:
         boxes: (m, 4) top, left, height, width of the crop, in pixels.
-        flip, jitter, grayscale: (m,) whether it is applied.
+        flip, jitter, grayscale, blur, solarize: (m,) whether it is applied.
+        sigmas: (m,) of the blur, in pixels.
         factors: (m, 4) of brightness, contrast, saturation and hue.
         order: (m, 4) the four jitter operations in the order of their application.
     """
@@ -48,6 +52,9 @@ class Draws:
     factors: np.ndarray
     order: np.ndarray
     grayscale: np.ndarray
+    blur: np.ndarray
+    sigmas: np.ndarray
+    solarize: np.ndarray
 
     def rows(self, some: slice) -> Draws:
         """The draws of some of the images."""
@@ -76,7 +83,10 @@ class Views:
         flip, jitter_probability, grayscale: probabilities.
         jitter: (brightness, contrast, saturation, hue): factors are drawn from 1 +- the value (not below
             0), hue shifts from +- the value (at most 0.5, a full turn is 1).
-        mean, std: of the normalisation, after pixels are brought to [0, 1].
+        blur: probability of a Gaussian blur, or one for each view; its standard deviation is uniform in [0.1, 2]
+            pixels, its kernel about a tenth of the side (SimCLR, appendix A).
+        solarize: probability that pixels of 128 and more are inverted, or one for each view (BYOL, appendix B).
+        mean, std: of the normalisation, after pixels are brought to [0, 1]; numbers, or one for each channel.
 
     Raises:
         ValueError: for a value out of its range.
@@ -88,23 +98,34 @@ class Views:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_probability: float = 0.8
     grayscale: float = 0.2
-    mean: float = 0.5
-    std: float = 0.5
+    blur: float | tuple[float, ...] = 0.0
+    solarize: float | tuple[float, ...] = 0.0
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
-        if not 0 < self.std < math.inf:
+        for name, count, what in (
+            ("mean", 3, "channel"),
+            ("std", 3, "channel"),
+            ("blur", 2, "view"),
+            ("solarize", 2, "view"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != count:
+                raise ValueError(f"{name} must be one number or {count}, one for each {what}, got {list(value)}")
+        if not all(0 < value < math.inf for value in _listed(self.std)):
             raise ValueError(f"std must be above 0, got {self.std}")
-        if not math.isfinite(self.mean):
+        if not all(math.isfinite(value) for value in _listed(self.mean)):
             raise ValueError(f"mean must be a finite number, got {self.mean}")
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}")
         if any(not 0 <= value < math.inf for value in self.jitter) or self.jitter[3] > 0.5:
             raise ValueError(f"jitter must not be negative, and hue at most 0.5, got {self.jitter}")
-        for name in ("flip", "jitter_probability", "grayscale"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("flip", "jitter_probability", "grayscale", "blur", "solarize"):
+            if not all(0 <= value <= 1 for value in _listed(getattr(self, name))):
                 raise ValueError(f"{name} must be a probability, got {getattr(self, name)}")
 
     def __call__(self, images: Tensor, ids: Tensor, seed: int, epoch: int, view: int) -> Tensor:
@@ -141,6 +162,9 @@ class Views:
             factors=low + (high - low) * rest[:, 4:8],
             order=np.argsort(rest[:, 8:12], axis=1),
             grayscale=rest[:, 12] < self.grayscale,
+            blur=rest[:, 13] < _listed(self.blur)[view % len(_listed(self.blur))],
+            sigmas=_SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * rest[:, 14],
+            solarize=rest[:, 15] < _listed(self.solarize)[view % len(_listed(self.solarize))],
         )
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
@@ -159,7 +183,20 @@ class Views:
         if any(self.jitter):
             color_jitter(pixels, draws, hue=self.jitter[_HUE] > 0)
         _on_rows(pixels, draws.grayscale, lambda some, _: _luma(some).expand_as(some))
-        return pixels.sub_(self.mean).div_(self.std)
+        sigmas = torch.as_tensor(draws.sigmas, dtype=torch.float32).to(pixels.device, non_blocking=True)
+        _on_rows(pixels, draws.blur, lambda some, rows: gaussian_blur(some, sigmas[rows]))
+        _on_rows(pixels, draws.solarize, lambda some, _: torch.where(some >= _SOLAR, 1 - some, some))
+        return self._normalised(pixels)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """In place."""
+        mean, std = (
+            torch.tensor(value, dtype=torch.float32, device=pixels.device)[:, None, None]
+            if isinstance(value, tuple)
+            else value
+            for value in (self.mean, self.std)
+        )
+        return pixels.sub_(mean).div_(std)
 
     def weak(self) -> Views:
         """Those with the same crops and flips and no change of colour."""
@@ -179,7 +216,11 @@ class Views:
             pixels = images[:, :, box[0] : box[0] + side, box[1] : box[1] + side].float().div_(255)
         else:
             pixels = resized_crop(images, np.tile(box, (count, 1)), np.zeros(count, dtype=bool), self.size)
-        return pixels.sub_(self.mean).div_(self.std)
+        return self._normalised(pixels)
+
+
+def _listed(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _check(images: Tensor, ids: Tensor | None) -> None:
@@ -293,6 +334,28 @@ def color_jitter(pixels: Tensor, draws: Draws, hue: bool = True) -> None:
                 draws.jitter & (operation == _HUE),
                 lambda some, rows: _turn_hue(some, factors[rows, _HUE]),
             )
+
+
+def gaussian_blur(pixels: Tensor, sigmas: Tensor) -> Tensor:
+    """Blur each image by itself, as torchvision's gaussian_blur: separable, reflected at the edges.
+
+    Blurring is linear, so it is two batched products with a (size, size) matrix for each sample.
+
+    Args:
+        pixels: float32 (n, 3, size, size).
+        sigmas: (n,) standard deviations in pixels, on the same device. The kernel has 2 (size // 20) + 1 taps, but not
+            fewer than 3 where there are pixels for them.
+    """
+    size = pixels.shape[-1]
+    radius = min(max(1, size // 20), size - 1)
+    offsets = torch.arange(-radius, radius + 1, device=pixels.device)
+    taps = (-0.5 * (offsets / sigmas[:, None]).square()).exp_()
+    taps.div_(taps.sum(dim=1, keepdim=True))
+    places = (torch.arange(size, device=pixels.device)[:, None] + offsets).abs_()
+    places = (size - 1 - (size - 1 - places).abs()).expand(len(pixels), size, len(offsets))
+    matrix = pixels.new_zeros(len(pixels), size, size)
+    matrix.scatter_add_(2, places, taps[:, None].expand_as(places))
+    return torch.matmul(torch.matmul(matrix[:, None], pixels), matrix[:, None].transpose(2, 3))
 
 
 def _on_rows(pixels: Tensor, chosen: np.ndarray, change: Callable[[Tensor, Tensor], Tensor]) -> None:

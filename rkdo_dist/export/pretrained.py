@@ -187,8 +187,7 @@ def _about(run: RunDirectory, config: Config, found: checkpoint.Checkpoint, weig
         "encoder": {name: getattr(config.encoder, name) for name in _ENCODER},
         "transform": {
             "size": _image_size(run, config),
-            "mean": config.views.mean,
-            "std": config.views.std,
+            **{k: list(v) if isinstance(v := getattr(config.views, k), tuple) else v for k in ("mean", "std")},
             "resize": "the shorter side to size, bilinear with antialiasing; then the central square",
             "pixels": "RGB in [0, 1], minus mean, divided by std",
         },
