@@ -1,0 +1,59 @@
+"""Published recipes: each loads, is in range, says where it comes from, and trains; the whole of a recipe on any ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rkdo_dist import config as configuration
+from rkdo_dist import parts
+from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+# Two steps of any of them in a second: another network and other images, a hundredth of the batch.
+TINY = ["encoder.backbone=cifar_resnet8", "encoder.stem=imagenet", "encoder.embedding_dim=16", "data.image_size=null",
+        "train.global_batch=16", "train.micro_batch=8", "train.epochs=20", "train.batches_per_epoch=1",
+        "train.max_steps=2", "evaluate.at_end=false", "data.workers=0"]  # fmt: skip
+
+
+def test_all_of_them_are_here() -> None:
+    assert [path.stem for path in RECIPES] == ["rkdo", "simclr", "supcon"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_says_its_source_and_trains(path: Path, digits: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    for words in ("arXiv", "# Source: ", "# What differs: "):
+        assert words in text, words
+    config = configuration.load(path)
+    parts.check(config)
+    configuration.check_world(config, 2)
+    assert config.run.dir == f"runs/recipes/{path.stem}"
+    words = [*TINY, f"data.shards={digits}", f"run.dir={tmp_path / 'run'}"]
+    code, told = command(["train", str(path), *words])
+    assert code == 0, told
+    records = metrics(tmp_path / "run")
+    assert len(records) == 2
+    assert all(np.isfinite([record["loss"], record["gradient_norm"]]).all() for record in records)
+
+
+EVERYTHING = ["train.optimizer=lars", "train.learning_rate=0.3", "train.scale_lr=sqrt", "train.warmup_epochs=0.5",
+              "train.clip_gradient=0.01", "train.ema=0.9", "views.blur=[1.0,0.1]", "views.solarize=[0.0,0.2]",
+              "views.mean=[0.4,0.5,0.6]", "train.keep_checkpoints=9"]  # fmt: skip
+
+
+def test_a_whole_recipe_has_the_same_bits_on_any_ranks_and_after_a_stop(small: list[str], tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    words = [*small, *EVERYTHING]
+    code, text = command([*words, f"run.dir={one}"])
+    assert code == 0, text
+    words += [f"run.dir={other}", "run.resume=auto"]
+    assert [code for code, _ in on_ranks(2, [*words, "train.max_steps=2"])] == [0, 0]
+    assert [code for code, _ in on_ranks(4, words)] == [0] * 4
+    assert fingerprint(one, 6) == fingerprint(other, 6)
+    assert metrics(one) == metrics(other)
+    assert all(record["gradient_norm"] > 0.01 for record in metrics(one))  # every step was clipped
+    assert run_of(words) == other
