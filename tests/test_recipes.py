@@ -1,4 +1,4 @@
-"""Published recipes: each loads, is in range, says where it comes from, and trains; the whole of a recipe on any ranks."""
+"""Published recipes: each loads, says its source and trains; a whole recipe has the same bits on any ranks."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ class Views:
 
     def weak(self) -> Views:
         """Those with the same crops and flips and no change of colour."""
-        return replace(self, jitter=(0, 0, 0, 0), grayscale=0)
+        return replace(self, jitter=(0, 0, 0, 0), grayscale=0, blur=0, solarize=0)
 
     def plain(self, images: Tensor) -> Tensor:
         """Without randomness: the central square resized to `size`, normalised; float32 (m, 3, size, size).
