@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 from pathlib import Path
 
 TEMPORARY = ".tmp"  # ends the name of everything that is not complete yet
@@ -43,6 +44,25 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         sync_directory(target.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+def read_regular(path: str | os.PathLike[str], limit: int = 64 << 20) -> bytes:
+    """The content of a regular file: a pipe or a device, which may never end, is not waited for.
+
+    Raises:
+        OSError: from the file system; for anything that is no regular file, or has more than `limit` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return content
 
 
 def write_synced(path: str | os.PathLike[str], content: bytes | memoryview) -> None:

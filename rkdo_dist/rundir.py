@@ -27,7 +27,7 @@ from typing import Any
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.addresses import shown
-from rkdo_dist.files import write_atomic
+from rkdo_dist.files import read_regular, write_atomic
 from rkdo_dist.history import History
 from rkdo_dist.lock import DirectoryLock
 
@@ -344,7 +344,7 @@ def read_object(path: Path) -> dict[str, Any]:
         OSError: if it cannot be read.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):

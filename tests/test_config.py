@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,41 @@ def test_exact_reduction_needs_a_power_of_two(file: Path) -> None:
     with pytest.raises(c.ConfigError, match="power of two"):
         c.check_world(c.load(file, twelve), 3)
     c.check_world(c.load(file, [*twelve, "run.reduction=fast"]), 3)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "more than 10000 values"),
+        (BOMB + "train: {epochs: *i}\n", "more than 10000 values"),
+        ("train: &t {epochs: *t}\n", "more than 10000 values"),
+        ("train: {epochs: " + "[" * 3000 + "]" * 3000 + "}\n", "nested too deeply"),
+        ("# " + "x" * (1 << 20), "more than 1048576 bytes"),
+    ],
+    ids=["bomb", "bomb in a section", "recursive", "nested", "long"],
+)
+def test_a_configuration_that_would_fill_the_memory_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(c.ConfigError, match=said) as error:
+        c.load(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_aliases_within_reason_are_followed(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {epochs: &n 3, evaluate_at: [1, *n]}\n")
+    assert c.load(path).train.evaluate_at == (1, 3)
+
+
+def test_a_pipe_or_a_device_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.yaml")
+    for path in (tmp_path / "c.yaml", Path("/dev/zero")):
+        with pytest.raises(c.ConfigError, match=f"cannot read the configuration {path}: it is a pipe or a device"):
+            c.load(path)

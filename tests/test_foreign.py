@@ -48,6 +48,13 @@ def test_anybodys_shards_can_be_indexed(tmp_path: Path) -> None:
         index_shards(root, classes=["a", "b"])
 
 
+def test_one_wrong_label_does_not_make_a_billion_classes(tmp_path: Path) -> None:
+    members = [("a.jpg", picture(1)), ("a.cls", b"999999999")]
+    (tmp_path / "train.tar").write_bytes(shard_of(members))
+    with pytest.raises(DataError, match=r"train.tar.*a.* says class 999999999; more than 1000000 classes are refused"):
+        index_shards(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,9 @@ def test_labels_are_small_numbers() -> None:
             parse_label(text, 10, "x")
     with pytest.raises(DataError, match="class 10, but the index has 10"):
         parse_label(b"10", 10, "x")
+
+
+def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "index.json")
+    with pytest.raises(DataError, match=r"index\.json: it is a pipe or a device"):
+        load_index(tmp_path)

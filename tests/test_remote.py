@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import shutil
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -134,6 +135,31 @@ def test_broken_transfers_go_on_where_they_stopped(server: Server, folder: Path,
     assert len(starts) == 3
     assert starts[0] is None
     assert starts[1] is not None
+
+
+@pytest.mark.parametrize("part", ["header", "body"])
+def test_a_server_that_drips_does_not_hold_a_job(server: Server, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT", 0.4)
+    monkeypatch.setattr(remote, "TRIES", 2)
+    sent: list[int] = []
+
+    def drip(handler: Any, number: int) -> bool:
+        if part == "body":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "100000")
+            handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(400):  # each byte in time, the whole after hours
+                handler.wfile.write(b"x")
+                handler.wfile.flush()
+                sent.append(1)
+                time.sleep(0.05)
+        return True
+
+    server.rule = drip
+    with pytest.raises(DataError, match=r"index.json after 2 tries: it sent \d+ bytes in 0.4 s, fewer than 16384"):
+        load_index(server.url)
+    assert len(sent) < 400  # of 800 that it would have sent
 
 
 def test_servers_that_are_busy_are_asked_again(server: Server, folder: Path) -> None:

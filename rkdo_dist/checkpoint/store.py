@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rkdo_dist.checkpoint.optimizer import OptimizerState
-from rkdo_dist.files import TEMPORARY, sha256_of, sync_directory, sync_file, write_atomic, write_synced
+from rkdo_dist.files import TEMPORARY, read_regular, sha256_of, sync_directory, sync_file, write_atomic, write_synced
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -341,7 +341,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     root = Path(path)
     manifest = verify(root)
     try:
-        state = json.loads((root / STATE).read_bytes())
+        state = json.loads(read_regular(root / STATE))
         model = _read_tensors(root / MODEL)
         optimizer = None
         if OPTIMIZER in manifest["files"]:
@@ -442,9 +442,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         CheckpointError: if it is missing, has changed, or is of another version.
     """
     try:
-        if (root / MANIFEST).stat().st_size > _LONGEST:
-            raise ValueError("too long")
-        content = (root / MANIFEST).read_bytes()
+        content = read_regular(root / MANIFEST, _LONGEST)
         manifest = json.loads(content)
         digest = manifest.pop("sha256")
         whole = _signed(manifest) == content and len(digest) == 64

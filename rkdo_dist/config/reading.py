@@ -17,6 +17,7 @@ from rkdo_dist import addresses
 from rkdo_dist.config.former import FORMER, rename, with_names_of_now
 from rkdo_dist.config.rules import check
 from rkdo_dist.config.sections import Config, ConfigError, flatten
+from rkdo_dist.files import read_regular
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,6 +31,38 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         raise ConfigError(f"key given twice: {', '.join(sorted(twice))}")
     loader.flatten_mapping(node)
     return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+_MOST_BYTES, _MOST_NODES = 1 << 20, 10_000
+
+
+def _bounded(text: str) -> Any:
+    """YAML whose aliases, followed, make no more than `_MOST_NODES` values.
+
+    Raises:
+        yaml.YAMLError: if they make more, or refer to what they are in.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values below a node and itself, each alias counted as what it stands for; `known` by the node's identity."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_NODES + 1  # until it is counted: whoever meets it now is inside it
+        inside = [] if isinstance(node, yaml.ScalarNode) else node.value
+        below = [x for item in inside for x in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_count(x, known) for x in below)
+    if known[id(node)] > _MOST_NODES:
+        raise yaml.YAMLError(f"it has more than {_MOST_NODES} values (aliases counted as what they stand for)")
+    return known[id(node)]
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -50,7 +83,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.exists() and path.parts[:1] == ("configs",) and shipped.is_file():
         path = shipped
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = _bounded(read_regular(path, _MOST_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
     except _INVALID as error:
@@ -81,7 +114,7 @@ def listed(text: str) -> list[Any]:
         ConfigError: if it is none, or empty.
     """
     try:
-        values = yaml.load(f"[{text}]", Loader=_Loader)
+        values = _bounded(f"[{text}]")
     except _INVALID:
         values = None
     if not isinstance(values, list) or not values:
@@ -133,7 +166,7 @@ def _parsed(override: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"override {override!r} is not of the form {_form(key, text)}")
     try:
-        return key.strip(), yaml.load(text, Loader=_Loader)
+        return key.strip(), _bounded(text)
     except _INVALID as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {_reason(error)}") from None
 

@@ -27,7 +27,7 @@ from rkdo_dist.data.index import Shard, ShardIndex, Split
 from rkdo_dist.data.listing import SPLITS, ImageFile, Listing, list_images
 from rkdo_dist.data.order import hash64, permutation, run_length
 from rkdo_dist.data.remote import default_cache
-from rkdo_dist.files import write_atomic
+from rkdo_dist.files import read_regular, write_atomic
 
 Progress = Callable[[int, int, str], None]
 _THREADS = 8  # reading and hashing leave the interpreter's lock
@@ -244,7 +244,7 @@ def _cached(path: Path | None) -> dict[str, tuple[tuple[int, int], _Entry]]:
     if path is None:
         return {}
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(read_regular(path, 1 << 32))
         if (tree["format"], tree["version"]) != ("rkdo-folder", 1):
             return {}
         return {

@@ -27,6 +27,7 @@ _SPLITS = {
     "validation": "test",
     "unlabeled": "unlabeled",
 }
+MOST_CLASSES = 1_000_000
 Progress = Callable[[int, int, str], None]
 
 
@@ -146,7 +147,13 @@ def _examine(base: Path | Address, name: str, classes: int) -> tuple[Shard, set[
             sizes.add(check(opened.image(k), opened.where(k))[1:])
             text = opened.label(k)
             if text is not None:
-                largest = max(largest, parse_label(text, classes, opened.where(k)))
+                label = parse_label(text, classes, opened.where(k))
+                if label >= MOST_CLASSES:
+                    raise DataError(
+                        f"{opened.where(k)} says class {label}; more than {MOST_CLASSES} classes are refused, because "
+                        "each would get a name: number the classes from 0"
+                    )
+                largest = max(largest, label)
         shard = Shard(name, len(table.keys), digest.hexdigest(), length, checksums(descriptor, table))
     finally:
         os.close(descriptor)

@@ -20,7 +20,7 @@ import numpy as np
 
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.remote import Address, default_cache, fetch, is_url, read_all
-from rkdo_dist.files import write_atomic
+from rkdo_dist.files import read_regular, write_atomic
 
 INDEX_NAME = "index.json"
 FORMAT, VERSION = "rkdo-shards", 1
@@ -231,8 +231,7 @@ def _read(given: Path, target: Path) -> bytes:
     if not given.exists():
         raise DataError(f"there is no shard directory {given}; make one with `rkdo prepare SOURCE --out {given}`")
     try:
-        with open(target, "rb") as file:
-            text = file.read(_MAX_INDEX_BYTES + 1)
+        return read_regular(target, _MAX_INDEX_BYTES)
     except FileNotFoundError:
         raise DataError(
             f"{given} holds no {INDEX_NAME}: either it is not a shard directory or its preparation was not "
@@ -240,9 +239,6 @@ def _read(given: Path, target: Path) -> bytes:
         ) from None
     except OSError as error:
         raise DataError(f"cannot read {target}: {error.strerror or error}") from error
-    if len(text) > _MAX_INDEX_BYTES:
-        raise DataError(f"{target} is larger than {_MAX_INDEX_BYTES >> 20} MiB: this is not an index")
-    return text
 
 
 def _parse(text: bytes, where: str) -> Any:

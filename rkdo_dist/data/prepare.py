@@ -22,7 +22,7 @@ from rkdo_dist.data.index import INDEX_NAME, DataError, Shard, ShardIndex, Split
 from rkdo_dist.data.order import hash64, permutation, run_length
 from rkdo_dist.data.shards import ShardWriter
 from rkdo_dist.data.sources import Samples, Source, open_source
-from rkdo_dist.files import TEMPORARY, sha256_of, write_atomic
+from rkdo_dist.files import TEMPORARY, read_regular, sha256_of, write_atomic
 
 Progress = Callable[[int, int, str], None]
 JOURNAL_NAME = ".prepare.json"
@@ -146,7 +146,7 @@ def _journal(out: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
         write_atomic(path, json.dumps({**wanted, "shards": []}))
         return {}
     try:
-        journal = json.loads(path.read_text())
+        journal = json.loads(read_regular(path))
         begun, shards = {name: journal[name] for name in wanted}, {s["name"]: s for s in journal["shards"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): rebuild with --force") from None

@@ -11,11 +11,14 @@ parts, and they are sent to no other host.
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import http.client
+import io
 import os
 import re
 import secrets
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +32,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from rkdo_dist import addresses
 from rkdo_dist.data.errors import DataError, Unreachable
+from rkdo_dist.diagnostics import logger
 from rkdo_dist.files import sha256_of, sync_file
 
 HTTP = ("http", "https")
@@ -37,6 +41,7 @@ CACHE_VARIABLE = "RKDO_CACHE"
 TRIES = 5
 FIRST_DELAY = 0.5  # seconds before the second try; doubled before each further one
 TIMEOUT = 30.0  # seconds without a byte
+LEAST_RATE = 16 << 10  # bytes a second, over each TIMEOUT: a server that drips must not hold a job for days
 MAX_SHARD_BYTES = 64 << 30  # of a shard that has no index yet
 _PIECE = 1 << 20
 
@@ -130,13 +135,67 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         return request
 
 
-def _opener() -> urllib.request.OpenerDirector:
+class _Paced(io.RawIOBase):
+    """The bytes of a connection, headers included, as long as they come at `LEAST_RATE`; a line now and then meanwhile.
+
+    Raises:
+        TimeoutError: from reads, when they come more slowly.
+    """
+
+    def __init__(self, raw: io.RawIOBase, shown: str) -> None:
+        self._raw, self._shown = raw, shown
+        self._received, self._began = 0, time.monotonic()
+        self._window = self._began, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        read = self._raw.readinto(into) or 0
+        self._received += read
+        since, before = self._window
+        if time.monotonic() - since >= TIMEOUT and read:
+            if self._received - before < LEAST_RATE * TIMEOUT:
+                slow = f"it sent {self._received - before} bytes in {TIMEOUT:g} s, fewer than {LEAST_RATE} a second"
+                raise TimeoutError(errno.ETIMEDOUT, slow)
+            self._window = time.monotonic(), self._received
+            seconds = time.monotonic() - self._began
+            logger.info("%s: %.1f MB after %.0f s, still reading", self._shown, self._received / 1e6, seconds)
+        return read
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _opener(shown: str) -> urllib.request.OpenerDirector:
     """Handlers for http and https alone: the usual opener would also read file: and ftp:."""
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+            super().__init__(sock, *arguments, **options)
+            self.fp.close()
+            self.fp = io.BufferedReader(_Paced(sock.makefile("rb", buffering=0), shown))
+
+    class Plain(http.client.HTTPConnection):
+        response_class = Response
+
+    class Secure(http.client.HTTPSConnection):
+        response_class = Response
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Plain, request)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Secure, request)
+
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        PlainHandler(),
+        SecureHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
@@ -161,7 +220,7 @@ def _open(address: Address, start: int) -> Iterator[tuple[IO[bytes], int]]:
         request.add_header("Authorization", "Basic " + base64.b64encode(unquote(login).encode()).decode())
     if start:
         request.add_header("Range", f"bytes={start}-")
-    with _opener().open(request, timeout=TIMEOUT) as response:
+    with _opener(address.shown).open(request, timeout=TIMEOUT) as response:
         partial = response.status == 206 and str(response.headers.get("Content-Range", "")).startswith(
             f"bytes {start}-"
         )
@@ -291,7 +350,11 @@ def fetch(address: Address, sha256: str, length: int, cache: Path) -> Path:
     if target.exists():
         return target
     with open(folder / f"{sha256}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            logger.info("%s: waiting for another process of this machine, which is fetching it", address.shown)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             temporary = folder / f".{sha256}.{secrets.token_hex(4)}.tmp"
             try:
