@@ -242,7 +242,7 @@ class IConLoss(FieldLoss):
 
     def __init__(
         self,
-        debias: float = _ICON.debias or 0.0,
+        debias: float = _ICON.debias,
         temperature: float | Tensor | None = None,
         pairing: str = _ICON.pairing,
         symmetric: bool = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -149,12 +150,14 @@ def require_labels(config: Config, index: ShardIndex) -> None:
         ConfigError: naming the objective, the split and a sample.
     """
     used = [make_objective(config, progress) for progress in (0.0, 1.0)]
-    needing = next((objective.name for objective in used if objective.needs_labels), None)
+    needing = next((f"objective {objective.name}" for objective in used if objective.needs_labels), None)
+    if supervisor_of(config) == "labels":
+        needing = needing or "field.supervisor=labels"
     missing = [] if needing is None else unlabelled(index, config.data.split)
     if missing:
         samples = index.split(config.data.split).samples
         raise ConfigError(
-            f"objective {needing} needs a label for every sample, but {len(missing)} of the {samples} samples of split "
+            f"{needing} needs a label for every sample, but {len(missing)} of the {samples} samples of split "
             f"{config.data.split!r} have none (first {missing[0]}): use another field.objective or data.split"
         )
 
@@ -264,11 +267,15 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
     f = config.field
     chosen = f.switch_to if f.switch_to != "none" and progress >= f.switch_at else f.objective
     name = named(chosen, f.recursion)
+    recursion = PRESETS[name].recursion
+    persists = recursion == "persistent"
     return Objective.of(
         name,
         temperature=f.temperature,
         pairing=f.pairing,
-        debias=None if PRESETS[name].debias is None else f.debias,
+        debias=0.0 if persists else f.debias,  # of persistent rows the first ones alone
+        supervisor="rows" if persists else _delivered(config, name),
+        recursion="none" if f.recursion == "none" and recursion == "in_batch" else recursion,
         depth=f.depth,
         coupling=coupling_at(config, progress, epochs),
         cooling=f.cooling,
@@ -288,9 +295,25 @@ def relation_at(config: Config, name: str, progress: float, epochs: float | None
     return dataclasses.replace(relation, weight=0.0)
 
 
+def supervisor_of(config: Config) -> str:
+    """Whose rows the samples have at the beginning of a run: one of `presets.SUPERVISORS`, or a file's path."""
+    own = PRESETS[named(config.field.objective, config.field.recursion)].supervisor
+    return config.field.supervisor or (own if own == "labels" else "identity")
+
+
+def _delivered(config: Config, name: str) -> str:
+    """The supervisor that the field engine sees: of samples that are drawn, the other view alone."""
+    given = config.field.supervisor or PRESETS[name].supervisor
+    if config.field.delivery == "sampled":
+        return "identity"
+    return given if given in ("identity", "labels") or config.field.supervisor is None else "rows"
+
+
 def coupling_at(config: Config, progress: float, epochs: float | None = None) -> float:
     """The coupling strength alpha at a share `progress` of the training done (arguments as `make_objective`)."""
     f, whole = config.field, config.train.epochs if epochs is None else epochs
     done = min(whole, round(progress * whole, 9))  # in epochs; rounded, so that epoch 3 begins with its first step
     start = min(f.coupling_start_epoch, whole)
+    if f.recursion == "persistent" and (math.floor(done) + 1) % f.coupling_every:
+        return 0.0
     return coupling(f.coupling_schedule, f.coupling, f.coupling_end, done, whole, start)

@@ -50,6 +50,15 @@ def _tree(words: str) -> configuration.Config:
     return configuration.from_tree(tree)
 
 
+def test_the_uniform_share_in_a_file_that_a_run_wrote_was_that_of_icon_alone() -> None:
+    written = {"coupling": 0.5, "debias": 0.2, "switch_at": 0.5}
+    assert configuration.from_tree({"field": {"objective": "rkdo", **written}}).field.debias is None
+    assert configuration.from_tree({"field": {"objective": "icon", **written}}).field.debias == 0.2
+    assert configuration.from_tree({"field": {"objective": "rkdo", "switch_to": "icon", **written}}).field.debias == 0.2
+    assert configuration.from_tree({"field": {"objective": "rkdo", "debias": 0.2}}).field.debias == 0.2  # said by hand
+    assert configuration.from_tree({"field": {"supervisor": None, **written}}).field.debias == 0.2  # written now
+
+
 def test_an_override_by_a_former_name_changes_what_a_file_says() -> None:
     ring = configuration.change(configuration.Config(), ["run.reduction=ring", "train.views=apart"])
     back = configuration.change(ring, ["field.exchange=gather", "encoder.views=together"])

@@ -239,7 +239,11 @@ def test_static_objectives_check_their_arguments() -> None:
         ({"temperatures": (math.inf,)}, "temperature must be finite"),
         ({"temperatures": (0.5,), "supervisor": "teacher"}, "supervisor must be one of identity, labels, rows"),
         ({"temperatures": (0.5,), "affinity": "gaussian"}, "affinity must be one of `field.affinity`, got 'gaussian'"),
-        ({"temperatures": (0.5,), "supervisor": "rows", "pairing": "joint"}, "rows that are given"),
+        ({"temperatures": (0.5,), "recursion": "persistent"}, "goes with supervisor='rows'"),
+        (
+            {"temperatures": (0.5,), "recursion": "persistent", "supervisor": "rows", "symmetric": True},
+            "goes with supervisor='rows'",
+        ),
     ],
 )
 def test_an_objective_that_cannot_be_is_refused(arguments: dict, text: str) -> None:

@@ -76,7 +76,9 @@ def test_what_is_not_set_is_the_objectives_own_and_what_is_set_stays() -> None:
     hybrid = ("field.objective=rkdo", "field.switch_to=clip")
     assert [made(*hybrid, progress=x).temperature for x in (0.0, 1.0)] == [0.5, 0.07]
     assert made("field.recursion=persistent").name == "persistent"
-    assert made("field.objective=infonce", "field.debias=0.4").debias == 0  # as in every file of the first edition
+    assert made("field.objective=infonce", "field.debias=0.4").debias == 0.4
+    assert made("field.recursion=persistent", "field.debias=0.4").debias == 0  # of the first rows, not of every step
+    assert [made(f"field.objective={x}").debias for x in ("rkdo", "icon")] == [0, 0.2]
     explicit = configuration.change(
         Config(), ["field.objective=simclr", "field.temperature=0.5", "field.pairing=joint"]
     )

@@ -14,9 +14,10 @@ from tests.jobs import command
 ROOT = Path(__file__).resolve().parent.parent
 # A new setting is one more thing for everybody to know: is there none that it could replace, or a value that fits all?
 SETTINGS = {
-    "field": "objective recursion columns queue relation relation_weight relation_start_epoch teacher "
-    "teacher_temperature neighbours mutual confidence stored store depth coupling coupling_schedule coupling_end "
-    "coupling_start_epoch temperature cooling clock pairing supervisor_grad debias switch_to switch_at",
+    "field": "objective supervisor delivery features walk recursion columns queue relation relation_weight "
+    "relation_start_epoch teacher teacher_temperature neighbours mutual confidence stored store depth coupling "
+    "coupling_schedule coupling_end coupling_start_epoch coupling_every temperature cooling clock pairing "
+    "supervisor_grad debias switch_to switch_at",
     "data": "source shards allow_remote split image_size shuffle_buffer workers on_corrupt",
     "views": "crop_scale flip jitter grayscale blur solarize teacher mean std",
     "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze",

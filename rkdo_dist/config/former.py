@@ -67,6 +67,11 @@ def with_names_of_now(tree: Mapping[Any, Any]) -> dict[Any, Any]:
         ConfigError: for one that is gone and had another value than its default, or that contradicts a setting of now.
     """
     new = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
+    field = new.get("field")
+    if isinstance(field, dict) and "switch_at" in field and "supervisor" not in field:
+        # Every setting, as a run of the first edition wrote it: the uniform share was I-Con's alone.
+        field = {} if "icon" in (field.get("objective"), field.get("switch_to")) else field
+        field.pop("debias", None)
     for key, former in FORMER.items():
         section, _, name = key.partition(".")
         if isinstance(new.get(section), dict) and name in new[section]:
@@ -119,6 +124,8 @@ def _require_same(key: str, value: Any, former: Former, said: Any, meant: Any) -
 def digest_of_first_edition(config: Config) -> str:
     """What `digest` was in the first edition, with which it marked its checkpoints."""
     now = flatten(config)
+    if "icon" not in (config.field.objective, config.field.switch_to):
+        now["field.debias"] = 0.2  # its default, which meant nothing
     for key, former in FORMER.items():
         now[key] = former.default
         for was, meant in former.values.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rkdo_dist.config.sections import Config, ConfigError, TrainConfig, relation_of, used_objectives
 from rkdo_dist.field import presets
-from rkdo_dist.field.presets import PRESETS
+from rkdo_dist.field.presets import PRESETS, SUPERVISORS
 
 
 def check(config: Config) -> None:
@@ -53,9 +53,57 @@ def check(config: Config) -> None:
                 f"field.{key}={objective} needs field.pairing={preset.pairing}, got {field.pairing}: "
                 "leave field.pairing out, or choose another objective"
             )
+    _check_supervisor(config)
     if field.recursion == "persistent":
         _check_persistent(config)
     _check_restart(config)
+
+
+def _check_supervisor(config: Config) -> None:
+    """Rules of who supervises, and of how rows are delivered."""
+    field = config.field
+    given = field.supervisor
+    if given is not None and given not in SUPERVISORS and not given.endswith((".npz", ".parquet")):
+        raise ConfigError(
+            f"field.supervisor must be {', '.join(SUPERVISORS)}, or a .npz or .parquet file of rows, got {given!r}"
+        )
+    for key, value in (("features", field.features), ("walk", None if field.walk == 1 else field.walk)):
+        if value and given != "neighbours":
+            raise ConfigError(f"field.{key}={value} is for field.supervisor=neighbours, got {given}: leave it out")
+    used = [PRESETS[name] for name in used_objectives(config)]
+    if field.delivery == "sampled":
+        if field.recursion == "persistent":
+            raise ConfigError(
+                "field.delivery=sampled draws the samples of an epoch when it begins, but rows of "
+                "field.recursion=persistent move at every step: use field.delivery=restricted"
+            )
+        listed = [preset.supervisor for preset in used if preset.supervisor not in ("identity", "labels", "rows")]
+        if listed and given is None:
+            raise ConfigError(
+                f"field.delivery=sampled draws of rows over the samples, but {listed[0]} lists positions in a batch: "
+                "set field.supervisor, or use field.delivery=restricted"
+            )
+        if given is None and len({preset.supervisor for preset in used}) > 1:
+            raise ConfigError(
+                f"field.delivery=sampled needs one supervisor, but field.objective={field.objective} and "
+                f"field.switch_to={field.switch_to} have different ones: set field.supervisor"
+            )
+    elif given not in (None, "identity", "labels"):  # rows of the samples of a batch
+        if config.run.reduction == "ring":
+            raise ConfigError(
+                f"field.supervisor={given}, restricted to the batch, needs run.reduction=exact or fast, got ring: "
+                "or use field.delivery=sampled"
+            )
+        if config.data.on_corrupt == "skip":
+            raise ConfigError(
+                f"field.supervisor={given}, restricted to the batch, needs data.on_corrupt=abort, got skip, since a "
+                "sample that takes another's place may be in the batch twice: or use field.delivery=sampled"
+            )
+    if field.coupling_every > 1 and field.recursion != "persistent":
+        raise ConfigError(
+            f"field.coupling_every={field.coupling_every} is for rows that live across steps: add "
+            "field.recursion=persistent, or leave it out"
+        )
 
 
 def _check_persistent(config: Config) -> None:
@@ -72,6 +120,16 @@ def _check_persistent(config: Config) -> None:
     ):
         if value not in (None, needed):
             raise ConfigError(f"field.recursion=persistent needs {key}={needed}, got {value}")
+    if field.supervisor == "labels":
+        raise ConfigError(
+            "field.recursion=persistent stores field.stored entries of a row, and a row of field.supervisor=labels has "
+            "as many as its class: use field.recursion=in_batch, or give rows in a file"
+        )
+    if field.supervisor not in (None, "identity") and field.switch_to not in ("none", "rkdo"):
+        raise ConfigError(
+            f"field.switch_to={field.switch_to} goes back to p(0), which rows of field.recursion=persistent no longer "
+            f"hold: leave out field.switch_to, or field.supervisor={field.supervisor}"
+        )
     if config.run.reduction == "ring":
         raise ConfigError("field.recursion=persistent needs run.reduction=exact or fast, got ring")
 
@@ -88,6 +146,8 @@ def _check_restart(config: Config) -> None:
     if not found:
         given = {f"field.{name}": getattr(field, name) for name in presets.RELATION}
         given |= {"views.teacher": config.views.teacher}
+        if field.supervisor == "neighbours":
+            given |= {"field.neighbours": None, "field.mutual": None}
         if field.columns != "queue":
             given.pop("field.columns")
         for key, value in given.items():
@@ -103,6 +163,15 @@ def _check_restart(config: Config) -> None:
             "has one teacher and one queue"
         )
     relation = found.pop()
+    for key, value, needed in (
+        ("supervisor", field.supervisor, "identity"),
+        ("delivery", field.delivery, "restricted"),
+        ("debias", field.debias or None, "0"),
+    ):
+        if value not in (None, needed):
+            raise ConfigError(
+                f"a recursion with restart needs field.{key}={needed}, got {value}: it begins with the other view"
+            )
     if field.pairing not in (None, "cross"):
         raise ConfigError(f"a recursion with restart needs field.pairing=cross, got {field.pairing}: a row has one key")
     if relation.columns == "bank":

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rkdo_dist.field import presets
 
-OWN = ("temperature", "pairing", *presets.RELATION)  # settings of the field that an objective has of its own
+OWN = ("temperature", "pairing", "debias", *presets.RELATION)  # settings of the field that an objective has of its own
 
 
 class ConfigError(ValueError):
@@ -61,10 +61,24 @@ class FieldConfig:
     """The objective over the global batch (`rkdo_dist.field`)."""
 
     objective: str = setting("rkdo", f"what is minimised ({presets.titles()})", choices=presets.choices)
-    recursion: Literal["in_batch", "persistent", "restart"] = setting(
+    supervisor: str | None = setting(
+        None,
+        "who supervises, p(0): identity (the other view), labels (samples of the same label), neighbours (the nearest "
+        "ones in field.features), or a file of rows (.npz, .parquet); null: the objective's own",
+    )
+    delivery: Literal["restricted", "sampled"] = setting(
+        "restricted",
+        "how p(0) reaches the loss: each row restricted to the batch, or one sample drawn of it, whose view is the "
+        "second one",
+    )
+    features: str = setting(
+        "", "features that neighbours are nearest in: a .npz of `rkdo embed`; empty: those of the untrained encoder"
+    )
+    walk: int = setting(1, "steps s of a walk over the neighbours, whose rows are (P + ... + P^s) / s", least=1)
+    recursion: Literal["none", "in_batch", "persistent", "restart"] = setting(
         "in_batch",
-        "where RKDO's rows recur: inside a step, across iterations (a row of every sample is kept), or with restart, "
-        "from the relation that a teacher sees",
+        "where RKDO's rows recur: nowhere, inside a step, across iterations (a row of every sample is kept), or with "
+        "restart, from the relation that a teacher sees",
     )
     columns: Literal["batch", "queue", "bank"] | None = setting(
         None,
@@ -97,15 +111,15 @@ class FieldConfig:
         None, "temperature of the relation; null: the objective's own (0.05; ressl, co2 0.04)", above=0
     )
     neighbours: int | None = setting(
-        None, "nearest columns that the relation is made of, 0 for all; null: the objective's own (0)", least=0
+        None,
+        "nearest samples that supervise (null: 20), or columns that a relation is made of, 0 for all (null: 0)",
+        least=0,
     )
-    mutual: bool | None = setting(
-        None, "whether neighbours must be that of each other; null: the objective's own (false)"
-    )
+    mutual: bool | None = setting(None, "whether neighbours must be that of each other; null: false")
     confidence: Literal["none", "entropy"] | None = setting(
         None, "what a row's relation_weight is multiplied by: 1, or how peaked its relation is; null: none"
     )
-    stored: int = setting(256, "entries of a persistent row that are stored", least=1)
+    stored: int = setting(256, "entries of a persistent row, or of a walk's, that are stored", least=1)
     store: Literal["device", "host"] = setting("device", "where persistent rows are kept", free=True)
     depth: int = setting(presets.DEPTH, "levels D of the recursion inside a step", "at least 1")
     coupling: float = setting(
@@ -116,6 +130,9 @@ class FieldConfig:
     )
     coupling_end: float = setting(0.0, "coupling at the end of the run, unless the schedule is constant", "in [0, 1]")
     coupling_start_epoch: float = setting(0.0, "epoch before which the coupling is 0, at most train.epochs", least=0)
+    coupling_every: int = setting(
+        1, "persistent rows move in every K-th epoch alone; in the others q is fitted", least=1
+    )
     temperature: float | None = setting(
         None, f"temperature tau of the softmax; null: the objective's own ({presets.own('temperature')})", "above 0"
     )
@@ -131,8 +148,10 @@ class FieldConfig:
     supervisor_grad: Literal["flow", "stop"] = setting(
         "flow", "whether the gradient flows through the supervisor (released code)"
     )
-    debias: float = setting(
-        presets.PRESETS["icon"].debias, "I-Con's uniform share of the supervisor (label smoothing)", "in [0, 1]"
+    debias: float | None = setting(
+        None,
+        f"uniform share of p(0), as in label smoothing; null: the objective's own ({presets.own('debias')})",
+        "in [0, 1]",
     )
     switch_to: str = setting(
         "none",

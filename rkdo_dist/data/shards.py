@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -20,7 +21,7 @@ from webdataset.writer import TarWriter
 
 from rkdo_dist.data.archive import PIECE, Table, checksums, locate, scan
 from rkdo_dist.data.errors import Unreachable
-from rkdo_dist.data.images import decode
+from rkdo_dist.data.images import decode, parse_label
 from rkdo_dist.data.index import DataError, OpenSamples, Shard, ShardIndex
 from rkdo_dist.files import TEMPORARY, sync_directory
 
@@ -287,11 +288,31 @@ def unlabelled(index: ShardIndex, split: str) -> list[str]:
     Raises:
         DataError: naming a shard that is missing or differs from the index.
     """
-    found = []
+    return [opened.where(k) for opened, k in _every(index, split) if opened.label(k) is None]
+
+
+def keys_of(index: ShardIndex, split: str) -> list[str]:
+    """Keys of the samples of a split, in the order of their ids (shards are opened as for `unlabelled`)."""
+    return [opened.keys[k] for opened, k in _every(index, split)]
+
+
+def labels_of(index: ShardIndex, split: str) -> list[int]:
+    """Class numbers of the samples of a split in the order of their ids, -1 without one (as for `unlabelled`).
+
+    Raises:
+        DataError: for a label that is none, too.
+    """
+    classes = len(index.classes)
+    found = ((opened, k, opened.label(k)) for opened, k in _every(index, split))
+    return [-1 if text is None else parse_label(text, classes, opened.where(k)) for opened, k, text in found]
+
+
+def _every(index: ShardIndex, split: str) -> Iterator[tuple[OpenSamples, int]]:
+    """Every sample of a split: its open shard, and its position there."""
     for shard in index.split(split).shards:
         opened = open_shard(index, shard)
         try:
-            found += [opened.where(k) for k in range(shard.samples) if opened.label(k) is None]
+            for k in range(shard.samples):
+                yield opened, k
         finally:
             opened.close()
-    return found

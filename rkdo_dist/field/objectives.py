@@ -42,7 +42,7 @@ class Objective:
         temperatures: tau(0)..tau(D) of an in-batch recursion, else the one tau.
         couplings: alpha(1)..alpha(D) of an in-batch recursion, else none.
         supervisor: who supervises, see `presets.Preset`. "rows" are given with every call; without, they are the
-            identity.
+            identity. Their columns are those of the positive's view.
         debias: a: p(0) = (1 - a) [the supervisor] + a / N over the N columns that take part, the positive included.
         affinity: how closeness is measured.
         recursion: "none", "in_batch", "persistent" (in `field.persistent`) or "restart" (in `field.relation`).
@@ -77,8 +77,8 @@ class Objective:
         _require_choice("supervisor_grad", self.supervisor_grad, SUPERVISOR_GRADIENTS)
         if self.symmetric and self.pairing == "joint":
             raise ValueError("symmetric=True is a form of pairing='cross'; pairing='joint' is symmetric already")
-        if self.supervisor == "rows" and (self.symmetric or self.pairing == "joint"):
-            raise ValueError("rows that are given go with pairing='cross' and symmetric=False")
+        if self.recursion == "persistent" and (self.symmetric or self.supervisor != "rows"):
+            raise ValueError("recursion='persistent' goes with supervisor='rows', symmetric=False")
         levels = len(self.temperatures) - 1
         if levels != len(self.couplings) or (levels > 0) != (self.recursion == "in_batch"):
             raise ValueError(
@@ -119,6 +119,8 @@ class Objective:
         clock: str = "depth",
         progress: float = 0.0,
         relation: Relation | None = None,
+        supervisor: str | None = None,
+        recursion: str | None = None,
     ) -> Objective:
         """The objective that `presets.PRESETS` calls `name`; what is None is as the preset says.
 
@@ -136,24 +138,27 @@ class Objective:
                 paper's text): every level has tau0 (1 - beta progress), as persistent rows have too.
             progress: share of the training done, in [0, 1].
             relation: of a recursion with restart.
+            supervisor, recursion: see the attributes.
 
         Raises:
             ValueError: naming the argument that is out of range.
         """
         preset = PRESETS[name]
+        supervisor = preset.supervisor if supervisor is None else supervisor
+        recursion = preset.recursion if recursion is None else recursion
         pairing = preset.pairing if pairing is None else pairing
         debias = preset.debias if debias is None else debias
         if not isinstance(affinity, Affinity):
             affinity = preset.affinity if affinity is None else affinity
             _require_choice("affinity", affinity, tuple(AFFINITIES))
-            affinity = Clusters(debias or 0.0) if affinity == Clusters.name else AFFINITIES[affinity]()
+            affinity = Clusters(debias) if affinity == Clusters.name else AFFINITIES[affinity]()
         tau = temperature_of(preset, affinity.name) if temperature is None else temperature
         temperatures: tuple[float, ...] = (tau,)
         couplings: tuple[float, ...] = ()
         row_coupling = 0.0
-        if preset.recursion == "in_batch":
+        if recursion == "in_batch":
             temperatures, couplings = schedules.levels(depth, coupling, tau, cooling, clock, progress)
-        elif preset.recursion == "persistent":
+        elif recursion == "persistent":
             assert not isinstance(coupling, Sequence), "persistent rows have one coupling"
             temperatures, row_coupling = (schedules.temperature(tau, cooling, progress, 1),), coupling
         return Objective(
@@ -161,10 +166,10 @@ class Objective:
             tau,
             temperatures,
             couplings,
-            supervisor=preset.supervisor,
-            debias=0.0 if debias is None else debias,
+            supervisor=supervisor,
+            debias=debias,
             affinity=affinity,
-            recursion=preset.recursion,
+            recursion=recursion,
             pairing="cross" if pairing == "symmetric" else pairing,
             symmetric=symmetric or pairing == "symmetric",
             supervisor_grad=supervisor_grad,

@@ -137,6 +137,14 @@ def identity(samples: Tensor, n: int, stored: int, dtype: torch.dtype = torch.fl
     return Rows(columns, probabilities, torch.zeros(len(samples), dtype=dtype, device=samples.device), n)
 
 
+def initial(rows: Rows, debias: float, stored: int) -> Rows:
+    """(1 - a) p + a / n over all n samples, as rows of K entries: what persistent rows begin with."""
+    listed = rows.columns < rows.samples
+    p = torch.where(listed, (1 - debias) * rows.probabilities.double() + debias / rows.samples, 0.0)
+    other = (1 - debias) * rows.rest.double() + debias * rows.others() / rows.samples
+    return truncate(rows.columns, p, other, stored, rows.samples, rows.rest.dtype)
+
+
 class BatchColumns:
     """Position of each of the n samples in a global batch.
 
@@ -178,6 +186,17 @@ class Restricted(Listed):
 
     positive: Tensor
     mass: Tensor
+
+    def smoothed(self, debias: float, taking_part: int) -> Restricted:
+        """(1 - a) p + a / N over the N columns of a row that take part."""
+        if debias == 0:
+            return self
+        listed, even = self.extra != 0, debias / taking_part
+        extra, share = (1 - debias) * self.extra, (1 - debias) * self.share + even
+        p = torch.where(listed, extra.double() + share.double()[:, None], 0.0)
+        others = taking_part - listed.sum(1)
+        entropy = -torch.xlogy(p, p).sum(1) - others * torch.xlogy(share.double(), share.double())
+        return Restricted(self.positions, extra, share, entropy, (1 - debias) * self.positive + even, self.mass)
 
 
 def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -> Restricted:

@@ -78,7 +78,7 @@ class Preset:
         temperature: where none is given, with this affinity.
         pairing: where none is given, one of `PAIRINGS`.
         fixes_pairing: whether another pairing would be another objective.
-        debias: uniform share of p(0) where none is given; None: 0, and not for the configuration to set.
+        debias: uniform share of p(0) where none is given.
         variant_of: the preset that becomes this one when p is to recur otherwise; "" for one chosen by its own name.
         relation: of a recursion with restart, where nothing else is given.
     """
@@ -92,11 +92,12 @@ class Preset:
     temperature: float = TEMPERATURE
     pairing: str = "cross"
     fixes_pairing: bool = False
-    debias: float | None = None
+    debias: float = 0.0
     variant_of: str = ""
     relation: Relation | None = None
 
 
+SUPERVISORS = ("identity", "labels", "neighbours")  # by name; a file's rows besides
 PRESETS: dict[str, Preset] = {
     "rkdo": Preset(
         label="RKDO",

@@ -74,6 +74,7 @@ def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: i
     rt = dataclasses.replace(rt, reduction=config.run.reduction)
     wanted = WARM_UP + steps
     job = group.together(lambda: _job(config, rt, index, wanted), "building the run")
+    job.supervise()
     shape = wire.shape_of(config, job.encoder, job.objective(0), rt.world, rt.launch)
     records = list(_steps(job, Stopwatch(rt.device), wanted))
     facts = _combined(records[WARM_UP:])

@@ -59,8 +59,8 @@ class Averaged(Strategy):
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
     ) -> LossAndGradient:
         """The field loss, formed on all local rows at once."""
-        if self.persistent is not None and objective.recursion == "persistent":
-            return averaged_persistent_field(lanes, objective, self.persistent)
+        if self.persistent is not None and objective.supervisor == "rows":
+            return averaged_field_of_rows(lanes, objective, self.persistent)
         relational = self.relational_for(objective)
         if relational is not None:
             gradients, found = relational.field(lanes, objective, GatheredColumns(), merged=True)
@@ -130,19 +130,19 @@ def averaged_field(
     return LossAndGradient(gradients, sums, {"ideal": objective.at_ideal(len(everyones), everyones)})
 
 
-def averaged_persistent_field(
-    lanes: Sequence[Pair], objective: Objective, persistent: PersistentField
-) -> LossAndGradient:
-    """`averaged_field` with persistent rows as supervisors; columns are gathered."""
-    supervisor = Restricted.cat(persistent.supervisors(lanes))
+def averaged_field_of_rows(lanes: Sequence[Pair], objective: Objective, persistent: PersistentField) -> LossAndGradient:
+    """`averaged_field` with rows of all samples as supervisors; columns are gathered."""
+    supervisor = Restricted.cat(persistent.supervisors(lanes, objective))
     u, v = (torch.cat([pair[k] for pair in lanes]) for k in (0, 1))
-    columns, b = GatheredColumns(), len(u)
-    everyone = columns.gather(v[None])[0]
-    result = value_and_gradient(objective, u, v, everyone, everyone, group.rank() * b, supervisor=supervisor)
+    columns, b, both = GatheredColumns(), len(u), objective.column_views == "uv"
+    everyone = columns.gather(torch.stack([u, v]) if both else v[None])
+    result = value_and_gradient(objective, u, v, everyone[0], everyone[-1], group.rank() * b, supervisor=supervisor)
     assert result.columns_v is not None
-    home = columns.send_home(result.columns_v[None])[0]
-    recurred = {name: x.sum() for name, x in persistent.recur(lanes, everyone, objective).items()}
+    found = [result.columns_v] if result.columns_u is None else [result.columns_u, result.columns_v]
+    home = columns.send_home(torch.stack(found))
+    rows_u = result.rows_u if result.columns_u is None else result.rows_u + home[0]
+    recurred = {name: x.sum() for name, x in persistent.recur(lanes, everyone[-1], objective).items()}
     sums = {name: (x / b)[None] for name, x in {"loss": result.loss, **result.parts, **recurred}.items()}
     sizes = [len(pair[0]) for pair in lanes]
-    du, dv = ((x / b).to(u.dtype).split(sizes) for x in (result.rows_u, home))
+    du, dv = ((x / b).to(u.dtype).split(sizes) for x in (rows_u, result.rows_v + home[-1]))
     return LossAndGradient(list(zip(du, dv, strict=True)), sums)

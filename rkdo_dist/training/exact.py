@@ -108,7 +108,7 @@ def exact_field(
         lanes: embeddings (m, d) of this rank's lanes, without graph.
         objective: resolved for this step.
         first_lane: global number of this rank's first lane.
-        persistent: the rows of a persistent field, which supervise and then recur; only for that kind of objective.
+        persistent: rows of all samples, which supervise and, if they persist, recur then; for an objective of rows.
         labels: (b,) of this rank's samples, in lane order, for objectives that need them.
 
     Returns:
@@ -118,8 +118,8 @@ def exact_field(
     columns = ExactColumns()
     columns_u, columns_v = columns.gather(torch.stack([torch.cat([pair[k] for pair in lanes]) for k in (0, 1)]))
     everyones = None if labels is None else group.all_gather_rows(labels)
-    rows = persistent if objective.recursion == "persistent" else None
-    supervisors: Sequence[Restricted | None] = [None] * count if rows is None else rows.supervisors(lanes)
+    rows = persistent if objective.supervisor == "rows" else None
+    supervisors: Sequence[Restricted | None] = [None] * count if rows is None else rows.supervisors(lanes, objective)
 
     results = []
     trees: dict[str, group.TreeSum[Tensor]] = {}

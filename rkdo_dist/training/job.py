@@ -16,11 +16,13 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import rank_lanes
+from rkdo_dist.data.partners import Partners
 from rkdo_dist.data.shards import check_shards
-from rkdo_dist.data.stream import Batch, lane_stream
+from rkdo_dist.data.stream import Batch, MicroBatch, lane_stream
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate.evaluation import Metric
+from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import learning_rate
 from rkdo_dist.ranks import messages
@@ -33,6 +35,7 @@ from rkdo_dist.training.persistent import PersistentField, make_persistent
 from rkdo_dist.training.relation import RelationalField, make_relational
 from rkdo_dist.training.step import TEACHER, Step, StepSettings
 from rkdo_dist.training.strategy import Update
+from rkdo_dist.training.supervision import Sampled, make_sampled, supervisor_rows
 
 
 @dataclasses.dataclass
@@ -41,7 +44,8 @@ class Job:
 
     Attributes:
         steps_per_epoch, total_steps: length of the run.
-        persistent: the rows of a persistent field, if the recursion is of that kind.
+        persistent: rows of all samples that supervise, if there are any.
+        sampled: draws the samples whose views are the second ones, if supervisors are delivered so.
         average: of the encoder's weights, with `train.ema`.
         relational: what a recursion with restart keeps, if it is of that kind.
         launch_before: strategy, precision and reduction of the checkpoint continued from; this launch's if none.
@@ -62,7 +66,6 @@ class Job:
     encoder: Encoder
     optimizer: torch.optim.Optimizer
     views: Views
-    persistent: PersistentField | None
     average: WeightAverage | None
     relational: RelationalField | None
     early_stop: EarlyStop
@@ -72,7 +75,22 @@ class Job:
     saved: int = 0
     skipped_in_a_row: int = 0
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    persistent: PersistentField | None = None
+    sampled: Sampled | None = None
     step: Step = dataclasses.field(init=False)
+
+    def supervise(self) -> None:
+        """Make the rows that supervise, and what draws of them (collective).
+
+        Raises:
+            ValueError: on every rank, if they do not fit the data.
+        """
+        config, index = self.config, self.index
+        rows = supervisor_rows(config, self.runtime, index, self.encoder, self.views)
+        device, what = self.runtime.device, "making the rows that supervise"
+        self.persistent = group.together(lambda: make_persistent(config, index, device, rows), what)
+        store = None if self.persistent is None else self.persistent.store
+        self.sampled = group.together(lambda: make_sampled(config, index, store), what)
 
     def begin(self) -> None:
         """Hand weights and optimizer to the step's strategy (collective)."""
@@ -105,7 +123,10 @@ class Job:
         return views(images, ids, self.config.run.seed, epoch, view)
 
     def stream(self) -> Iterator[Batch]:
-        """This rank's lanes of the global batch for every step from the position to the end."""
+        """This rank's lanes of the global batch for every step from the position to the end (see `begin_epoch`)."""
+        return self._read(None if self.sampled is None else self.sampled.open(self.config.data.workers))
+
+    def _read(self, partners: Partners | None) -> Iterator[Batch]:
         train, data = self.config.train, self.config.data
         first_epoch, start_step = divmod(self.position, self.steps_per_epoch)
         epochs = -(-self.total_steps // self.steps_per_epoch) - first_epoch
@@ -127,11 +148,22 @@ class Job:
             workers=data.workers,
             on_corrupt=data.on_corrupt,
             pin_memory=self.runtime.device.type == "cuda",
+            partners=partners,
         )
         try:
             yield from itertools.islice(stream, self.total_steps - self.position)
         finally:
             stream.close()
+
+    @property
+    def draws_next(self) -> bool:
+        """Whether samples are drawn when the step of this position is done, because an epoch begins then."""
+        return self.sampled is not None and (self.position + 1) % self.steps_per_epoch == 0
+
+    def begin_epoch(self) -> None:
+        """Draw the samples of the epoch that the position lies in, if any are and the run goes on (collective)."""
+        if self.sampled is not None and self.position < self.total_steps:
+            self.sampled.begin(self.position // self.steps_per_epoch)
 
     def objective(self, step: int) -> Objective:
         """The objective of a step (its temperature may follow the training clock)."""
@@ -150,17 +182,18 @@ class Job:
         """Facts of this rank's host on a step, for the others."""
         return Told(
             stop=stop,
-            replaced=sum(lane.skipped for lane in batch.lanes),
+            replaced=sum(micro.skipped for micro in _with_seconds(batch)),
             warned=messages.current().waiting,
             unread=unread,
-            digests=b"".join(hashlib.sha256("\n".join(lane.keys).encode()).digest() for lane in batch.lanes),
+            digests=b"".join(_digest(lane) for lane in batch.lanes),
         )
 
     def record(self, epoch: int, objective: Objective, facts: Facts, update: Update, seconds: float) -> dict[str, Any]:
         """The line of metrics.jsonl for the step just done."""
         found = {} if update.not_finite else dict(facts.parts)
-        related = self.relational is not None and self.relational.takes_part(objective)
-        ideal = None if related else objective.at_ideal(self.config.train.global_batch)  # that of a relation varies
+        varies = self.relational is not None and self.relational.takes_part(objective)
+        varies |= objective.supervisor == "rows"
+        ideal = None if varies else objective.at_ideal(self.config.train.global_batch)
         return {
             "step": self.position,
             "epoch": epoch,
@@ -215,6 +248,16 @@ class Job:
         }
 
 
+def _with_seconds(batch: Batch) -> list[MicroBatch]:
+    return [micro for lane in batch.lanes for micro in (lane, lane.second) if micro is not None]
+
+
+def _digest(lane: MicroBatch) -> bytes:
+    """SHA-256 of a lane's keys, those of second views included."""
+    keys = lane.keys if lane.second is None else [*lane.keys, *lane.second.keys]
+    return hashlib.sha256("\n".join(keys).encode()).digest()
+
+
 def build(
     config: Config,
     runtime: Runtime,
@@ -251,7 +294,6 @@ def build(
         encoder,
         parts.make_optimizer(config, encoder),
         views,
-        make_persistent(config, index, runtime.device),
         None if config.train.ema is None else WeightAverage(encoder, config.train.ema),
         make_relational(config, index, runtime.device),
         EarlyStop(config.train.early_stop_slope, config.train.early_stop_window),

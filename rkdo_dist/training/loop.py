@@ -48,7 +48,7 @@ def train_step(
     Returns:
         The facts of the step and the outcome of the update; the same on every rank.
     """
-    strategy, persistent = step.strategy, step.strategy.persistent if objective.recursion == "persistent" else None
+    strategy, persistent = step.strategy, step.strategy.persistent if objective.supervisor == "rows" else None
     at = Position(epoch, number, step.runtime.rank * len(lanes))
     labels = torch.cat([x.labels for x in lanes]).to(step.runtime.device) if objective.needs_labels else None
     if persistent is not None:
@@ -97,16 +97,21 @@ def steps(job: Job, stop: StopRequest) -> Iterator[tuple[Facts, dict[str, Any]]]
     """
     reading, skips = "reading the next batch", job.config.train.skip_nonfinite
     with contextlib.closing(job.stream()) as stream:  # type: ignore[type-var]
+        job.begin_epoch()
         batch = group.together(lambda: next(stream, None), reading)
         while batch is not None and not job.early_stop.reached:
             began = time.perf_counter()
             objective = job.objective(job.position)
             job.set_learning_rate(job.position)
             following: list[group.Attempt[Batch | None]] = []
+            ahead = not job.draws_next
 
-            def tell(batch: Batch = batch, following: list[group.Attempt[Batch | None]] = following) -> Told:
-                following.append(group.Attempt(lambda: next(stream, None)))  # while the device computes this one
-                return job.told(batch, stop.code, following[0].failed)
+            def tell(
+                batch: Batch = batch, following: list[group.Attempt[Batch | None]] = following, ahead: bool = ahead
+            ) -> Told:
+                if ahead:
+                    following.append(group.Attempt(lambda: next(stream, None)))  # while the device computes this one
+                return job.told(batch, stop.code, ahead and following[0].failed)
 
             facts, update = train_step(job.step, batch.lanes, objective, batch.epoch, job.position, tell)
             job.skipped_in_a_row = job.skipped_in_a_row + 1 if update.not_finite else 0
@@ -120,7 +125,11 @@ def steps(job: Job, stop: StopRequest) -> Iterator[tuple[Facts, dict[str, Any]]]
             if facts.warned:
                 messages.current().exchange()
             yield facts, job.record(batch.epoch, objective, facts, update, time.perf_counter() - began)
-            batch = following[0].result(facts.unread, reading)
+            if ahead:
+                batch = following[0].result(facts.unread, reading)
+            else:
+                job.begin_epoch()
+                batch = group.together(lambda: next(stream, None), reading)
 
 
 def run(job: Job, journal: Journal, stop: StopRequest, callbacks: Callbacks) -> int:

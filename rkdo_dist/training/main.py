@@ -138,6 +138,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
     job = group.together(
         lambda: build(config, rt, index, run, backbone=given.backbone, metrics=given.metrics), "building the run"
     )
+    job.supervise()
     plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     group.together(lambda: check_probes(config, index), "looking at evaluate.probes")
     agree(job.facts())

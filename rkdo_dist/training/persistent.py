@@ -1,4 +1,4 @@
-"""The persistent field in a step: rows from earlier iterations in, rows for later ones out.
+"""Rows of all training samples in a step: fixed ones in; of a persistent field, rows for later steps out.
 
 A step asks for the supervisors of its lanes, and after the loss lets the rows recur. When its weights have moved, the
 rows are written to their owners and those of the next step fetched, both while the next step embeds; rows of a step
@@ -23,8 +23,18 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import EpochPlan
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.store import Fetch, RowStore, Shards
+from rkdo_dist.field.affinity import COSINE
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.field.persistent import BatchColumns, Restricted, Rows, recur_in_batch, recur_with_bank, restrict
+from rkdo_dist.field.persistent import (
+    BatchColumns,
+    Restricted,
+    Rows,
+    identity,
+    initial,
+    recur_in_batch,
+    recur_with_bank,
+    restrict,
+)
 from rkdo_dist.field.tiled import computing_dtype
 
 Pair = tuple[Tensor, Tensor]  # of both views of a lane: embeddings (m, d), or gradients with respect to them
@@ -34,7 +44,8 @@ WATCHED, NEIGHBOURS = 6, 8  # rows, and stored entries of each, that snapshots s
 
 
 class PersistentField:
-    """Rows of all training samples, on all ranks together. Every method is collective.
+    """Rows of all training samples, on all ranks together; they move if the recursion is persistent. Every method is
+    collective.
 
     Args:
         store: the rows, and the bank for `columns` "bank".
@@ -73,32 +84,36 @@ class PersistentField:
         first = group.rank() * len(samples)
         assert torch.equal(self._ahead[1][first : first + len(samples)], samples), "the batch is not the one planned"
 
-    def supervisors(self, lanes: Sequence[Pair]) -> list[Restricted]:
-        """p of each of this rank's lanes (embeddings (m, d)), for the step that has begun."""
+    def supervisors(self, lanes: Sequence[Pair], objective: Objective) -> list[Restricted]:
+        """p of each of this rank's lanes (embeddings (m, d)), for the step that has begun; with its uniform share."""
         assert self._ahead is not None
         (self._step, self._samples, fetch), self._ahead = self._ahead, None
         rows, m = fetch.wait().to(self._device), len(lanes[0][0])
         self._batch.set(self._samples.to(self._device))
         self._rows = [rows.slice(i * m, (i + 1) * m) for i in range(len(lanes))]
         self._restricted = [
-            restrict(part, self._batch, self._own(i, m), computing_dtype(lanes[0][0].dtype))
+            restrict(part, self._batch, self._own(i, m), computing_dtype(lanes[0][0].dtype)).smoothed(
+                objective.debias, objective.column_count(len(self._samples))
+            )
             for i, part in enumerate(self._rows)
         ]
         return self._restricted
 
     def recur(self, lanes: Sequence[Pair], columns: Tensor, objective: Objective) -> dict[str, Tensor]:
-        """Compute the new rows of the step (eq. 3); `commit` stores them.
+        """Compute the new rows of the step (eq. 3), if they persist; `commit` stores them.
 
         Args:
             lanes: embeddings of this rank's lanes, without graph.
             columns: view 2 of the global batch (B, d).
-            objective: with persistent recursion.
+            objective: whose supervisor is "rows".
 
         Returns:
             What the rows were before, summed over each lane, float64 (lanes,): see `_report`.
         """
         columns, self._moved = columns.to(computing_dtype(columns.dtype)), None
         reports = [self._report(i, len(columns), objective) for i in range(len(lanes))]
+        if objective.recursion != "persistent":
+            return {name: torch.stack([report[name] for report in reports]) for name in reports[0]}
         if self._columns == "bank":
             self.store.refresh(self._samples, columns)
         drifts = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in lanes]
@@ -188,19 +203,21 @@ class PersistentField:
 
         `row_positive`: p(i|i) of the whole row; `row_entropy`: its entropy; `row_stored`: the share of its mass that is
         stored entry by entry; `row_mass`: m, its mass in the batch; `p_positive`: p(i|i) of the supervisor, the row
-        restricted to the batch; `ideal`: the loss if all positives had similarity 1 and all others -1 / (B - 1).
+        restricted to the batch; `ideal`, for one level of cosines: the loss if all positives had similarity 1 and all
+        others -1 / (B - 1).
         """
         rows, p = self._rows[lane], self._restricted[lane]
         m = len(rows.rest)
         low = -(1 + 1 / (batch - 1)) / objective.temperatures[-1]
-        log_sum = math.log(1 + (batch - 1) * math.exp(low))
+        log_sum = math.log(1 + (objective.column_count(batch) - 1) * math.exp(low))
+        ideal = (log_sum - (1 - p.positive) * low - p.entropy).sum()
         return {
             "row_positive": rows.at(self._batch.samples[self._own(lane, m)]).sum(),
             "row_entropy": rows.entropy().sum(),
             "row_stored": m - rows.rest.double().sum(),
             "row_mass": p.mass.sum(),
             "p_positive": p.positive.sum(),
-            "ideal": (log_sum - (1 - p.positive) * low - p.entropy).sum(),
+            **({"ideal": ideal} if objective.recursion != "in_batch" and objective.affinity == COSINE else {}),
         }
 
     def _described(self, sample: int) -> dict[str, Any]:
@@ -223,21 +240,32 @@ def _part(tile: int) -> str:
     return f"rows.{tile:06d}"
 
 
-def make_persistent(config: Config, index: ShardIndex, device: torch.device) -> PersistentField | None:
-    """The initial rows of a persistent field, if the recursion is of that kind.
+def make_persistent(
+    config: Config, index: ShardIndex, device: torch.device, rows: Rows | None = None
+) -> PersistentField | None:
+    """The rows of a run: those that persist, or fixed ones; None if it has neither.
+
+    Args:
+        rows: p(0) of the samples that this rank owns, see `training.supervision`; None: the identity.
 
     Raises:
         ConfigError: if the data set or the memory does not have room for them.
     """
     f = config.field
-    if f.recursion != "persistent":
+    persists = f.recursion == "persistent"
+    if not persists and rows is None:
         return None
     samples = index.split(config.data.split).samples
-    if f.stored > samples:
+    if persists and f.stored > samples:
         raise ConfigError(
             f"field.stored={f.stored}, but split {config.data.split!r} of {index.place} has {samples} samples: "
             f"a row has no more entries than that"
         )
+    if persists and (rows is not None or f.debias):
+        if rows is None:
+            own = torch.arange(*Shards(samples, group.world_size()).own(group.rank()))
+            rows = identity(own, samples, 1)
+        rows = initial(rows, f.debias or 0.0, f.stored)
     steps, total = parts.run_length(config, index)
     plans: dict[int, EpochPlan] = {}
 
@@ -250,17 +278,19 @@ def make_persistent(config: Config, index: ShardIndex, device: torch.device) -> 
             plans[epoch] = parts.epoch_plan(config, index, epoch)
         return torch.from_numpy(plans[epoch].global_batch_ids(place))
 
-    columns = f.value("columns")
-    width = config.encoder.embedding_dim if columns == "bank" else None
+    columns = f.value("columns") or "batch"
+    width = config.encoder.embedding_dim if columns == "bank" and persists else None
     place = device if f.store == "device" else torch.device("cpu")
-    return PersistentField(make_rows(samples, f.stored, width, place), columns, BANK_TEMPERATURE, schedule, device)
+    stored = f.stored if rows is None else rows.columns.shape[1]
+    store = make_rows(samples, stored, width, place, rows)
+    return PersistentField(store, columns, BANK_TEMPERATURE, schedule, device)
 
 
-def make_rows(samples: int, stored: int, width: int | None, device: torch.device) -> RowStore:
+def make_rows(samples: int, stored: int, width: int | None, device: torch.device, rows: Rows | None = None) -> RowStore:
     """The initial rows of `samples` samples, sharded over the ranks, if there is room for them.
 
     Args:
-        samples, stored, width, device: see `RowStore`.
+        samples, stored, width, device, rows: see `RowStore`.
 
     Raises:
         ValueError: if this machine has less memory than its ranks' shares need.
@@ -278,7 +308,7 @@ def make_rows(samples: int, stored: int, width: int | None, device: torch.device
             + (", field.store=host" if on_device else "")
             + (", field.columns=batch" if width is not None else "")
         )
-    return RowStore(samples, stored, width, device)
+    return RowStore(samples, stored, width, device, rows=rows)
 
 
 def rows_bytes(samples: int, stored: int, width: int | None, world: int) -> int:
