@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from rkdo_dist.evaluate import scores
 from rkdo_dist.frozen.features import read_features
-from rkdo_dist.frozen.heads import Heads, Recipe, clusters_loss, pairs, random_neighbours
+from rkdo_dist.frozen.heads import Heads, Recipe, clusters_loss, engine, pairs, random_neighbours
 from tests.jobs import command, on_ranks, rank_command, wait_for
 from tests.ranks import Ranks
 
@@ -59,8 +59,8 @@ def by_hand(u: np.ndarray, v: np.ndarray, debias: float, coupling: float, depth:
     for i in range(n):
         q = [(1 - debias) * sum(u[i][c] * v[j][c] / sizes[c] for c in range(u.shape[1])) + debias / n for j in range(n)]
         p = [(1 - debias) * (i == j) + debias / n for j in range(n)]
-        for level in range(depth):
-            if level:
+        for _ in range(depth):
+            if coupling:
                 p = [(1 - coupling) * a + coupling * b for a, b in zip(p, q, strict=True)]
             total += sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0) / n
     return total
@@ -75,6 +75,19 @@ def test_the_loss_is_the_equation(debias: float, coupling: float, depth: int) ->
     u, v = probabilities(7, 3, 1), probabilities(7, 3, 2)
     expected = by_hand(u.numpy(), v.numpy(), debias, coupling, depth)
     assert float(clusters_loss(u, v, debias, coupling, depth)) == pytest.approx(expected, rel=1e-12)
+    recipe = Recipe(3, debias=debias, coupling=coupling, depth=depth)
+    gradients = []
+    for loss in (
+        lambda a, b: clusters_loss(a.softmax(1), b.softmax(1), debias, coupling, depth),
+        engine(recipe, coupling),
+    ):
+        x, y = u.log().requires_grad_(), v.log().requires_grad_()
+        value = loss(x, y)
+        value.backward()
+        gradients.append((x.grad, y.grad))
+        assert float(value.detach()) == pytest.approx(expected, rel=1e-12)
+    for one, two in zip(*gradients, strict=True):
+        assert float((one - two).abs().max()) < 1e-12 * float(one.abs().max())
 
 
 def test_gradients_flow_through_the_sizes_of_clusters() -> None:

@@ -17,14 +17,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rkdo_dist.data.order import GOLDEN, finalised, hash64, permutation
+from rkdo_dist.field.affinity import Clusters
+from rkdo_dist.losses import FieldLoss, IConLoss, RKDOLoss
 
 JUDGED = 64  # batches by which the best head is found
+DENSE = 512  # samples of a batch, up to which the dense formula is faster than bounded memory
 ROWS = 4096  # of a block of `probabilities`
 _HEAD, _BATCH, _PARTNER, _CONTROL = 11, 12, 13, 14  # streams of draws
 CONTROLS = ("none", "random")
@@ -130,12 +134,12 @@ def _words(key: int, count: int) -> np.ndarray:
 
 
 def clusters_loss(u: Tensor, v: Tensor, debias: float, coupling: float = 0.0, depth: int = 3) -> Tensor:
-    """The loss of a batch, dense (see above); with a coupling, summed over the levels of p.
+    """The loss of a batch, dense: for small batches, and for tests. With a coupling, summed over the levels of p.
 
     Args:
         u, v: (B, C) cluster probabilities of both views.
-        coupling, depth: p(s) = (1 - coupling) p(s - 1) + coupling q~, s = 1..depth, and the sum over s = 0..depth - 1
-            of KL(p(s) || q~), where gradients flow through p; coupling 0: KL(p(0) || q~).
+        coupling, depth: p(s) = (1 - coupling) p(s - 1) + coupling q~, and the sum over s = 1..depth of KL(p(s) || q~),
+            where gradients flow through p; coupling 0: KL(p(0) || q~).
     """
     batch = len(u)
     q = (1 - debias) * (u @ (v / v.sum(0)).T) + debias / batch
@@ -143,10 +147,18 @@ def clusters_loss(u: Tensor, v: Tensor, debias: float, coupling: float = 0.0, de
     p = torch.full_like(q, debias / batch)
     p.diagonal().add_(1 - debias)
     total = torch.zeros((), dtype=u.dtype, device=u.device)
-    for level in range(depth if coupling else 1):
-        p = (1 - coupling) * p + coupling * q if level else p
+    for _ in range(depth if coupling else 1):
+        p = (1 - coupling) * p + coupling * q if coupling else p
         total = total + (torch.xlogy(p, p) - p * log_q).sum() / batch
     return total
+
+
+def engine(recipe: Recipe, coupling: float) -> FieldLoss:
+    """The same as `clusters_loss`, of the clusters' logits and in bounded memory."""
+    alike: dict[str, Any] = {"affinity": Clusters(recipe.debias), "exchange": "local", "validate": False}
+    if coupling:
+        return RKDOLoss(recipe.depth, coupling, 1.0, 0.0, debias=recipe.debias, **alike)
+    return IConLoss(recipe.debias, 1.0, **alike)
 
 
 class Heads:
@@ -165,6 +177,7 @@ class Heads:
         self._rate = recipe.learning_rate or 3.2 / features.shape[1]
         self._heads = {number: self._head(number) for number in numbers}
         everything = [p for head in self._heads.values() for p in head]
+        self._engines = {c: engine(recipe, c) for c in {0.0, recipe.coupling}}
         self._adam = torch.optim.Adam(everything, betas=(0.9, 0.99), foreach=False) if everything else None
 
     def _head(self, number: int) -> list[torch.nn.Parameter]:
@@ -201,10 +214,14 @@ class Heads:
 
     def _losses(self, first: Tensor, second: Tensor, coupling: float) -> dict[int, Tensor]:
         r, rows, columns = self._recipe, self._features[first], self._features[second]
-        return {
-            number: clusters_loss(_phi(rows, head), _phi(columns, head), r.debias, coupling, r.depth)
-            for number, head in self._heads.items()
-        }
+        found = {}
+        for number, head in self._heads.items():
+            u, v = _logits(rows, head), _logits(columns, head)
+            if len(u) <= DENSE:
+                found[number] = clusters_loss(u.softmax(1), v.softmax(1), r.debias, coupling, r.depth)
+            else:
+                found[number] = self._engines[coupling](u, v)
+        return found
 
     def state(self) -> dict[int, list[Tensor]]:
         """By head: weight (f, C), bias (C,), and Adam's two moments of each, as `load` takes them."""
@@ -231,14 +248,15 @@ class Heads:
         return state
 
 
-def _phi(rows: Tensor, head: Sequence[Tensor]) -> Tensor:
-    return (rows @ head[0] + head[1]).softmax(1)
+def _logits(rows: Tensor, head: Sequence[Tensor]) -> Tensor:
+    return rows @ head[0] + head[1]
 
 
 @torch.no_grad()
 def probabilities(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """phi (n, C) of all samples by one head, in blocks."""
-    return torch.cat([_phi(features[k : k + ROWS], (weight, bias)) for k in range(0, len(features), ROWS)])
+    blocks = range(0, len(features), ROWS)
+    return torch.cat([_logits(features[k : k + ROWS], (weight, bias)).softmax(1) for k in blocks])
 
 
 def standardised(values: np.ndarray) -> Tensor:
