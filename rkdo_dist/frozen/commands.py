@@ -51,6 +51,21 @@ def frozen_commands(command: Command) -> None:
     add("--iterations", type=int, default=750, metavar="N", help="of gradient descent (default 750)")
     add("--samples", type=int, metavar="N", help="at most so many, evenly spaced (default: all)")
 
+    add = command(
+        "audit",
+        _audit,
+        "how good supervisors a run's encoder makes, by view, temperature, neighbours and memory",
+        "runs/digits-rkdo --out runs/digits-rkdo/audit",
+    )
+    add("directory", type=Path, metavar="RUN", help="a run directory; its newest checkpoint is audited")
+    add("--out", type=Path, metavar="DIR", help="default: RUN/audit, where rkdo report finds it")
+    add("--samples", type=int, default=2000, metavar="N", help="training samples, drawn from the seed (default 2000)")
+    add("--seed", type=int, default=42, metavar="S", help="of the samples and their views (default 42)")
+    add("--visits", type=int, default=4, metavar="V", help="views of each kind, for the memory (default 4)")
+    add("--temperature", type=float, default=0.05, metavar="T", help="of rows of neighbours and memory (default 0.05)")
+    add("--weights", choices=("trained", "ema"), default="trained", help="which weights (default trained)")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. data.source=... if the data have moved")
+
 
 def _shares(text: str) -> tuple[float, ...]:
     try:
@@ -99,4 +114,16 @@ def _map(options: argparse.Namespace) -> int:
 
     recipe = MapRecipe(o.perplexity, o.affinity, o.normaliser, o.freedom, o.couplings, o.iterations, o.samples)
     draw_map(o.features, o.out, recipe, array=o.array, labels=o.labels)
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    o = options
+    from rkdo_dist.ranks.relaunch import with_all_ranks
+
+    with_all_ranks(o.words)
+    from rkdo_dist.frozen.audit import AuditRecipe, audit
+
+    recipe = AuditRecipe(o.samples, o.seed, o.visits, o.temperature, weights=o.weights)
+    audit(o.directory, o.out, recipe, o.overrides)
     return 0

@@ -13,7 +13,7 @@ from rkdo_dist import parts
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.measure.flops import step_flops
 from rkdo_dist.rundir import SCORE_TITLES
-from rkdo_dist.studies import html
+from rkdo_dist.studies import audit, html
 from rkdo_dist.studies.html import Element, figure, section, tag
 from rkdo_dist.studies.plots import encoded
 from rkdo_dist.studies.report import charts, pictures, words
@@ -60,6 +60,7 @@ def write_report(directories: Sequence[Path], out: Path, progress: Progress = la
         _curves(report),
         _resources(report),
         *pictures.sections(report.groups, progress),
+        _audits(report),
         _settings(report),
         _environment(report),
     ]
@@ -232,6 +233,28 @@ def _step_cost(group: Group) -> float | None:
             return None
         size = None if index.image_size is None else index.image_size[0]
     return None if size is None else step_flops(group.config, size).step
+
+
+def _audits(report: _Report) -> Element | None:
+    """The audits of supervisors (`rkdo audit`) that lie in the run directories."""
+    shown: list[Element] = []
+    for group in report.groups:
+        for run in group.runs:
+            try:
+                found = audit.find(run.path)
+                if found is None:
+                    continue
+                drawn = audit.figure(found)
+                made = [html.sheet(audit.table(found)), *(tag("p", text) for text in audit.sentences(found))]
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                shown.append(tag("p", f"{run.path}: its audit cannot be read: {error!r}", class_="remark"))
+                continue
+            shown.append(tag("h3", f"{group.label}, seed {run.seed}, step {found['step']}"))
+            if drawn is not None:
+                text = "Share of a row's mass on the sample's own class, by how the row is made."
+                shown.append(figure(encoded(drawn, "svg"), "svg+xml", "Supervisors", text))
+            shown += made
+    return section("Supervisors", "audit", *shown) if shown else None
 
 
 def _settings(report: _Report) -> Element:
