@@ -10,6 +10,7 @@ import pytest
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.measure.flops import StepFlops, step_flops
 from tests.jobs import command, metrics, on_ranks, rank_command, run_of, steps, wait_for
 from tests.ranks import Ranks
 
@@ -157,3 +158,36 @@ def test_a_checkpoint_without_the_queue_is_refused(small: list[str]) -> None:
     code, text = command([*small, *SCE, "train.max_steps=4", "run.resume=auto"])
     assert code == 2, text
     assert "queue" in text
+
+
+# --- what looks at a run ----------------------------------------------------------------------------------------------
+
+
+def test_a_report_shows_what_the_relation_was(small: list[str]) -> None:
+    code, text = command([*small, *SCE, "evaluate.at_end=true"])
+    assert code == 0, text
+    run = run_of(small)
+    code, text = command(["report", str(run), "--out", f"{run}.html"])
+    assert code == 0, text
+    page = Path(f"{run}.html").read_text()
+    mean = sum(record["relation_precision"] for record in metrics(run)) / 6
+    assert f"{mean:.4f}" in page.partition("share of the relation on the own class")[2][:200]
+    code, text = command(["doctor", *small[1:], *SCE])
+    assert code == 0, text
+    assert "sce" in text
+
+
+def test_operations_of_a_step_are_those_of_its_views(small: list[str]) -> None:
+    def of(*words: str) -> StepFlops:
+        return step_flops(configuration.load(Path(small[1]), list(words)), 8)
+
+    plain, sce, batch = of("field.objective=infonce"), of(*SCE), of(*RUNS["mutual"])
+    assert sce.encoder_forward == plain.encoder_forward  # one view of the student, one of the teacher
+    assert sce.encoder_step == pytest.approx(plain.encoder_step / 2 + plain.encoder_forward / 2)
+    assert batch.encoder_step == pytest.approx(plain.encoder_step + plain.encoder_forward / 2)
+    assert of(*RUNS["own keys"]).encoder_step == plain.encoder_step
+    assert sce.loss_step == 3 * 2 * 32 * 64 * 16  # rows, keys, and the gradient of rows against 64 keys
+    assert batch.loss_step == 4 * 2 * 32 * 32 * 16
+    code, text = command(["flops", small[1], *SCE, "--repeats", "1"])
+    assert code == 2
+    assert "count with --repeats 0" in " ".join(text.split())

@@ -49,6 +49,11 @@ class Relation:
     mutual: bool = False
     confidence: str = "none"
 
+    @property
+    def own_keys(self) -> bool:
+        """Whether the student's second view serves as the teacher's, so that nothing more is embedded."""
+        return self.teacher == "student" and self.view == "strong" and self.columns == "batch"
+
 
 RELATION = {  # settings of the section `field` and what they are here; the view is views.teacher
     "relation": "form",

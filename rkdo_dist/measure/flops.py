@@ -38,7 +38,7 @@ PAPER = {1: 9.5537e9, 3: 9.5545e9}  # section 4.3: forward, ResNet-18, batch 64,
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Operations of one step over a global batch, both views.
+    """Operations of one step over a global batch, both views, and the teacher's, if there is one.
 
     Attributes:
         encoder_forward, loss_forward: of the forward pass, as the paper counts.
@@ -67,21 +67,21 @@ def step_flops(config: Config, image_size: int) -> StepFlops:
     Args:
         config: of the run.
         image_size: side of the squares that the encoder sees.
-
-    Raises:
-        ConfigError: for an objective with a teacher.
     """
     objective = parts.make_objective(config, 0.0)
-    if objective.relation is not None:
-        raise ConfigError(
-            f"objective {objective.name} has a teacher, whose part of a step is not counted here: count "
-            "field.objective=infonce, and see benchmarks/relation.py for times"
-        )
-    images = 2 * config.train.global_batch
+    batch, width, relation = config.train.global_batch, config.encoder.embedding_dim, objective.relation
     forward, both = _encoder_flops(config.encoder, image_size)
-    loss_forward, loss_step = loss_flops(objective, config.train.global_batch, config.encoder.embedding_dim)
+    loss_forward, loss_step = loss_flops(objective, batch, width)
+    student, teacher = 2 * batch, 0
+    if relation is not None:
+        queued = relation.columns == "queue"
+        product = 2.0 * batch * (relation.queue if queued else batch) * width
+        loss_forward, loss_step = 2 * product, (3 if queued else 4) * product  # of keys, of rows; their gradients
+        student, teacher = (batch, batch) if queued else (2 * batch, 0 if relation.own_keys else batch)
     again = forward if config.train.recompute else 0.0
-    return StepFlops(images * forward, loss_forward, images * (both + again), loss_step)
+    return StepFlops(
+        (student + teacher) * forward, loss_forward, student * (both + again) + teacher * forward, loss_step
+    )
 
 
 @functools.cache
@@ -212,9 +212,17 @@ def cost_table(config: Config, image_size: int, repeats: int) -> Table:
         config: of the run.
         image_size: side of the squares that the encoder sees.
         repeats: steps to time; 0: count only.
+
+    Raises:
+        ConfigError: for times of an objective with a teacher.
     """
     field = config.field
     objective = parts.make_objective(config, 0.0)
+    if objective.relation is not None and repeats:
+        raise ConfigError(
+            f"objective {objective.name} has a teacher, and its steps are not timed here: count with --repeats 0, time "
+            "with `rkdo measure`"
+        )
     depths = sorted({1, 3, field.depth}) if objective.recursion == "in_batch" else [1]
     columns = [dataclasses.replace(config, field=dataclasses.replace(field, depth=depth)) for depth in depths]
     costs = [step_flops(column, image_size) for column in columns]

@@ -56,7 +56,7 @@ def train_step(
 
     relational = strategy.relational_for(objective)
     keys = None
-    if relational is not None and not relational.own_keys:
+    if relational is not None and not relational.relation.own_keys:
         keys = step.keys(lanes, at, relational.relation.teacher)
     embedded = step.embed(lanes, at, keys if relational is not None and relational.queue is not None else None)
     pairs = [lane.detached().pair() for lane in embedded]

@@ -101,11 +101,6 @@ class RelationalField:
         self._mine: list[Tensor] = []
         self._keys = self._samples = self._labels = torch.empty(0)
 
-    @property
-    def own_keys(self) -> bool:
-        """Whether the student's second view serves as the teacher's, so that no further embedding is needed."""
-        return self.relation.teacher == "student" and self.relation.view == "strong" and self.queue is None
-
     def takes_part(self, objective: Objective) -> bool:
         """Whether the objective of a step asks for keys: a relation of weight 0 is InfoNCE, but a queue fills."""
         return objective.relation is not None and (objective.relation.weight > 0 or self.queue is not None)

@@ -133,6 +133,12 @@ def _apart(report: _Report) -> Element | None:
         **{name: f"KL of level {name.removeprefix('kl_')}" for name in levels},
         "positive_mass": "mass on the positive",
     }
+    if any("relation_weight" in means for _, means in found):
+        titles |= {
+            "relation_weight": "weight of the relation",
+            "relation_entropy": "entropy of the relation",
+            "relation_precision": "share of the relation on the own class",
+        }
     rows = [[title, *(number(means.get(name)) for _, means in found)] for name, title in titles.items()]
     note = "Means over the last epoch's steps, on training batches. The loss is cross-entropy minus entropy of p."
     shown = html.table(["", *(label for label, _ in found)], rows)

@@ -12,7 +12,7 @@ from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES
 from rkdo_dist.studies.report.groups import Group, last_common_epoch
 from rkdo_dist.studies.statistics import LEVEL, NO_EVIDENCE, Paired, holm, paired, verdict
 
-NO_IDEAL = "Its value for ideal embeddings has no closed form unless the affinity is the cosine: no share is attained."
+NO_IDEAL = "Its value for ideal embeddings has no closed form (other affinities, relations): no share is attained."
 # The same function for every objective, so that differences mean something.
 COMMON = {k: t for k, t in (SCORE_TITLES | COMMON_METRIC_TITLES).items() if not k.startswith("own_")}
 _MANY = 3  # with more groups, each is compared with the first only
