@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -307,6 +307,13 @@ def _delivered(config: Config, name: str) -> str:
     if config.field.delivery == "sampled":
         return "identity"
     return given if given in ("identity", "labels") or config.field.supervisor is None else "rows"
+
+
+def as_recorded(config: Config, objective: Objective, record: Mapping[str, Any]) -> Objective:
+    """`objective` with the temperature that a step had, by its record in metrics.jsonl: it may have been learned."""
+    if not config.field.learn_temperature:
+        return objective
+    return objective.with_temperature(objective.temperature * record["temperature"] / objective.temperatures[-1])
 
 
 def coupling_at(config: Config, progress: float, epochs: float | None = None) -> float:

@@ -20,7 +20,7 @@ TINY = ["encoder.backbone=cifar_resnet8", "encoder.stem=imagenet", "encoder.embe
 
 
 def test_all_of_them_are_here() -> None:
-    assert [path.stem for path in RECIPES] == ["rkdo", "simclr", "supcon"]
+    assert [path.stem for path in RECIPES] == ["clip", "rkdo", "simclr", "supcon"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "field": "objective supervisor delivery features walk recursion columns queue relation relation_weight "
     "relation_start_epoch teacher teacher_temperature neighbours mutual confidence stored store depth coupling "
-    "coupling_schedule coupling_end coupling_start_epoch coupling_every temperature cooling clock pairing "
-    "supervisor_grad debias switch_to switch_at",
+    "coupling_schedule coupling_end coupling_start_epoch coupling_every temperature learn_temperature cooling clock "
+    "pairing supervisor_grad debias switch_to switch_at",
     "data": "source shards allow_remote split image_size shuffle_buffer workers on_corrupt",
     "views": "crop_scale flip jitter grayscale blur solarize teacher mean std",
     "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze",

@@ -9,6 +9,7 @@ from rkdo_dist.config.former import digest_of_first_edition
 from rkdo_dist.config.reading import change, from_tree, listed, load, to_yaml, with_values, without_secrets
 from rkdo_dist.config.rules import check, check_strategy, check_world
 from rkdo_dist.config.sections import (
+    LEAST_TEMPERATURE,
     Config,
     ConfigError,
     DataConfig,
@@ -28,6 +29,7 @@ from rkdo_dist.config.sections import (
 )
 
 __all__ = [
+    "LEAST_TEMPERATURE",
     "Config",
     "ConfigError",
     "DataConfig",

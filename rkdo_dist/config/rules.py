@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rkdo_dist.config.sections import Config, ConfigError, TrainConfig, relation_of, used_objectives
+from rkdo_dist.config.sections import LEAST_TEMPERATURE, Config, ConfigError, TrainConfig, relation_of, used_objectives
 from rkdo_dist.field import presets
 from rkdo_dist.field.presets import PRESETS, SUPERVISORS
 
@@ -57,6 +57,30 @@ def check(config: Config) -> None:
     if field.recursion == "persistent":
         _check_persistent(config)
     _check_restart(config)
+    if field.learn_temperature:
+        _check_learned_temperature(config)
+
+
+def _check_learned_temperature(config: Config) -> None:
+    """Rules of a temperature that is trained."""
+    kinds = {PRESETS[name].recursion for name in used_objectives(config)} & {"persistent", "restart"}
+    if kinds:
+        raise ConfigError(
+            f"field.learn_temperature=true is not defined where rows recur over iterations or from a teacher "
+            f"(field.recursion={kinds.pop()}): leave one of them out"
+        )
+    initial = config.field.value("temperature")
+    if initial is None:
+        raise ConfigError(
+            f"field.learn_temperature=true needs one temperature to start from, but field.objective="
+            f"{config.field.objective} and field.switch_to={config.field.switch_to} have different ones: set "
+            "field.temperature"
+        )
+    if initial < LEAST_TEMPERATURE:
+        raise ConfigError(
+            f"field.learn_temperature=true keeps the temperature at {LEAST_TEMPERATURE} at least, got "
+            f"field.temperature={initial}"
+        )
 
 
 def _check_supervisor(config: Config) -> None:

@@ -18,6 +18,9 @@ from rkdo_dist.field import presets
 OWN = ("temperature", "pairing", "debias", *presets.RELATION)  # settings of the field that an objective has of its own
 
 
+LEAST_TEMPERATURE = 0.01  # of one that is learned, as CLIP's
+
+
 class ConfigError(ValueError):
     """A mistake in a configuration; the message names the key, its value and what to do."""
 
@@ -135,6 +138,9 @@ class FieldConfig:
     )
     temperature: float | None = setting(
         None, f"temperature tau of the softmax; null: the objective's own ({presets.own('temperature')})", "above 0"
+    )
+    learn_temperature: bool = setting(
+        False, f"train tau with the encoder, from field.temperature on and never below {LEAST_TEMPERATURE}"
     )
     cooling: float = setting(presets.COOLING, "share beta of the temperature that cooling takes away", "in [0, 1)")
     clock: Literal["depth", "training"] = setting(

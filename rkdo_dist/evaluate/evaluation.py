@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -253,7 +254,7 @@ def _score(
         else:
             result = scores.full_protocol(train, test)
         result |= {name: _value(name, metric, test) for name, metric in metrics.items()}
-        result["yardsticks"] = _common_metrics(config, index, step, test, pairs)
+        result["yardsticks"] = _common_metrics(config, index, run, step, test, pairs)
     path = run.write_evaluation(step, {"step": step, **result}, config.evaluate.weights)
     console.print(_table(step, result, list(metrics)))
     if reason is not None:
@@ -262,12 +263,18 @@ def _score(
 
 
 def _common_metrics(
-    config: Config, index: ShardIndex, step: int, test: FrozenFeatures, pairs: FrozenFeatures | None
+    config: Config,
+    index: ShardIndex,
+    run: RunDirectory,
+    step: int,
+    test: FrozenFeatures,
+    pairs: FrozenFeatures | None,
 ) -> dict[str, Any]:
     assert pairs is not None
     u, v = pairs.backbone, pairs.embeddings
     _, total = parts.run_length(config, index)
     objective = parts.make_objective(config, min(1.0, max(0, step - 1) / total))  # of the last step
+    objective = parts.as_recorded(config, objective, next(islice(run.steps(), step - 1, None), {}))
     own = common.own_objective(objective, u, v, config.train.global_batch, pairs.labels)
     return common.common_metrics(u, v, test.embeddings, test.backbone) | own
 

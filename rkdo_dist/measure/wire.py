@@ -109,7 +109,7 @@ def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: in
         parameters=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
         channels=sum(m.num_features for m in norms),
         column_views=len(objective.column_views),
-        report=len(objective.part_names) + 1,
+        report=len(objective.part_names) + 1 + config.field.learn_temperature,
         walks=len(FieldRows(objective, nothing, 2, 0, 2, torch.zeros(2, dtype=torch.int64)).walks),
         forwards=1 if config.train.views == "together" else 2,
         strategy=launch["strategy"],

@@ -60,14 +60,14 @@ class Averaged(Strategy):
     ) -> LossAndGradient:
         """The field loss, formed on all local rows at once."""
         if self.persistent is not None and objective.supervisor == "rows":
-            return averaged_field_of_rows(lanes, objective, self.persistent)
+            return averaged_field_of_rows(lanes, objective, self.persistent, self.learns_temperature)
         relational = self.relational_for(objective)
         if relational is not None:
             gradients, found = relational.field(lanes, objective, GatheredColumns(), merged=True)
             b, like = sum(len(u) for u, _ in lanes), lanes[0][0].dtype
             gradients = [((u / b).to(like), (v / b).to(like)) for u, v in gradients]
             return LossAndGradient(gradients, {name: x / b for name, x in found.items()})
-        return averaged_field(lanes, objective, self._exchange, labels)
+        return averaged_field(lanes, objective, self._exchange, labels, self.learns_temperature)
 
     def mean(self, sums: Tensor) -> Tensor:
         """Mean of the ranks' means."""
@@ -102,7 +102,11 @@ class Averaged(Strategy):
 
 
 def averaged_field(
-    lanes: Sequence[Pair], objective: Objective, exchange: str, labels: Tensor | None = None
+    lanes: Sequence[Pair],
+    objective: Objective,
+    exchange: str,
+    labels: Tensor | None = None,
+    temperature: bool = False,
 ) -> LossAndGradient:
     """Loss and embedding gradients of all local rows at once (collective).
 
@@ -113,36 +117,53 @@ def averaged_field(
         objective: resolved for this step.
         exchange: how columns travel, "gather" or "ring".
         labels: (b,) of this rank's samples, in lane order, for objectives that need them.
+        temperature: whether to give the derivative by tau0 too.
 
     Returns:
         `sums` are means over the rank's rows, (1,).
     """
     u, v = (torch.cat([pair[k] for pair in lanes]).requires_grad_() for k in (0, 1))
     loss_of = FieldLoss(objective, exchange=exchange, validate=False)  # ranks agree, and facts tell what is not finite
-    loss, parts = loss_of(u, v, labels, parts=True)
-    du, dv = torch.autograd.grad(loss, (u, v), materialize_grads=True)
+    tau = u.new_tensor(objective.temperature, dtype=torch.float64).requires_grad_() if temperature else None
+    loss, parts = loss_of(u, v, labels, temperature=tau, parts=True)
+    by = (u, v) if tau is None else (u, v, tau)
+    du, dv, *slope = torch.autograd.grad(loss, by, materialize_grads=True)
     sizes = [len(pair[0]) for pair in lanes]
     gradients = list(zip(du.split(sizes), dv.split(sizes), strict=True))
     sums = {name: x.detach()[None] for name, x in {"loss": loss, **parts}.items()}
+    if slope:
+        sums["temperature_slope"] = slope[0][None]
     if labels is None:
         return LossAndGradient(gradients, sums)
     everyones = group.all_gather_rows(labels)
     return LossAndGradient(gradients, sums, {"ideal": objective.at_ideal(len(everyones), everyones)})
 
 
-def averaged_field_of_rows(lanes: Sequence[Pair], objective: Objective, persistent: PersistentField) -> LossAndGradient:
+def averaged_field_of_rows(
+    lanes: Sequence[Pair], objective: Objective, persistent: PersistentField, temperature: bool = False
+) -> LossAndGradient:
     """`averaged_field` with rows of all samples as supervisors; columns are gathered."""
     supervisor = Restricted.cat(persistent.supervisors(lanes, objective))
     u, v = (torch.cat([pair[k] for pair in lanes]) for k in (0, 1))
     columns, b, both = GatheredColumns(), len(u), objective.column_views == "uv"
     everyone = columns.gather(torch.stack([u, v]) if both else v[None])
-    result = value_and_gradient(objective, u, v, everyone[0], everyone[-1], group.rank() * b, supervisor=supervisor)
+    result = value_and_gradient(
+        objective,
+        u,
+        v,
+        everyone[0],
+        everyone[-1],
+        group.rank() * b,
+        supervisor=supervisor,
+        temperature=temperature,
+    )
     assert result.columns_v is not None
     found = [result.columns_v] if result.columns_u is None else [result.columns_u, result.columns_v]
     home = columns.send_home(torch.stack(found))
     rows_u = result.rows_u if result.columns_u is None else result.rows_u + home[0]
     recurred = {name: x.sum() for name, x in persistent.recur(lanes, everyone[-1], objective).items()}
-    sums = {name: (x / b)[None] for name, x in {"loss": result.loss, **result.parts, **recurred}.items()}
+    slope = {} if result.temperature is None else {"temperature_slope": result.temperature}
+    sums = {name: (x / b)[None] for name, x in {"loss": result.loss, **result.parts, **recurred, **slope}.items()}
     sizes = [len(pair[0]) for pair in lanes]
     du, dv = ((x / b).to(u.dtype).split(sizes) for x in (rows_u, result.rows_v + home[-1]))
     return LossAndGradient(list(zip(du, dv, strict=True)), sums)

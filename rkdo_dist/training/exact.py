@@ -55,7 +55,7 @@ class Exact(Strategy):
         if relational is not None:
             gradients, sums = relational.field(lanes, objective, ExactColumns(), merged=False)
             return LossAndGradient([(u / batch, v / batch) for u, v in gradients], sums)
-        return exact_field(lanes, objective, at.first_lane, self.persistent, labels)
+        return exact_field(lanes, objective, at.first_lane, self.persistent, labels, self.learns_temperature)
 
     def mean(self, sums: Tensor) -> Tensor:
         """Lanes' sums, added in tree order."""
@@ -99,6 +99,7 @@ def exact_field(
     first_lane: int,
     persistent: PersistentField | None = None,
     labels: Tensor | None = None,
+    temperature: bool = False,
 ) -> LossAndGradient:
     """Loss and embedding gradients, formed per lane against the columns of the whole global batch (collective).
 
@@ -110,6 +111,7 @@ def exact_field(
         first_lane: global number of this rank's first lane.
         persistent: rows of all samples, which supervise and, if they persist, recur then; for an objective of rows.
         labels: (b,) of this rank's samples, in lane order, for objectives that need them.
+        temperature: whether to give the derivative by tau0 too.
 
     Returns:
         `sums` are sums over each lane, (lanes,).
@@ -126,7 +128,15 @@ def exact_field(
     for i, (u, v) in enumerate(lanes):
         first_row = (first_lane + i) * m
         result = value_and_gradient(
-            objective, u, v, columns_u, columns_v, first_row, everyones, supervisor=supervisors[i], temperature=False
+            objective,
+            u,
+            v,
+            columns_u,
+            columns_v,
+            first_row,
+            everyones,
+            supervisor=supervisors[i],
+            temperature=temperature,
         )
         for name, part in (("u", result.columns_u), ("v", result.columns_v)):
             if part is not None:
@@ -138,6 +148,9 @@ def exact_field(
 
     sums = {"loss": torch.stack([r.loss.double() for r in results])}
     sums |= {name: torch.stack([r.parts[name].double() for r in results]) for name in results[0].parts}
+    slopes = [r.temperature for r in results if r.temperature is not None]
+    if slopes:
+        sums["temperature_slope"] = torch.stack(slopes)
     if rows is not None:
         sums |= rows.recur(lanes, columns_v, objective)
     batch = len(columns_u)

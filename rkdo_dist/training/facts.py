@@ -44,6 +44,7 @@ class Facts:
     Attributes:
         loss: mean over the global batch.
         parts: of the loss (`field.objectives`), means over the global batch.
+        temperature_slope: derivative of the loss by tau0, if it was asked for.
         not_finite: the first embedding, or the loss, that is not finite, in words; empty if all are.
         gradient_not_finite: the same for gradients.
         gradient_norm: of the gradient, times the loss scale; None where the strategy learns it in its update.
@@ -53,6 +54,7 @@ class Facts:
 
     loss: float
     parts: dict[str, float | None]
+    temperature_slope: float | None
     not_finite: str
     gradient_not_finite: str
     gradient_norm: float | None
@@ -88,14 +90,17 @@ def gather(
         [embeddings.numel(), gradients.numel(), sums.numel()], dim=1
     )
     means = dict(zip(field.sums, strategy.mean(sums_found.reshape(-1, sums.shape[1])).tolist(), strict=True))
-    loss = means.pop("loss")
+    loss, slope = means.pop("loss"), means.pop("temperature_slope", None)
     not_finite = _broken("an embedding", embeddings_fine, at, lanes=True)
     if not not_finite and not np.isfinite(loss):
         not_finite = f"the loss of step {at.step + 1} is {loss}"
+    if not not_finite and slope is not None and not np.isfinite(slope):
+        not_finite = f"the derivative of the loss of step {at.step + 1} by the temperature is {slope}"
     stop, replaced, warned, unread = hosts[:, :4].T
     return Facts(
         loss=loss,
         parts=means | field.known,
+        temperature_slope=slope,
         not_finite=not_finite,
         gradient_not_finite=_broken("the gradient", gradients_fine, at, lanes=gradients.ndim > 0),
         gradient_norm=norm,

@@ -36,6 +36,7 @@ from rkdo_dist.training.relation import RelationalField, make_relational
 from rkdo_dist.training.step import TEACHER, Step, StepSettings
 from rkdo_dist.training.strategy import Update
 from rkdo_dist.training.supervision import Sampled, make_sampled, supervisor_rows
+from rkdo_dist.training.temperature import LearnedTemperature
 
 
 @dataclasses.dataclass
@@ -48,6 +49,7 @@ class Job:
         sampled: draws the samples whose views are the second ones, if supervisors are delivered so.
         average: of the encoder's weights, with `train.ema`.
         relational: what a recursion with restart keeps, if it is of that kind.
+        temperature: with `field.learn_temperature`.
         launch_before: strategy, precision and reduction of the checkpoint continued from; this launch's if none.
         loss_scale: state of the loss scale in that checkpoint.
         position: steps done. With the configuration it is all that is needed to continue.
@@ -68,6 +70,7 @@ class Job:
     views: Views
     average: WeightAverage | None
     relational: RelationalField | None
+    temperature: LearnedTemperature | None
     early_stop: EarlyStop
     launch_before: dict[str, str]
     loss_scale: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -101,6 +104,7 @@ class Job:
             views_together=self.config.train.views == "together",
             exchange="ring" if self.config.run.reduction == "ring" else "gather",
             clip=self.config.train.clip_gradient,
+            learn_temperature=self.temperature is not None,
         )
         self.step = Step(
             self.encoder,
@@ -166,8 +170,9 @@ class Job:
             self.sampled.begin(self.position // self.steps_per_epoch)
 
     def objective(self, step: int) -> Objective:
-        """The objective of a step (its temperature may follow the training clock)."""
-        return parts.make_objective(self.config, step / self.total_steps, self.total_steps / self.steps_per_epoch)
+        """The objective of a step (its temperature may follow the training clock, or be learned)."""
+        known = parts.make_objective(self.config, step / self.total_steps, self.total_steps / self.steps_per_epoch)
+        return known if self.temperature is None else known.with_temperature(self.temperature.value)
 
     def set_learning_rate(self, step: int) -> None:
         """Set the learning rate of a step, a function of the step alone."""
@@ -296,6 +301,7 @@ def build(
         views,
         None if config.train.ema is None else WeightAverage(encoder, config.train.ema),
         make_relational(config, index, runtime.device),
+        LearnedTemperature(config) if config.field.learn_temperature else None,
         EarlyStop(config.train.early_stop_slope, config.train.early_stop_window),
         runtime.launch,
         metrics=metrics or {},

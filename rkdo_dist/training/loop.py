@@ -114,6 +114,8 @@ def steps(job: Job, stop: StopRequest) -> Iterator[tuple[Facts, dict[str, Any]]]
                 return job.told(batch, stop.code, ahead and following[0].failed)
 
             facts, update = train_step(job.step, batch.lanes, objective, batch.epoch, job.position, tell)
+            if job.temperature is not None and facts.temperature_slope is not None and not update.skipped:
+                job.temperature.move(facts.temperature_slope, job.optimizer.param_groups[0]["lr"])
             job.skipped_in_a_row = job.skipped_in_a_row + 1 if update.not_finite else 0
             if job.skipped_in_a_row > skips:
                 raise NonFiniteError(

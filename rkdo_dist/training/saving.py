@@ -18,6 +18,7 @@ from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training.job import Job
 from rkdo_dist.training.journal import Journal
+from rkdo_dist.training.temperature import PART as TEMPERATURE
 
 
 def save(job: Job, journal: Journal) -> bool:
@@ -41,6 +42,8 @@ def save(job: Job, journal: Journal) -> bool:
             checkpoint.write_part(building, checkpoint.AVERAGE, job.average.model.state_dict())
         if job.relational is not None:
             job.relational.write_part(building)
+        if job.temperature is not None:
+            checkpoint.write_part(building, TEMPERATURE, job.temperature.tensors())
         extra = {
             **job.facts(),
             "configuration": configuration.decisive_tree(job.config),
@@ -75,6 +78,8 @@ def restore(job: Job) -> None:
         job.average.model.load_state_dict(found.weights("ema"))
     if job.relational is not None:
         job.relational.restore(found)
+    if job.temperature is not None:
+        job.temperature.restore(found.part(TEMPERATURE))
     job.position = job.saved = found.step
     job.skipped_in_a_row = found.extra["skipped_in_a_row"]
     job.early_stop.restore(found.extra.get("early_stop", {}))

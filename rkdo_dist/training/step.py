@@ -41,6 +41,7 @@ class StepSettings:
     views_together: bool
     exchange: str
     clip: float | None = None
+    learn_temperature: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Step:
         self.statistics = BatchStatistics(encoder)
         self.strategy = _choose(encoder, optimizer, runtime, settings)
         self.strategy.persistent, self.strategy.relational = persistent, relational
+        self.strategy.learns_temperature = settings.learn_temperature
         self.average, self._encoder = average, encoder
 
     def embed(self, lanes: Sequence[MicroBatch], at: Position, keys: Sequence[Tensor] | None = None) -> list[Embedded]:

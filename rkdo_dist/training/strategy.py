@@ -111,12 +111,14 @@ class Strategy(abc.ABC):
     Attributes:
         model: what embeds training lanes (the encoder, or a wrapper of it).
         persistent: the rows of a persistent field, if there is one.
+        learns_temperature: whether `field` gives the derivative by tau0 too, as the sum "temperature_slope".
         relational: what a recursion with restart keeps, if there is one; only `train.exact` and `train.averaged`.
     """
 
     model: nn.Module
     persistent: PersistentField | None = None
     relational: RelationalField | None = None
+    learns_temperature: bool = False
 
     def __init__(
         self,

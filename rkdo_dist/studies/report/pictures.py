@@ -77,7 +77,7 @@ def sections(groups: Sequence[Group], progress: Callable[[str], None]) -> list[E
             _sheet(neighbour_sheet(seen)),
         ]
         if run.config.field.recursion != "persistent":
-            objective = parts.make_objective(run.config, 1.0)
+            objective = parts.as_recorded(run.config, parts.make_objective(run.config, 1.0), run.records[-1])
             text = (
                 f"The field of {len(seen.u)} test pairs ordered by class, rows against columns, logarithmic colours: "
                 "supervisory rows p, then learned rows q, by level."
