@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from rkdo_dist import config as configuration
 from rkdo_dist.config import ConfigError
+from rkdo_dist.data.index import load_index
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.ranks import runtime
 from rkdo_dist.training.facts import Facts
@@ -122,6 +123,20 @@ def test_a_run_learns_it_with_the_same_bits_on_any_ranks_and_after_a_stop(small:
     judged = json.loads((one / "evaluations" / "6.json").read_text())["yardsticks"]
     assert command(["evaluate", str(one)])[0] == 0
     assert json.loads((one / "evaluations" / "6.json").read_text())["yardsticks"] == judged
+
+
+def test_it_is_learned_from_rows_that_a_file_gives_too(small: list[str], digits: Path, tmp_path: Path) -> None:
+    n = load_index(digits).split("train").samples
+    here, p = np.arange(n), np.repeat([0.75, 0.25], n)
+    np.savez(tmp_path / "rows.npz", row=np.tile(here, 2), column=np.concatenate([here, (here + 1) % n]), p=p)
+    learned = {}
+    for how in ("exact", "fast"):
+        words = [*small, LEARN, f"field.supervisor={tmp_path / 'rows.npz'}", f"run.reduction={how}"]
+        code, text = command([*words, f"run.dir={tmp_path / how}"])
+        assert code == 0, text
+        learned[how] = [record["temperature"] for record in metrics(tmp_path / how)]
+    assert learned["fast"] == pytest.approx(learned["exact"], rel=1e-6)
+    assert learned["exact"][-1] != pytest.approx(learned["exact"][0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("words", "told"), [
