@@ -374,8 +374,9 @@ def _status(options: argparse.Namespace) -> int:
 
     status = RunDirectory(options.directory).status()
     print(f"{status['status']} at step {status['step']}")
-    if "message" in status:
-        print(status["message"])
+    for word in ("message", "remark"):
+        if word in status:
+            print(status[word])
     return 0
 
 

@@ -40,6 +40,19 @@ def progress_bar(console: Console, **options: Any) -> Progress:
     )
 
 
+def training_bar(console: Console, **options: Any) -> Progress:
+    """The display of a training run: what is told beside it gets the room, at 80 columns too."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        **options,
+    )
+
+
 @contextlib.contextmanager
 def counting(console: Console, title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on a terminal, and the function that moves it: (done, total, note)."""

@@ -93,6 +93,11 @@ class History:
         return sum(record["loss"] is None for record in self.records)
 
     @property
+    def collapsed(self) -> int | None:
+        """The step at which collapse was noticed (`training.collapse`); None if it was not."""
+        return next((record["step"] for record in self.records if record.get("collapsed")), None)
+
+    @property
     def last(self) -> dict[str, Any]:
         """The evaluation of the largest step, empty if there is none."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else {}

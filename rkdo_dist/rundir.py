@@ -4,6 +4,7 @@ config.yaml         the resolved configuration
 environment.json    versions, devices, world size, commit
 metrics.jsonl       one object per step
 status.json         running, complete, preempted, interrupted or failed; the steps done and the last checkpoint's
+                    (and a remark, where there is reason for one)
 checkpoints/        <step>/, and `latest`
 evaluations/        <step>.json, with the digest of the weights evaluated
 .lock               held by the process that writes here
@@ -68,6 +69,7 @@ class RunDirectory:
         self.path = Path(path)
         self._lock: DirectoryLock | None = None
         self._saved: int | None = None  # step of the last checkpoint, for status.json
+        self._remark = ""
 
     @property
     def metrics(self) -> Path:
@@ -263,9 +265,15 @@ class RunDirectory:
         status: dict[str, Any] = {"status": word, "step": step}
         if self._saved is not None:
             status["checkpoint"] = self._saved
+        if self._remark:
+            status["remark"] = self._remark
         if message:
             status["message"] = shown(message)
         write_atomic(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+
+    def remark(self, text: str) -> None:
+        """Something that status.json says of the run from its next writing on."""
+        self._remark = text
 
     def saved(self, step: int) -> None:
         """Record in status.json that the checkpoint of a step is on the disk, so that its loss is noticed later."""

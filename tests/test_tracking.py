@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,14 +63,81 @@ def test_wandb_offline(small: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
     assert "wandb:" not in text
 
 
+def test_mlflow_continues_its_run(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 6 with the last checkpoint at 4, and continued: every step once, in one run."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    import shutil
+
+    run, arguments = run_of(small), [*small, "run.trackers=[mlflow]"]
+    assert command(arguments)[0] == 0
+    shutil.rmtree(run / "checkpoints" / "6")
+    (run / "checkpoints" / "latest").write_text("4\n")
+    assert command([*arguments, "run.resume=auto", "train.batches_per_epoch=6"])[0] == 0
+    (found,) = mlflow.search_runs(experiment_names=[tracking.PROJECT], output_format="list")
+    points = mlflow.MlflowClient().get_metric_history(found.info.run_id, "train/loss")
+    assert [(p.step, p.value) for p in points] == [(r["step"], r["loss"]) for r in metrics(run)]
+    assert found.data.params["field.objective"] == "rkdo"
+
+
+class StandIn(types.ModuleType):
+    """The part of MLflow that is called: remembers what it is told, and knows a run of before, if there is one."""
+
+    def __init__(self, before: list[int]) -> None:
+        super().__init__("mlflow")
+        self.called: list[tuple[str, Any]] = []
+        self.utils = types.SimpleNamespace(
+            validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
+        )
+        experiment = types.SimpleNamespace(experiment_id="7")
+        run = types.SimpleNamespace(info=types.SimpleNamespace(run_id="old"))
+        self.MlflowClient = lambda: types.SimpleNamespace(
+            get_experiment_by_name=lambda name: experiment if before else None,
+            search_runs=lambda ids, condition, max_results: [run] if "rkdo_dist.run" in condition else [],
+            get_metric_history=lambda run_id, key: [types.SimpleNamespace(step=step) for step in before],
+        )
+        self.search_experiments = lambda filter_string: [experiment]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("set_tracking_uri", "start_run", "log_params", "log_metrics", "end_run"):
+            raise AttributeError(name)
+        return lambda *words, **more: self.called.append((name, (words, more)))
+
+    def named(self, name: str) -> list[Any]:
+        return [given for called, given in self.called if called == name]
+
+
+@pytest.mark.parametrize("before", [[], [1, 2]])
+def test_mlflow_is_told_each_number_at_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[int]
+) -> None:
+    stand_in = StandIn(before)
+    monkeypatch.setitem(sys.modules, "mlflow", stand_in)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    trackers = tracking.Trackers(["mlflow"], tmp_path, 0, {"field.depth": 3})
+    for step in (2, 3):
+        trackers.log(step, {"step": step, "loss": 1.5, "objective": "rkdo", "probe_knn": None}, "train/")
+    trackers.log(2, {"nmi": 0.5}, "evaluate/")
+    trackers.close()
+    assert stand_in.named("set_tracking_uri") == [(((tmp_path / "mlflow").as_uri(),), {})]
+    ((_, started),) = stand_in.named("start_run")
+    assert started["run_id"] == ("old" if before else None)
+    assert stand_in.named("log_params") == ([] if before else [(({"field.depth": 3},), {})])
+    steps = [3] if before else [2, 3]
+    expected = [(({"train/loss": 1.5},), {"step": step}) for step in steps] + [(({"evaluate/nmi": 0.5},), {"step": 2})]
+    assert stand_in.named("log_metrics") == expected
+    assert stand_in.called[-1][0] == "end_run"
+
+
 def test_a_tracker_that_is_not_installed_ends_the_run_before_the_first_step(
     small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
-    code, text = command([*small, "run.trackers=[wandb]"])
-    assert code == 2
-    assert "wandb" in text
-    assert "rkdo_dist[tracking]" in " ".join(text.split())
+    for name, extra in (("wandb", "tracking"), ("mlflow", "mlflow")):
+        code, text = command([*small, f"run.trackers=[{name}]"])
+        assert code == 2
+        assert name in text
+        assert f"rkdo_dist[{extra}]" in " ".join(text.split())
     assert not run_of(small).exists()
 
 

@@ -329,7 +329,9 @@ class RunConfig:
     )
     threads: int = setting(1, "CPU threads of each process; on a CPU the arithmetic depends on it", least=1)
     timeout: int = setting(1800, "seconds after which a silent process counts as lost", least=1, free=True)
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting((), "written beside metrics.jsonl", free=True)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
+        (), "written beside metrics.jsonl", free=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from rkdo_dist.ranks import messages
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training.average import WeightAverage
+from rkdo_dist.training.collapse import Collapse
 from rkdo_dist.training.early_stop import EarlyStop
 from rkdo_dist.training.facts import Facts, Told
 from rkdo_dist.training.persistent import PersistentField, make_persistent
@@ -56,6 +57,7 @@ class Job:
         saved: position of the newest checkpoint.
         skipped_in_a_row: steps before the position that were not finite.
         metrics: further scores of evaluations, by name.
+        collapse: watches the loss.
         step: encoder and strategy; from `begin` on, they own weights and optimizer state.
     """
 
@@ -80,6 +82,7 @@ class Job:
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
     persistent: PersistentField | None = None
     sampled: Sampled | None = None
+    collapse: Collapse = dataclasses.field(default_factory=Collapse)
     step: Step = dataclasses.field(init=False)
 
     def supervise(self) -> None:
@@ -133,7 +136,7 @@ class Job:
     def _read(self, partners: Partners | None) -> Iterator[Batch]:
         train, data = self.config.train, self.config.data
         first_epoch, start_step = divmod(self.position, self.steps_per_epoch)
-        epochs = -(-self.total_steps // self.steps_per_epoch) - first_epoch
+        epochs = self.epochs - first_epoch
         if epochs <= 0:
             return
         stream = lane_stream(
@@ -199,13 +202,17 @@ class Job:
         varies = self.relational is not None and self.relational.takes_part(objective)
         varies |= objective.supervisor == "rows"
         ideal = None if varies else objective.at_ideal(self.config.train.global_batch)
-        return {
-            "step": self.position,
-            "epoch": epoch,
+        placed = {
             "loss": None if update.not_finite else facts.loss,
             "loss_at_uniform": found.pop("uniform", None),
             "loss_at_ideal": found.pop("ideal", ideal),
+        }
+        return {
+            "step": self.position,
+            "epoch": epoch,
+            **placed,
             **found,
+            **({"collapsed": True} if self.collapse.add(self.position, *placed.values()) else {}),
             **({"skipped": update.skipped} if update.skipped else {}),
             **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
             **({"replaced_samples": facts.replaced} if self.config.data.on_corrupt == "skip" else {}),
@@ -218,6 +225,11 @@ class Job:
             "seconds": round(seconds, 6),
             "pairs_per_second": round(self.config.train.global_batch / seconds, 3),
         }
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the run, the last perhaps not whole."""
+        return -(-self.total_steps // self.steps_per_epoch)
 
     @property
     def epoch_ended(self) -> bool:

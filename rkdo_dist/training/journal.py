@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import time
@@ -11,8 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
-from rkdo_dist.console import progress_bar, say
+from rkdo_dist.console import say, training_bar
 from rkdo_dist.files import write_atomic
+from rkdo_dist.history import attained_share
 from rkdo_dist.rundir import RunError, read_object, read_steps
 from rkdo_dist.training.tracking import Trackers
 
@@ -23,7 +25,7 @@ class Journal:
     Args:
         path: metrics.jsonl.
         resume_step: steps already in the run; later lines (of a run that went on after its last checkpoint) are cut.
-        total_steps: length of the run, for the display.
+        total_steps, epochs: length of the run, for the display.
         console: where to show progress; None keeps this rank silent and writes nothing.
         label: what is trained, for the display.
         trackers: get the same numbers as metrics.jsonl; closed with the journal.
@@ -34,6 +36,7 @@ class Journal:
         path: Path,
         resume_step: int,
         total_steps: int,
+        epochs: int,
         console: Console | None,
         label: str,
         trackers: Trackers | None = None,
@@ -46,9 +49,11 @@ class Journal:
             return
         _cut(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        self._progress = progress_bar(console, disable=not console.is_terminal)
+        self._progress = training_bar(console, disable=not console.is_terminal)
         self._task = self._progress.add_task(label, total=total_steps, completed=resume_step, note="")
-        self._label, self._total = label, total_steps
+        self._label, self._total, self._epochs = label, total_steps, epochs
+        self._began, self._first = time.monotonic(), resume_step
+        self._probes: dict[str, float] = {}  # the last ones
 
     def __enter__(self) -> Journal:
         if self.console is not None:
@@ -72,10 +77,21 @@ class Journal:
         self._file.flush()
         if self._trackers is not None:
             self._trackers.log(record["step"], record, "train/")
-        loss = "skipped" if record["loss"] is None else f"loss {record['loss']:.4f}"
-        note = f"{loss}  {record['pairs_per_second']:.0f} pairs/s"
+        self._probes |= {k: v for k, v in record.items() if k.startswith("probe_") and v is not None}
+        note = self._note(record)
         self._progress.update(self._task, completed=record["step"], note=note)
         self._tell_plainly(record["step"], note)
+
+    def _note(self, record: dict[str, Any]) -> str:
+        """A step in words: 0 % is the loss of an encoder that knows nothing, 100 % that of an ideal one."""
+        loss = "skipped"
+        if record["loss"] is not None:
+            uniform, ideal = record.get("loss_at_uniform"), record.get("loss_at_ideal")
+            share = None if uniform is None or ideal is None else attained_share(record["loss"], uniform, ideal)
+            loss = f"loss {record['loss']:.4f}" + ("" if share is None else f" ({share:z.0%})")
+        probes = [f"{name.removeprefix('probe_')} {value:.2f}" for name, value in self._probes.items()]
+        speed = [] if probes else [f"{record['pairs_per_second']:.0f} pairs/s"]  # there is no room for both
+        return "  ".join([f"epoch {record['epoch'] + 1}/{self._epochs}", loss, *probes, *speed])
 
     def _tell_plainly(self, step: int, note: str) -> None:
         """Without a terminal, an occasional line instead of the bar."""
@@ -83,7 +99,9 @@ class Journal:
         if self.console.is_terminal or (time.monotonic() - self._plain_at < 10 and step < self._total):
             return
         self._plain_at = time.monotonic()
-        say(self.console, f"{self._label}: step {step}/{self._total}  {note}")
+        left = (self._plain_at - self._began) / max(1, step - self._first) * (self._total - step)
+        eta = f"  ETA {datetime.timedelta(seconds=round(left))}" if step < self._total else ""
+        say(self.console, f"{self._label}: step {step}/{self._total}  {note}{eta}")
 
     def evaluated(self, step: int, path: Path) -> None:
         """Pass the scores of an evaluation that has just been written to the trackers."""

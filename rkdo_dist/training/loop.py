@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rkdo_dist.data.stream import Batch, MicroBatch
+from rkdo_dist.diagnostics import logger
 from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import messages
@@ -148,6 +149,10 @@ def run(job: Job, journal: Journal, stop: StopRequest, callbacks: Callbacks) -> 
             if job.probe_due():
                 record |= probe(job)
             journal.step(record)
+            if "collapsed" in record:
+                job.run.remark(job.collapse.message)
+                if job.runtime.is_main:
+                    logger.warning("%s", job.collapse.message)
             told = callbacks.attempt("on_step", record)
             if facts.stop or job.checkpoint_due() or job.evaluation_due():
                 _save(job, journal, callbacks)

@@ -87,7 +87,9 @@ def train(config: Config, given: Given | None = None) -> Ended:
         console = Console(stderr=True) if job.runtime.is_main else None
         already = job.position
         with (
-            Journal(run.metrics, already, job.total_steps, console, job.objective(0).name, trackers) as journal,
+            Journal(
+                run.metrics, already, job.total_steps, job.epochs, console, job.objective(0).name, trackers
+            ) as journal,
             StopRequest() as stop,
         ):
             if dated:

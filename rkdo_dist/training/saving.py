@@ -49,6 +49,7 @@ def save(job: Job, journal: Journal) -> bool:
             "configuration": configuration.decisive_tree(job.config),
             "skipped_in_a_row": job.skipped_in_a_row,
             "early_stop": job.early_stop.state(),
+            "collapse": job.collapse.state(),
             "loss_scale": state.loss_scale,
             "launch": job.runtime.launch,
         }
@@ -83,6 +84,9 @@ def restore(job: Job) -> None:
     job.position = job.saved = found.step
     job.skipped_in_a_row = found.extra["skipped_in_a_row"]
     job.early_stop.restore(found.extra.get("early_stop", {}))
+    job.collapse.restore(found.extra.get("collapse", {}))
+    if job.collapse.noticed is not None:
+        job.run.remark(job.collapse.message)
     job.loss_scale = found.extra.get("loss_scale", {})
     job.launch_before = found.extra.get("launch", job.runtime.launch)
 

@@ -66,6 +66,25 @@ def score_chart(groups: Sequence[Group]) -> Any | None:
     return figure
 
 
+def probe_chart(groups: Sequence[Group]) -> Any | None:
+    """A figure of the online probes by step; None without any."""
+    curves = {
+        title: [group.curve(lambda run, name=name: run.curve(name)) for group in groups]
+        for name, title in (("probe_linear", "linear probe (backbone)"), ("probe_knn", "k-NN probe (backbone)"))
+    }
+    shown = {title: found for title, found in curves.items() if any(found)}
+    if not shown:
+        return None
+    figure, axes = panels(1, len(shown), (5.75 * len(shown), 3.8))
+    for panel, (title, found) in zip(axes, shown.items(), strict=True):
+        for group, curve in zip(groups, found, strict=True):
+            band(panel, curve, group.colour, group.label)
+        panel.set(title=title, xlabel="step")
+        whole_numbers(panel)
+    legend_below(figure)
+    return figure
+
+
 def resource_chart(groups: Sequence[Group], flops: Mapping[int, float], name: str) -> Any | None:
     """A figure of a score against steps, operations and seconds; None without evaluations.
 

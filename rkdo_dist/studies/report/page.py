@@ -97,6 +97,9 @@ def _summary(report: _Report) -> Element:
         said.append(_paragraphs(["A single configuration: there is no loss gap to explain.", *_alone(report)]))
     unfinished = [r for g in report.groups for r in g.runs if not r.evaluations or not r.epochs]
     remarks = [*report.remarks]
+    for run in (run for group in report.groups for run in group.runs):
+        if (step := run.collapsed) is not None:
+            remarks.append(f"{run.path} collapsed: at step {step} its loss had long been that of an untrained encoder.")
     if unfinished:
         listed = ", ".join(str(run.path) for run in unfinished)
         remarks.append(f"Without a step or an evaluation so far: {listed}.")
@@ -183,6 +186,10 @@ def _curves(report: _Report) -> Element | None:
         return None
     band = "Lines: mean over seeds. Bands: one standard deviation."
     drawn = [_picture(losses, "Loss curves", f"Training. Left: values of different functions. {band}")]
+    probes = charts.probe_chart(report.groups)
+    if probes is not None:
+        text = f"Online probes: test accuracy on a few images of the weights as they were at that step. {band}"
+        drawn.append(_picture(probes, "Curves of online probes", text))
     if scores is not None:
         text = f"Evaluations: the same functions for every objective, on the test split. {band}"
         drawn.append(_picture(scores, "Curves of scores", text))
