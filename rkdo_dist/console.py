@@ -16,7 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 
@@ -44,9 +44,9 @@ def training_bar(console: Console, **options: Any) -> Progress:
     """The display of a training run: what is told beside it gets the room, at 80 columns too."""
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
+        BarColumn(bar_width=None),  # gives way to the others
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
         **options,

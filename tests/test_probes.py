@@ -16,6 +16,8 @@ from rkdo_dist.data.order import evaluation_blocks
 from rkdo_dist.evaluate import probes, scores
 from rkdo_dist.evaluate.features import FrozenFeatures, gather_features
 from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.studies.report.charts import probe_chart
+from rkdo_dist.studies.report.groups import read_groups
 from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
 from tests.test_python import Pixels
 
@@ -52,7 +54,7 @@ def test_one_curve_on_any_ranks_and_after_a_restart_and_the_weights_do_not_know(
     assert metrics(run) == runs[0]
 
 
-def test_a_probe_is_what_it_says(small: list[str]) -> None:
+def test_a_probe_is_what_it_says(small: list[str], reference: Path) -> None:
     """The last probe, computed again from the checkpoint by `load_encoder`, with all images of blocks evenly spaced."""
     code, text = command([*small, *PROBED, "train.max_steps=2"])
     assert code == 0, text
@@ -70,6 +72,9 @@ def test_a_probe_is_what_it_says(small: list[str]) -> None:
         rows = [i for b in places for i in range(32 * b, min(32 * b + 32, len(whole.ids)))]
         assert len(rows) == min(1024, len(whole.ids))
         arrays += [whole.backbone[rows], whole.labels[rows]]
+    assert probe_chart(read_groups([reference])[0]) is None
+    figure = probe_chart(read_groups([run.path])[0])
+    assert [panel.get_title() for panel in figure.axes] == ["linear probe (backbone)", "k-NN probe (backbone)"]
     assert curve(run.path, "probe_knn") == {2: scores.knn_accuracy(*arrays)}
     assert curve(run.path, "probe_linear") == {2: scores.linear_evaluation(*arrays, standardise=True)}
 

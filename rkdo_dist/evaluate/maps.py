@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_limits
 
 SEED = 42
 PERPLEXITY = 30.0
+_ONE_POINT = 1e-7  # a deviation that scikit-learn would divide by, and crash
 
 Array = NDArray[Any]
 
@@ -43,11 +44,15 @@ def principal_components(features: Array) -> tuple[Array, tuple[float, float]]:
 def tsne(features: Array) -> Array:
     """t-SNE of (n, d) features, (n, 2): fixed seed, started at the principal components, on one thread.
 
+    Features that have collapsed to one point are one point of the map.
+
     Raises:
         ValueError: for fewer than 8 samples.
     """
     if len(features) < 8:
         raise ValueError(f"a t-SNE map needs at least 8 samples, got {len(features)}")
+    if features.std(axis=0).max() < _ONE_POINT:
+        return np.zeros((len(features), 2))
     perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
     model = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=SEED, n_jobs=1)
     with threadpool_limits(1):

@@ -1,8 +1,8 @@
 """Collapse, noticed from the loss alone: every sample is embedded at one point, and no sample is told from another.
 
 The learned rows are uniform then, so the loss lies at its value for an encoder that knows nothing. An untrained encoder
-is above that by more (1.5 % of the way to an ideal one for a ResNet-8 on digits), and so is one that learns slowly. The
-loss is on every rank already: nothing is computed or waited for.
+is further from that (by 1 to 2 % of the way to an ideal one for a ResNet-8 on digits), and so is one that learns
+slowly. The loss is on every rank already: nothing is computed or waited for.
 """
 
 from __future__ import annotations

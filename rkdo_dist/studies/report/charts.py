@@ -68,11 +68,12 @@ def score_chart(groups: Sequence[Group]) -> Any | None:
 
 def probe_chart(groups: Sequence[Group]) -> Any | None:
     """A figure of the online probes by step; None without any."""
-    curves = {
-        title: [group.curve(lambda run, name=name: run.curve(name)) for group in groups]
-        for name, title in (("probe_linear", "linear probe (backbone)"), ("probe_knn", "k-NN probe (backbone)"))
-    }
-    shown = {title: found for title, found in curves.items() if any(found)}
+    names = {"probe_linear": "linear probe (backbone)", "probe_knn": "k-NN probe (backbone)"}
+
+    def curves(name: str) -> list[dict[int, list[float]]]:
+        return [group.curve(lambda run: run.curve(name)) for group in groups]
+
+    shown = {title: found for name, title in names.items() if any(found := curves(name))}
     if not shown:
         return None
     figure, axes = panels(1, len(shown), (5.75 * len(shown), 3.8))
