@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
 from rkdo_dist.evaluate import scores
+from rkdo_dist.frozen import cluster_page
 from rkdo_dist.frozen.features import read_features
 from rkdo_dist.frozen.heads import Heads, Recipe, clusters_loss, engine, pairs, random_neighbours
 from tests.jobs import command, on_ranks, rank_command, wait_for
@@ -41,6 +42,12 @@ def blobs(tmp_path: Path) -> Path:
     path = tmp_path / "blobs.npz"
     np.savez(path, features=values.astype(np.float32), labels=labels, keys=keys)
     return path
+
+
+@pytest.fixture(autouse=True)
+def small_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """t-SNE of the page costs more than most clusterings here."""
+    monkeypatch.setattr(cluster_page, "MAPPED", 60)
 
 
 def found(arguments: list[str]) -> dict[str, Any]:
@@ -134,15 +141,15 @@ def test_agreement_matches_clusters_with_classes() -> None:
 # --- digits -----------------------------------------------------------------------------------------------------
 
 
-def gain(seed: int, file: Path, out: Path) -> float:
-    result = found([str(file), "--clusters", "10", "--seed", str(seed), "--out", str(out)])
+def gain(seed: int, file: Path, out: Path, *more: str) -> float:
+    result = found([str(file), "--clusters", "10", "--seed", str(seed), "--out", str(out), *more])
     assert result["labelled"] == 1797
     assert result["kmeans"]["nmi"] == pytest.approx(0.74, abs=0.02)
     return result["accuracy"] - result["kmeans"]["accuracy"]
 
 
 def test_clusters_of_digits_are_better_than_k_means(digits_file: Path, tmp_path: Path) -> None:
-    assert gain(1, digits_file, tmp_path / "out") >= 0.03
+    assert gain(1, digits_file, tmp_path / "out", "--steps", "300") >= 0.03
 
 
 @pytest.mark.nightly
@@ -153,7 +160,8 @@ def test_clusters_of_digits_are_better_than_k_means_for_five_seeds(digits_file: 
 def test_random_neighbours_find_nothing(digits_file: Path, tmp_path: Path) -> None:
     """The control: linear heads on pixels draw some line, but the labels must not come out of it."""
     out = tmp_path / "out"
-    result = found([str(digits_file), "--clusters", "10", "--control", "random", "--steps", "150", "--out", str(out)])
+    short = ["--clusters", "10", "--steps", "150", "--heads", "3"]
+    result = found([str(digits_file), *short, "--control", "random", "--out", str(out)])
     assert result["accuracy"] < 0.3 < result["kmeans"]["accuracy"]
     assert "this is no evidence" in (out / "clusters.html").read_text()
 
@@ -251,6 +259,21 @@ def test_the_page_and_a_file_without_labels(blobs: Path, tmp_path: Path) -> None
     assert result["accuracy"] is None
     assert result["kmeans"] == {"accuracy": None, "nmi": None, "ari": None}
     assert sorted(np.load(tmp_path / "b" / "assignments.npz")) == ["assignments", "positions", "probabilities"]
+
+
+def test_the_page_shows_the_pictures_of_the_features(reference: Path, digits: Path, tmp_path: Path) -> None:
+    file = tmp_path / "f.npz"
+    code, text = command(["embed", str(reference), str(digits), "--split", "test", "--out", str(file)])
+    assert code == 0, text
+    arguments = [str(file), "--clusters", "4", "--steps", "5", "--heads", "1", "--images", str(digits), "--out"]
+    found([*arguments, str(tmp_path / "out")])
+    filled = np.bincount(np.load(tmp_path / "out" / "assignments.npz")["assignments"]).clip(max=8).sum()
+    page = (tmp_path / "out" / "clusters.html").read_text()
+    assert page.count('width="56"') == filled
+    assert page.count("data:image/png") == filled + 1  # the map
+    arrays = dict(np.load(file))
+    np.savez(file, **{name: array[:-1] if len(array) == 359 else array for name, array in arrays.items()})
+    refused([*arguments, str(tmp_path / "other")], "359 samples in split test, the features have 358")
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ def _scores(result: dict[str, Any]) -> list[Element]:
 
 def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(name, "default" if value is None else str(value)) for name, value in result["request"].items()]
-    return rows + [(name, str(value)) for name, value in {**result["machine"], **result["seconds"]}.items()]
+    rows += [(name, str(value)) for name, value in result["machine"].items()]
+    return rows + [(f"seconds: {name}", str(value)) for name, value in result["seconds"].items()]
 
 
 def _examples(found: Clustering, images: str | None) -> list[Element]:
@@ -132,7 +133,7 @@ def _examples(found: Clustering, images: str | None) -> list[Element]:
         size = int((found.assignments == c).sum())
         head = tag("td", tag("span", f"cluster {c}"), tag("span", f"{size:,} samples"), class_="query")
         rows.append(tag("tr", head, *(_cell(found, k, c, pictures.get(k)) for k in some)))
-    text = f"The {EXAMPLES} most probable samples of each cluster, with their names and probabilities."
+    text = f"The {EXAMPLES} most probable samples of each cluster, with their names, labels and probabilities."
     if len(clusters) < found.phi.shape[1]:
         text += f" The {len(clusters)} largest of {found.phi.shape[1]} clusters."
     return [
@@ -145,8 +146,8 @@ def _cell(found: Clustering, sample: int, cluster: int, picture: Array | None) -
     data = found.data
     words = [str(data.keys[sample]) if data.keys is not None else str(sample)]
     if len(data.known()) and data.labels[sample] >= 0:  # type: ignore[index]
-        words.append(_class_name(data, int(data.labels[sample])))  # type: ignore[index]
-    words.append(f"{found.phi[sample, cluster]:.2f}")
+        words.append(f"label {_class_name(data, int(data.labels[sample]))}")  # type: ignore[index]
+    words.append(f"p {found.phi[sample, cluster]:.2f}")
     shown = image(_png(picture), "png", words[0], width=56) if picture is not None else None
     return tag("td", shown, *(tag("span", word) for word in words))
 

@@ -61,7 +61,7 @@ def read_features(path: Path, array: str = "features", labels: Path | None = Non
         ValueError: for a file that is none of these, arrays that are missing (it names those that are there), that do
             not fit each other or are not numbers, and features that are not finite (it names the first such row).
     """
-    found = _arrays(path)
+    found = _arrays(path, {array, "labels", "keys", "splits", "classes"})
     pictures = None
     if "idx" in found:
         images = found.pop("idx")
@@ -72,7 +72,7 @@ def read_features(path: Path, array: str = "features", labels: Path | None = Non
     if array not in found:
         raise ValueError(f"{path} has no array {array!r}: there are {', '.join(sorted(found)) or 'none'} (see --array)")
     if labels is not None:
-        given = _arrays(labels)
+        given = _arrays(labels, {"labels"})
         if not {"labels", "idx"} & set(given):
             raise ValueError(f"{labels} has no array 'labels': there are {', '.join(sorted(given)) or 'none'}")
         found["labels"] = given["labels" if "labels" in given else "idx"]
@@ -122,12 +122,12 @@ def _labels(raw: Array | None, path: Path) -> NDArray[np.int64] | None:
     return labels if (labels >= 0).any() else None
 
 
-def _arrays(path: Path) -> dict[str, Array]:
-    """All arrays of a file; of an idx file its one array, called "idx"."""
+def _arrays(path: Path, wanted: set[str]) -> dict[str, Array]:
+    """Arrays of a file by name, empty if they are not wanted; of an idx file its one array, called "idx"."""
     if not path.is_file():
         raise ValueError(f"{path} is not there, or not a file: give an .npz, .parquet, .safetensors or idx file")
     if path.suffix == ".npz":
-        return _npz(path)
+        return _npz(path, wanted)
     if path.suffix == ".parquet":
         return _parquet(path)
     if path.suffix == ".safetensors":
@@ -135,10 +135,10 @@ def _arrays(path: Path) -> dict[str, Array]:
     return {"idx": _idx(path)}
 
 
-def _npz(path: Path) -> dict[str, Array]:
+def _npz(path: Path, wanted: set[str]) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] if name in wanted else np.arange(0) for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         why = "it holds Python objects, which are not read" if "allow_pickle" in str(error) else str(error)
         raise ValueError(f"{path} cannot be read as an .npz of plain arrays: {why}") from None
