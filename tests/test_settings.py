@@ -75,7 +75,7 @@ def test_the_command_line_finds_settings_by_name_and_by_what_they_do() -> None:
     ("train.evaluate_at=[1,11] train.epochs=10", ["train.evaluate_at", "11", "train.epochs=10"]),
     ("run.dir=runs/a run.resume=runs/a", ["run.resume=runs/a", "run.dir", "run.resume=auto"]),
     ("field.recursion=persistent field.objective=icon", ["field.recursion=persistent", "field.objective=icon"]),
-    ("field.recursion=persistent field.pairing=joint", ["field.recursion=persistent", "field.pairing=cross"]),
+    ("field.recursion=persistent field.pairing=joint field.columns=bank", ["field.pairing=joint", "columns=batch"]),
     ("field.recursion=persistent field.pairing=symmetric", ["field.recursion=persistent", "field.pairing=cross"]),
     ("field.recursion=persistent run.reduction=ring", ["field.recursion=persistent", "run.reduction=exact"]),
     ("field.recursion=persistent data.on_corrupt=skip", ["field.recursion=persistent", "data.on_corrupt=abort"]),

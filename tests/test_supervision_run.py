@@ -88,6 +88,26 @@ def test_killed_runs_continue_bit_for_bit_on_other_numbers_of_processes(small: l
     assert metrics(run) == metrics(straight)
 
 
+def test_persistent_rows_of_both_views_from_a_configuration(small: list[str]) -> None:
+    """k != i: any number of processes, kill -9, p(0) of neighbours with a uniform share, moved every second epoch."""
+    arguments = [*small, "train.epochs=4", "train.batches_per_epoch=2", "train.checkpoint_every=1"]
+    arguments += ["field.recursion=persistent", "field.pairing=joint", "field.stored=24", "field.coupling_every=2"]
+    arguments += ["field.supervisor=neighbours", "field.debias=0.1"]
+    run = run_of(arguments)
+    straight = trained(arguments, f"run.dir={run}-straight")
+    drifts = [record["row_drift"] > 0 for record in metrics(straight)]
+    assert drifts == [False, False, True, True] * 2
+    for world, goal in ((2, 3), (4, 6)):
+        words = [*arguments, "run.resume=auto", "run.timeout=20"]
+        with Ranks(rank_command, world, (words,), timeout=60) as ranks:
+            wait_for(lambda goal=goal: steps(run) >= goal, ranks.running)
+            ranks.kill(range(world))
+            ranks.answers()
+    trained(arguments, "run.resume=auto")
+    assert everything(run, 8) == everything(straight, 8)
+    assert metrics(run) == metrics(straight)
+
+
 def test_drawing_of_the_identity_is_no_change_and_of_others_is_one(small: list[str]) -> None:
     run = run_of(small)
     plain = trained(small, *TWO)

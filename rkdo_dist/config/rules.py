@@ -138,8 +138,13 @@ def _check_persistent(config: Config) -> None:
             f"field.recursion=persistent is a form of field.objective=rkdo; field.objective={field.objective} "
             "has no recursion: leave field.recursion=in_batch with it"
         )
+    if field.pairing == "joint" and field.value("columns") == "bank":
+        raise ConfigError(
+            "field.pairing=joint needs field.columns=batch, got bank: the bank has one embedding of a sample, but rows "
+            "have a column for each of its views"
+        )
     for key, value, needed in (
-        ("field.pairing", field.pairing, "cross"),
+        ("field.pairing", None if field.pairing == "joint" else field.pairing, "cross or joint"),
         ("data.on_corrupt", config.data.on_corrupt, "abort"),
     ):
         if value not in (None, needed):

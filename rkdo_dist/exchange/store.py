@@ -91,7 +91,8 @@ class RowStore:
         device: where rows and bank are kept.
         dtype: of probabilities and bank.
         group: process group; None is the default group, or one rank without a process group.
-        rows: the initial rows of the samples that this rank owns (`Shards.own`), K entries each; None: the identity.
+        rows: the initial rows of the samples that this rank owns (`Shards.own`), K entries each, which are taken over;
+            None: the identity.
 
     Attributes:
         rows: those that this rank owns.
@@ -248,8 +249,10 @@ class RowStore:
     def unpack(self, words: Tensor) -> Rows:
         """The inverse of `pack`."""
         dtype, k = self.rows.rest.dtype, self._stored
-        columns, numbers = words[:, :k].contiguous(), words[:, k:].contiguous().view(dtype)
-        return Rows(columns, numbers[:, :k].contiguous(), numbers[:, k].contiguous(), self.shards.samples)
+        # Copied flat: a view as wider numbers needs an aligned beginning and stride, also where there is one row.
+        numbers = words[:, k:].reshape(-1).clone().view(dtype).view(len(words), k + 1)
+        p, rest = numbers[:, :k].contiguous(), numbers[:, k].contiguous()
+        return Rows(words[:, :k].contiguous(), p, rest, self.shards.samples, self.rows.excluded)
 
     def _brought_home(self, found: Nearest) -> Nearest:
         """Every query's results from all ranks, merged on the query's rank."""

@@ -47,7 +47,9 @@ class Objective:
         affinity: how closeness is measured.
         recursion: "none", "in_batch", "persistent" (in `field.persistent`) or "restart" (in `field.relation`).
         pairing: "cross" (rows of view 1, columns of view 2, the positive on the diagonal) or "joint" (2B
-            rows and columns, the self column excluded, the positive is the other view).
+            rows and columns, the self column excluded, the positive is the other view); or "points": "joint" with a
+            supervisor for each of the 2B (sample, view), which come as one view, both as rows and as columns; so are
+            persistent rows computed (`field.persistent`).
         symmetric: for "cross", the mean of both directions.
         supervisor_grad: "flow" or "stop".
         row_coupling: alpha of rows that persist (`field.persistent`), applied after the step.
@@ -73,7 +75,7 @@ class Objective:
         if not isinstance(self.affinity, Affinity):
             raise ValueError(f"affinity must be one of `field.affinity`, got {self.affinity!r}")
         _require_choice("recursion", self.recursion, RECURSIONS)
-        _require_choice("pairing", self.pairing, ("cross", "joint"))
+        _require_choice("pairing", self.pairing, ("cross", "joint", "points"))
         _require_choice("supervisor_grad", self.supervisor_grad, SUPERVISOR_GRADIENTS)
         if self.symmetric and self.pairing == "joint":
             raise ValueError("symmetric=True is a form of pairing='cross'; pairing='joint' is symmetric already")
@@ -291,6 +293,8 @@ class Objective:
     @property
     def slices(self) -> tuple[Slice, ...]:
         """The row-by-column matrices whose row losses make up the loss of a sample."""
+        if self.pairing == "points":
+            return (Slice("u", "v", 1.0, positive=0, excluded=0),)
         if self.pairing == "joint":
             return (
                 Slice("u", "uv", 0.5, positive=1, excluded=0),
@@ -315,8 +319,8 @@ class Objective:
         return replace(self, temperature=temperature, temperatures=tuple(t * factor for t in self.temperatures))
 
     def column_count(self, batch: int) -> int:
-        """Columns of a row that take part: B for "cross", 2B - 1 for "joint"."""
-        return batch if self.pairing == "cross" else 2 * batch - 1
+        """Columns of a row that take part: B for "cross", 2B - 1 for "joint"; of B points B - 1."""
+        return {"cross": batch, "joint": 2 * batch - 1, "points": batch - 1}[self.pairing]
 
     def at_uniform(self, batch: int, positives: int = 1) -> float:
         """The objective's value when every learned row is uniform, as for an untrained encoder.

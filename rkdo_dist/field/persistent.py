@@ -11,6 +11,10 @@ spread evenly over the other columns. A visit of a row, at a step with global ba
 
 With S = all n samples and K = n nothing is ever folded, and both are equation 3.
 
+With joint pairing, the paper's k != i taken literally, the field has 2n points, (sample, view) for both views, and as
+many rows over them. Point 2 i + w is view w of sample i; a row never has mass on its own point (`Rows.excluded`), and
+begins with all of it on the sample's other view. What follows speaks of samples and means points then.
+
 Everything is computed in float64, whatever the rows are stored in, and every row is divided by its sum when it is
 written: rounding does not add up over iterations.
 """
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rkdo_dist.field.places import Place
 from rkdo_dist.field.supervisors import Listed
 
 
@@ -35,16 +40,18 @@ class Rows:
         probabilities: (r, K), float32 or float64; 0 where a slot is empty.
         rest: (r,), the mass of all other columns together, in that dtype.
         samples: n.
+        excluded: columns of a row that never take part, and are never stored: 1 for its own point, else 0.
     """
 
     columns: Tensor
     probabilities: Tensor
     rest: Tensor
     samples: int
+    excluded: int = 0
 
     def others(self) -> Tensor:
         """Number of columns that share the rest (r,) int64."""
-        return self.samples - (self.columns < self.samples).sum(1)
+        return self.samples - self.excluded - (self.columns < self.samples).sum(1)
 
     def share(self) -> Tensor:
         """The probability of each column that is not stored (r,) float64."""
@@ -87,9 +94,11 @@ class Rows:
         listed = self.columns.gather(1, torch.minimum(slot, last).clamp(min=0)[:, None])[:, 0].long()
         return torch.where(spread, unlisted, listed)
 
-    def dense(self) -> Tensor:
-        """All n columns, (r, n) float64: for tests and small n."""
+    def dense(self, own: Tensor | None = None) -> Tensor:
+        """All n columns, (r, n) float64: for tests and small n; `own` (r,) are the excluded columns."""
         p = self.share()[:, None].repeat(1, self.samples + 1)
+        if own is not None:
+            p.scatter_(1, own[:, None], 0.0)
         p.scatter_(1, self.columns.long(), self.probabilities.double())
         return p[:, :-1]
 
@@ -106,7 +115,8 @@ class Rows:
         return self._each(lambda x: x[places])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        return Rows(change(self.columns), change(self.probabilities), change(self.rest), self.samples)
+        columns, probabilities, rest = (change(x) for x in (self.columns, self.probabilities, self.rest))
+        return Rows(columns, probabilities, rest, self.samples, self.excluded)
 
     @staticmethod
     def cat(parts: list[Rows]) -> Rows:
@@ -114,7 +124,8 @@ class Rows:
         if len(parts) == 1:
             return parts[0]
         columns, probabilities = (torch.cat([getattr(p, name) for p in parts]) for name in ("columns", "probabilities"))
-        return Rows(columns, probabilities, torch.cat([p.rest for p in parts]), parts[0].samples)
+        rest = torch.cat([p.rest for p in parts])
+        return Rows(columns, probabilities, rest, parts[0].samples, parts[0].excluded)
 
 
 def identity(samples: Tensor, n: int, stored: int, dtype: torch.dtype = torch.float32) -> Rows:
@@ -140,9 +151,35 @@ def identity(samples: Tensor, n: int, stored: int, dtype: torch.dtype = torch.fl
 def initial(rows: Rows, debias: float, stored: int) -> Rows:
     """(1 - a) p + a / n over all n samples, as rows of K entries: what persistent rows begin with."""
     listed = rows.columns < rows.samples
-    p = torch.where(listed, (1 - debias) * rows.probabilities.double() + debias / rows.samples, 0.0)
-    other = (1 - debias) * rows.rest.double() + debias * rows.others() / rows.samples
-    return truncate(rows.columns, p, other, stored, rows.samples, rows.rest.dtype)
+    even = debias / (rows.samples - rows.excluded)
+    p = torch.where(listed, (1 - debias) * rows.probabilities.double() + even, 0.0)
+    other = (1 - debias) * rows.rest.double() + even * rows.others().double()
+    return truncate(rows.columns, p, other, stored, rows.samples, rows.rest.dtype, rows.excluded)
+
+
+def of_both_views(rows: Rows, samples: Tensor) -> Rows:
+    """Rows of the points of some samples (see the module), in order, from rows of these samples that have no rest.
+
+    A sample's mass on itself goes to its other view, and that on another sample in halves to both of its views.
+
+    Args:
+        rows: r rows over n samples, K entries each.
+        samples: (r,) int64, whose they are.
+
+    Returns:
+        2r rows over 2n points, 2K entries each.
+    """
+    n, columns = rows.samples, rows.columns.long()
+    self_ = columns == samples[:, None]
+    places, masses = [], []
+    for view in (0, 1):
+        # the entry of the sample itself: all of it at the other view, nothing at its own
+        at = [torch.where(self_ & (w == view) | (columns == n), 2 * n, 2 * columns + w) for w in (0, 1)]
+        p = [torch.where(self_, rows.probabilities * float(w != view), rows.probabilities / 2) for w in (0, 1)]
+        places.append(torch.cat(at, 1))
+        masses.append(torch.cat(p, 1))
+    columns, p_of_both = (torch.stack(x, 1).flatten(0, 1) for x in (places, masses))
+    return Rows(columns.int(), p_of_both, rows.rest.repeat_interleave(2), 2 * n, excluded=1)
 
 
 class BatchColumns:
@@ -182,10 +219,20 @@ class Restricted(Listed):
         positions, extra, share, entropy: see `Listed`.
         positive: (r,) float64, p(i|i) of the restricted row.
         mass: (r,) float64, m = sum_{j in S} p(j|i) of the row before.
+        other: (r,) int64, positions of the positive.
     """
 
     positive: Tensor
     mass: Tensor
+    other: Tensor
+
+    def add_mass(self, into: Tensor, values: Tensor, place: Place) -> None:
+        """The value at the other view, which is a column of its own where rows and columns are points."""
+        if place.piece.excluded is None or place.piece.excluded != place.piece.positive:
+            super().add_mass(into, values, place)
+            return
+        rows = slice(place.first, place.first + len(values))
+        into.add_(values.gather(1, self.other[rows, None])[:, 0])
 
     def smoothed(self, debias: float, taking_part: int) -> Restricted:
         """(1 - a) p + a / N over the N columns of a row that take part."""
@@ -196,7 +243,8 @@ class Restricted(Listed):
         p = torch.where(listed, extra.double() + share.double()[:, None], 0.0)
         others = taking_part - listed.sum(1)
         entropy = -torch.xlogy(p, p).sum(1) - others * torch.xlogy(share.double(), share.double())
-        return Restricted(self.positions, extra, share, entropy, (1 - debias) * self.positive + even, self.mass)
+        positive = (1 - debias) * self.positive + even
+        return Restricted(self.positions, extra, share, entropy, positive, self.mass, self.other)
 
 
 def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -> Restricted:
@@ -207,14 +255,14 @@ def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -
     Args:
         rows: r rows.
         batch: the global batch S, which holds the rows' own samples.
-        own: (r,) int64, positions of the rows' own samples in the batch.
+        own: (r,) int64, positions in the batch of the positives: of the rows' own samples; of points, the other views.
         dtype: of the computation that asks.
     """
     size = len(batch.samples)
     positions = batch.positions(rows.columns)
     hit = positions >= 0
     p, share = torch.where(hit, rows.probabilities.double(), 0.0), rows.share()
-    misses = size - hit.sum(1)
+    misses = size - rows.excluded - hit.sum(1)
     mass = p.sum(1) + misses * share
     silent = mass <= 0
     scale = torch.where(silent, 1.0, mass)
@@ -225,12 +273,13 @@ def restrict(rows: Rows, batch: BatchColumns, own: Tensor, dtype: torch.dtype) -
     entropy = -torch.xlogy(p, p).sum(1) - torch.where(silent, 0, misses) * torch.xlogy(share, share)
     extra = torch.where(hit, p - share[:, None], 0.0)
     positive = share + torch.where(hit & (positions == own[:, None]), extra, 0.0).sum(1)
-    return Restricted(
-        positions.clamp_(min=0), extra.to(dtype), share.to(dtype), entropy, positive, torch.where(silent, 0.0, mass)
-    )
+    mass = torch.where(silent, 0.0, mass)
+    return Restricted(positions.clamp_(min=0), extra.to(dtype), share.to(dtype), entropy, positive, mass, own)
 
 
-def recur_in_batch(rows: Rows, batch: BatchColumns, learned: Tensor, coupling: float) -> tuple[Rows, Tensor]:
+def recur_in_batch(
+    rows: Rows, batch: BatchColumns, learned: Tensor, coupling: float, excluded: Tensor | None = None
+) -> tuple[Rows, Tensor]:
     """p_S <- (1 - alpha) p_S + alpha m q(t): equation 3 within the batch; mass inside and outside S is kept.
 
     Args:
@@ -238,6 +287,7 @@ def recur_in_batch(rows: Rows, batch: BatchColumns, learned: Tensor, coupling: f
         batch: the global batch S of B samples.
         learned: q(t), (r, B); any float dtype, every row sums to 1.
         coupling: alpha in [0, 1].
+        excluded: (r,) int64, positions of the rows' own points, where these are excluded; q(t) is 0 there.
 
     Returns:
         The rows, and how far each has moved: the total variation between before and after, (r,) float64, before
@@ -250,13 +300,16 @@ def recur_in_batch(rows: Rows, batch: BatchColumns, learned: Tensor, coupling: f
     inside = share[:, None].repeat(1, size + 1)  # one column more: where entries outside the batch go
     inside.scatter_(1, torch.where(hit, positions, size), p)
     inside = inside[:, :-1]
-    mass = torch.where(hit, p, 0.0).sum(1) + (size - hits) * share
+    if excluded is not None:
+        inside.scatter_(1, excluded[:, None], 0.0)
+    misses = size - rows.excluded - hits
+    mass = torch.where(hit, p, 0.0).sum(1) + misses * share
     change = (learned.double() * mass[:, None]).sub_(inside).mul_(coupling)
     candidates = torch.cat([inside + change, torch.where(hit, 0.0, p)], 1)
     columns = torch.cat([batch.samples.int().expand(len(p), -1), torch.where(hit, n, rows.columns)], 1)
-    other = share * (rows.others() - (size - hits))
+    other = share * (rows.others() - misses)
     drift = change.abs_().sum(1) / 2
-    return truncate(columns, candidates, other, rows.columns.shape[1], n, rows.rest.dtype), drift
+    return truncate(columns, candidates, other, rows.columns.shape[1], n, rows.rest.dtype, rows.excluded), drift
 
 
 def recur_with_bank(
@@ -297,7 +350,9 @@ def recur_with_bank(
     return after, drift
 
 
-def truncate(columns: Tensor, p: Tensor, other: Tensor, stored: int, n: int, dtype: torch.dtype) -> Rows:
+def truncate(
+    columns: Tensor, p: Tensor, other: Tensor, stored: int, n: int, dtype: torch.dtype, excluded: int = 0
+) -> Rows:
     """The K largest entries of every row, largest first; the mass of all others is folded into the rest.
 
     Args:
@@ -306,6 +361,7 @@ def truncate(columns: Tensor, p: Tensor, other: Tensor, stored: int, n: int, dty
         other: (r,) float64, mass of the columns not listed.
         stored: K; may be more than C.
         dtype: of the result.
+        excluded: see `Rows`.
 
     Returns:
         Rows that sum to 1.
@@ -314,11 +370,11 @@ def truncate(columns: Tensor, p: Tensor, other: Tensor, stored: int, n: int, dty
     chosen = torch.where(kept > 0, columns.gather(1, where), n)
     p.scatter_(1, where, 0.0)
     rest = other + p.sum(1)
-    rest = torch.where((chosen < n).sum(1) < n, rest, 0.0)
+    rest = torch.where((chosen < n).sum(1) < n - excluded, rest, 0.0)
     total = kept.sum(1) + rest
     kept, rest = (kept / total[:, None]).to(dtype), (rest / total).to(dtype)
     missing = stored - kept.shape[1]
     if missing > 0:
         kept = torch.nn.functional.pad(kept, (0, missing))
         chosen = torch.nn.functional.pad(chosen, (0, missing), value=n)
-    return Rows(chosen, kept, rest, n)
+    return Rows(chosen, kept, rest, n, excluded)

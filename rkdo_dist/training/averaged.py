@@ -22,7 +22,9 @@ from rkdo_dist.training.strategy import (
     LossAndGradient,
     Position,
     Strategy,
+    as_points,
     norm_of_all,
+    of_points,
     sum_of_all,
     with_graph,
 )
@@ -59,6 +61,8 @@ class Averaged(Strategy):
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
     ) -> LossAndGradient:
         """The field loss, formed on all local rows at once."""
+        if objective.recursion == "persistent" and objective.pairing == "joint":
+            return of_points(self.field(*as_points(lanes, objective), at))
         if self.persistent is not None and objective.supervisor == "rows":
             return averaged_field_of_rows(lanes, objective, self.persistent, self.learns_temperature)
         relational = self.relational_for(objective)

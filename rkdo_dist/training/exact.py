@@ -23,7 +23,9 @@ from rkdo_dist.training.strategy import (
     LossAndGradient,
     Position,
     Strategy,
+    as_points,
     norm_of_all,
+    of_points,
     sum_of_all,
     with_graph,
 )
@@ -50,6 +52,8 @@ class Exact(Strategy):
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
     ) -> LossAndGradient:
         """The field loss, formed per lane."""
+        if objective.recursion == "persistent" and objective.pairing == "joint":
+            return of_points(self.field(*as_points(lanes, objective), at))
         self._batch = batch = sum(len(u) for u, _ in lanes) * self._runtime.world
         relational = self.relational_for(objective)
         if relational is not None:

@@ -31,6 +31,7 @@ from rkdo_dist.field.persistent import (
     Rows,
     identity,
     initial,
+    of_both_views,
     recur_in_batch,
     recur_with_bank,
     restrict,
@@ -53,6 +54,8 @@ class PersistentField:
         bank_temperature: of the learned rows over the bank.
         schedule: the samples (B,) int64 of the global batch of a step, in lane order; None after the last step.
         device: where the step computes.
+        lane: for joint pairing, samples of a lane: the rows are those of points then, in a lane's order all of its
+            samples' view 1, then their view 2 (see `field.persistent`), and so are the lanes handed in (`as_points`).
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class PersistentField:
         bank_temperature: float,
         schedule: Callable[[int], Tensor | None],
         device: torch.device,
+        lane: int | None = None,
     ) -> None:
         self.store, self._columns, self._temperature = store, columns, bank_temperature
+        self._lane, self._views = lane, 1 if lane is None else 2
         self._schedule, self._device = schedule, device
         self._batch = BatchColumns(store.shards.samples, device)
         self._ahead: tuple[int, Tensor, Fetch] | None = None
@@ -81,8 +86,8 @@ class PersistentField:
         if self._ahead is None or self._ahead[0] != step:
             self._fetch(step)
         assert self._ahead is not None
-        first = group.rank() * len(samples)
-        assert torch.equal(self._ahead[1][first : first + len(samples)], samples), "the batch is not the one planned"
+        mine = self._ahead[1].view(group.world_size(), -1)[group.rank()]
+        assert torch.equal(mine, self._points(samples)), "the batch is not the one planned"
 
     def supervisors(self, lanes: Sequence[Pair], objective: Objective) -> list[Restricted]:
         """p of each of this rank's lanes (embeddings (m, d)), for the step that has begun; with its uniform share."""
@@ -92,7 +97,7 @@ class PersistentField:
         self._batch.set(self._samples.to(self._device))
         self._rows = [rows.slice(i * m, (i + 1) * m) for i in range(len(lanes))]
         self._restricted = [
-            restrict(part, self._batch, self._own(i, m), computing_dtype(lanes[0][0].dtype)).smoothed(
+            restrict(part, self._batch, self._positives(i, m), computing_dtype(lanes[0][0].dtype)).smoothed(
                 objective.debias, objective.column_count(len(self._samples))
             )
             for i, part in enumerate(self._rows)
@@ -104,7 +109,7 @@ class PersistentField:
 
         Args:
             lanes: embeddings of this rank's lanes, without graph.
-            columns: view 2 of the global batch (B, d).
+            columns: view 2 of the global batch (B, d), or its points.
             objective: whose supervisor is "rows".
 
         Returns:
@@ -139,8 +144,8 @@ class PersistentField:
     def snapshot(self, step: int) -> dict[str, Any]:
         """A few rows as they are now, the same ones every time: their nearest stored neighbours (JSON-able)."""
         self.store.finish()
-        n = self.store.shards.samples
-        watched = sorted({(2 * k + 1) * n // (2 * WATCHED) for k in range(WATCHED)})
+        n = self.store.shards.samples // self._views
+        watched = [i * self._views for i in sorted({(2 * k + 1) * n // (2 * WATCHED) for k in range(WATCHED)})]
         mine = [self._described(i) for i in watched if self.store.first <= i < self.store.stop]
         everyone: list[Any] = group.gather_objects(mine)
         return {"step": step, "samples": n, "rows": [row for part in everyone for row in part]}
@@ -168,22 +173,39 @@ class PersistentField:
             self._ahead = None
         samples = self._schedule(step)
         if samples is not None:
-            self._ahead = (step, samples, self.store.fetch(samples))
+            points = self._points(samples)
+            self._ahead = (step, points, self.store.fetch(points))
+
+    def _points(self, samples: Tensor) -> Tensor:
+        """The rows of samples, in lane order."""
+        if self._lane is None:
+            return samples
+        lanes = samples.view(-1, self._lane)
+        return torch.stack([2 * lanes, 2 * lanes + 1], 1).flatten()
 
     def _own(self, lane: int, m: int) -> Tensor:
-        """Positions in the global batch of a lane's samples."""
+        """Positions in the global batch of a lane's samples (or points)."""
         first = (group.rank() * len(self._rows) + lane) * m
         return torch.arange(first, first + m, device=self._device)
 
+    def _positives(self, lane: int, m: int) -> Tensor:
+        """Positions in the global batch of the positives of a lane's rows."""
+        own = self._own(lane, m)
+        return own if self._views == 1 else own.roll(m // 2)
+
     def _within(self, lanes: Sequence[Pair], columns: Tensor, objective: Objective) -> list[tuple[Rows, Tensor]]:
-        moved = []
-        for rows, (u, _) in zip(self._rows, lanes, strict=True):
+        moved, taking_part = [], objective.column_count(len(columns))
+        for i, (rows, (u, _)) in enumerate(zip(self._rows, lanes, strict=True)):
             size, parts = max(1, CHUNK // (len(columns) + rows.columns.shape[1])), []
             for start in range(0, len(u), size):
                 queries = u[start : start + size].to(columns.dtype)
-                learned = torch.softmax(queries @ columns.T / objective.temperatures[-1], dim=1)
+                logits = objective.affinity.logits(queries, columns, taking_part) / objective.temperatures[-1]
+                own = self._own(i, len(u))[start : start + size] if rows.excluded else None
+                if own is not None:
+                    logits.scatter_(1, own[:, None], -torch.inf)
                 part = rows.slice(start, start + len(queries))
-                parts.append(recur_in_batch(part, self._batch, learned, objective.row_coupling))
+                learned = torch.softmax(logits, dim=1)
+                parts.append(recur_in_batch(part, self._batch, learned, objective.row_coupling, own))
             moved.append((Rows.cat([p for p, _ in parts]), torch.cat([drift for _, drift in parts])))
         return moved
 
@@ -208,11 +230,11 @@ class PersistentField:
         """
         rows, p = self._rows[lane], self._restricted[lane]
         m = len(rows.rest)
-        low = -(1 + 1 / (batch - 1)) / objective.temperatures[-1]
+        low = -(1 + 1 / (batch // self._views - 1)) / objective.temperatures[-1]
         log_sum = math.log(1 + (objective.column_count(batch) - 1) * math.exp(low))
         ideal = (log_sum - (1 - p.positive) * low - p.entropy).sum()
         return {
-            "row_positive": rows.at(self._batch.samples[self._own(lane, m)]).sum(),
+            "row_positive": rows.at(self._batch.samples[self._positives(lane, m)]).sum(),
             "row_entropy": rows.entropy().sum(),
             "row_stored": m - rows.rest.double().sum(),
             "row_mass": p.mass.sum(),
@@ -225,13 +247,14 @@ class PersistentField:
         row = self.store.rows.slice(place, place + 1)
         order = row.probabilities[0].argsort(descending=True)[:NEIGHBOURS]
         pairs = zip(row.columns[0, order].tolist(), row.probabilities[0, order].tolist(), strict=True)
-        here = torch.tensor([sample], device=row.columns.device)
+        positive = sample if self._views == 1 else sample ^ 1
+        here = torch.tensor([positive], device=row.columns.device)
         return {
-            "sample": sample,
+            "sample": sample // self._views,
             "positive": float(row.at(here)),
             "rest": float(row.rest),
             "entropy": float(row.entropy()),
-            "nearest": [[column, p] for column, p in pairs if column < row.samples],
+            "nearest": [[column // self._views, p] for column, p in pairs if column < row.samples],
         }
 
 
@@ -261,11 +284,11 @@ def make_persistent(
             f"field.stored={f.stored}, but split {config.data.split!r} of {index.place} has {samples} samples: "
             f"a row has no more entries than that"
         )
-    if persists and (rows is not None or f.debias):
-        if rows is None:
-            own = torch.arange(*Shards(samples, group.world_size()).own(group.rank()))
-            rows = identity(own, samples, 1)
-        rows = initial(rows, f.debias or 0.0, f.stored)
+    joint = of_points(config)
+    if persists and (rows is not None or f.debias or joint):
+        own = torch.arange(*own_samples(config, samples))
+        rows = identity(own, samples, 1) if rows is None else rows
+        rows = initial(of_both_views(rows, own) if joint else rows, f.debias or 0.0, f.stored)
     steps, total = parts.run_length(config, index)
     plans: dict[int, EpochPlan] = {}
 
@@ -282,8 +305,21 @@ def make_persistent(
     width = config.encoder.embedding_dim if columns == "bank" and persists else None
     place = device if f.store == "device" else torch.device("cpu")
     stored = f.stored if rows is None else rows.columns.shape[1]
-    store = make_rows(samples, stored, width, place, rows)
-    return PersistentField(store, columns, BANK_TEMPERATURE, schedule, device)
+    store = make_rows(samples * (2 if joint else 1), stored, width, place, rows)
+    lane = config.train.micro_batch if joint else None
+    return PersistentField(store, columns, BANK_TEMPERATURE, schedule, device, lane)
+
+
+def of_points(config: Config) -> bool:
+    """Whether rows persist under joint pairing: those of both views of a sample then, over both views of all."""
+    return config.field.recursion == "persistent" and config.field.pairing == "joint"
+
+
+def own_samples(config: Config, samples: int) -> tuple[int, int]:
+    """First sample whose rows this rank owns, and the one after its last."""
+    views = 2 if of_points(config) else 1
+    first, stop = Shards(views * samples, group.world_size()).own(group.rank())
+    return first // views, stop // views
 
 
 def make_rows(samples: int, stored: int, width: int | None, device: torch.device, rows: Rows | None = None) -> RowStore:

@@ -238,6 +238,18 @@ def norm_of_all(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).double())
 
 
+def as_points(lanes: Sequence[Pair], objective: Objective) -> tuple[list[Pair], Objective]:
+    """Both views of a lane as rows and as columns of one, for rows that persist under joint pairing."""
+    points = [torch.cat(pair) for pair in lanes]
+    return [(x, x) for x in points], dataclasses.replace(objective, pairing="points")
+
+
+def of_points(field: LossAndGradient) -> LossAndGradient:
+    """The gradients of lanes from those of their points."""
+    gradients = [(rows + columns).chunk(2) for rows, columns in field.gradients]
+    return dataclasses.replace(field, gradients=[(u, v) for u, v in gradients])
+
+
 def sum_of_all(tensors: Sequence[Tensor]) -> Tensor:
     """A scalar that is finite only if every element is (and their sum does not overflow)."""
     return torch.stack([t.sum() for t in tensors]).sum()

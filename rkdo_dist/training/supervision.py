@@ -34,6 +34,7 @@ from rkdo_dist.exchange.store import RowStore, Shards
 from rkdo_dist.field.neighbours import mutual, require_neighbours, walked, with_self
 from rkdo_dist.field.persistent import Rows
 from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.training.persistent import own_samples
 
 NEIGHBOURS = 20
 BLOCK = 256  # samples that are embedded at once
@@ -98,7 +99,7 @@ def _of_the_same_label(labels: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def supervisor_rows(config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, views: Views) -> Rows | None:
-    """p(0) of the samples that this rank owns (`Shards.own`), without a uniform share (collective).
+    """p(0) of the samples that this rank owns (`own_samples`), without a uniform share (collective).
 
     Args:
         encoder: as it is at the beginning of the run.
@@ -117,7 +118,7 @@ def supervisor_rows(config: Config, runtime: Runtime, index: ShardIndex, encoder
     def keys() -> list[str]:
         return keys_of(index, split)
 
-    first, stop = Shards(samples, runtime.world).own(runtime.rank)
+    first, stop = own_samples(config, samples)
     if supervisor != "neighbours":
         what = f"reading field.supervisor={supervisor}"
         rows = group.together(lambda: read_rows(Path(supervisor), samples, keys), what)
@@ -137,7 +138,8 @@ def supervisor_rows(config: Config, runtime: Runtime, index: ShardIndex, encoder
         found = group.together(lambda: read_features(Path(f.features), split, samples, keys), what)
     else:
         found = own_features(runtime, index, split, config.data.image_size, encoder, views)
-    table = nearest_of_all(found[first:stop].to(runtime.device), samples, k)
+    mine = slice(*Shards(samples, runtime.world).own(runtime.rank))
+    table = nearest_of_all(found[mine].to(runtime.device), samples, k)
     table = mutual(table) if f.mutual else table
     own = range(first, stop)
     return with_self(walked(table, f.walk, f.stored, own), own, (table[first:stop] < samples).sum(1))
