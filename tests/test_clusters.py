@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from rkdo_dist.evaluate import scores
 from rkdo_dist.frozen import cluster_page
+from rkdo_dist.frozen import heads as heads_
 from rkdo_dist.frozen.features import read_features
 from rkdo_dist.frozen.heads import Heads, Recipe, clusters_loss, engine, pairs, random_neighbours
 from tests.jobs import command, on_ranks, rank_command, wait_for
@@ -228,6 +229,19 @@ def test_heads_are_loaded_as_they_were_saved() -> None:
             assert torch.equal(a, b)
 
 
+def test_large_batches_are_trained_alike_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, recipe = torch.randn(96, 4), Recipe(3, neighbours=2, heads=1, steps=20, batch=48, coupling=0.3)
+    graph, weights = random_neighbours(recipe, 96), []
+    for most in (512, 0):
+        monkeypatch.setattr(heads_, "DENSE", most)
+        heads = Heads(x, recipe, [0])
+        for first, second in pairs(recipe, graph, range(20)):
+            heads.train(first, second)
+        weights.append(heads.state()[0][0])
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-3)
+    assert float((weights[0] - Heads(x, recipe, [0]).state()[0][0]).abs().max()) > 0.1
+
+
 def test_a_directory_is_continued_only_with_the_same_request(blobs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [str(blobs), *SMALL, "--out", str(out)]
@@ -257,6 +271,9 @@ def test_the_page_and_a_file_without_labels(blobs: Path, tmp_path: Path) -> None
     np.savez(tmp_path / "bare.npz", features=np.load(blobs)["features"])
     result = found([str(tmp_path / "bare.npz"), *SMALL, "--out", str(tmp_path / "b")])
     assert result["accuracy"] is None
+    quick = found([str(blobs), *SMALL, "--no-kmeans", "--out", str(tmp_path / "c")])
+    assert quick["kmeans"]["accuracy"] is None
+    assert quick["accuracy"] > 0.95
     assert result["kmeans"] == {"accuracy": None, "nmi": None, "ari": None}
     assert sorted(np.load(tmp_path / "b" / "assignments.npz")) == ["assignments", "positions", "probabilities"]
 

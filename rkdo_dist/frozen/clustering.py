@@ -54,6 +54,7 @@ def cluster(
     array: str = "features",
     labels: Path | None = None,
     images: str | None = None,
+    kmeans: bool = True,
     resume: bool = False,
     threads: int = 1,
 ) -> None:
@@ -63,6 +64,7 @@ def cluster(
         path, array, labels: see `read_features`.
         out: a directory that is empty or not there.
         images: as data.source: where the samples' pictures are, for the page; features of `rkdo embed` only.
+        kmeans: whether k-means is run for comparison, where labels are known; on one process, while others wait.
         resume: continue what is in `out` already; a finished one is shown.
         threads: of each process; on a CPU the bits depend on it.
 
@@ -87,7 +89,7 @@ def cluster(
                 if console is not None:
                     say(console, f"complete already: {out}")
             else:
-                _find(data, values, out, recipe, request, images, rt, console)
+                _find(data, values, out, recipe, request, images, kmeans, rt, console)
             group.on_main(lambda: _show(_read(out), out), "showing the result")
         finally:
             for held in lock:
@@ -110,6 +112,7 @@ def _find(
     recipe: Recipe,
     request: dict[str, Any],
     images: str | None,
+    kmeans: bool,
     rt: Runtime,
     console: Console | None,
 ) -> None:
@@ -148,7 +151,7 @@ def _find(
 
     def written() -> None:
         phi = probabilities(values.to(rt.device), *(x.to(rt.device) for x in (weights[0], weights[3]))).cpu().numpy()
-        _write(out, data, values.numpy(), phi, recipe, made, seconds, images)
+        _write(out, data, values.numpy(), phi, recipe, made, seconds, images, kmeans)
 
     with _counting(console, "k-means and the page"):
         group.on_main(written, "writing the result")
@@ -255,6 +258,7 @@ def _write(
     made: dict[str, Any],
     seconds: dict[str, float],
     images: str | None,
+    kmeans: bool,
 ) -> None:
     """All files; clusters are numbered by falling size, and clusters.json comes last."""
     found = phi.argmax(1)
@@ -270,8 +274,9 @@ def _write(
     if len(known):
         labels = data.labels[known]  # type: ignore[index]
         ours = scores.clusters_agreement(labels, assignments[known])
-        theirs = scores.clusters_agreement(labels, scores.kmeans(values, recipe.clusters, recipe.seed)[known])
-        seconds |= {"kmeans": time.perf_counter() - began}
+        if kmeans:
+            theirs = scores.clusters_agreement(labels, scores.kmeans(values, recipe.clusters, recipe.seed)[known])
+            seconds |= {"kmeans": time.perf_counter() - began}
     result = {
         **ours,
         "kmeans": theirs,

@@ -33,6 +33,7 @@ def frozen_commands(command: Command) -> None:
     add("--depth", type=int, default=3, metavar="D", help="levels of that recursion (default 3)")
     add("--control", choices=("none", "random"), default="none", help="random: neighbours are random samples")
     add("--images", metavar="SOURCE", help="the samples' pictures, as data.source, for the page")
+    add("--no-kmeans", dest="kmeans", action="store_false", help="leave k-means out: for much data, it has one process")
     add("--resume", action="store_true", help="continue what DIR holds, on any number of processes")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads of each process (default 1)")
 
@@ -104,7 +105,7 @@ def _cluster(options: argparse.Namespace) -> int:
         o.control,
     )
     files = {"array": o.array, "labels": o.labels, "images": o.images}
-    cluster(o.features, o.out, recipe, resume=o.resume, threads=o.threads, **files)
+    cluster(o.features, o.out, recipe, kmeans=o.kmeans, resume=o.resume, threads=o.threads, **files)
     return 0
 
 
