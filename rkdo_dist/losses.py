@@ -28,7 +28,7 @@ from rkdo_dist.exchange.inputs import Shares, check_inputs
 from rkdo_dist.field.affinity import Affinity
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import COOLING, COUPLING, DEPTH, PRESETS
-from rkdo_dist.field.tiled import FieldRows, add_through_pool, computing_dtype
+from rkdo_dist.field.tiled import FieldRows, add_through_pool, computing_dtype, field_normaliser
 
 EXCHANGES = ("gather", "ring", "local")
 _RKDO, _ICON, _INFONCE, _SUPCON = (PRESETS[name] for name in ("rkdo", "icon", "infonce", "supcon"))
@@ -397,7 +397,7 @@ class _Call:
             self.labels,
             self.parts,
             temperature=temperature,
-            pooled=None if pooled is None else columns.total(pooled),
+            pooled=None if pooled is None else columns.of_all(pooled).sum(0),
         )
 
 
@@ -442,19 +442,27 @@ class _FieldFunction(torch.autograd.Function):
 
 def _walk(call: _Call, field: FieldRows, own: Tensor) -> Tensor | None:
     """Everything the loss needs; with resident columns also all gradients (those of the columns are returned)."""
-    columns = call.columns
-    if isinstance(columns, RingColumns):
-        for walk in field.walks:
-            for first, block in columns.walk(own):
-                field.visit(walk, block, first)
+    columns, block = call.columns, own
+    if not isinstance(columns, RingColumns):
+        block = columns.gather(own)
+
+    def walk() -> None:
+        for visit in field.walks:
+            for first, part in columns.walk(own) if isinstance(columns, RingColumns) else [(0, block)]:
+                field.visit(visit, part, first)
+
+    if call.objective.normaliser == "field":
+        walk()
+        rows = sum(call.shares.rows) * len(call.objective.slices)
+        field.normalise_by(field_normaliser(columns.of_all(field.log_sum()), rows))
+    if not columns.resident:
+        walk()
         return None
-    block = columns.gather(own)
     if call.differentiable:
         home = torch.zeros_like(block)
         field.fused(block, home)
         return home
-    for walk in field.walks:
-        field.visit(walk, block, 0)
+    walk()
     return None
 
 
@@ -472,5 +480,5 @@ def _gradients_home(call: _Call, field: FieldRows, own: Tensor, home: Tensor | N
         assert home is not None
         home = call.columns.send_home(home * scale)
     if field.pooled_gradient is not None:
-        add_through_pool(call.objective, own, call.columns.total(field.pooled_gradient * scale), home)
+        add_through_pool(call.objective, own, call.columns.of_all(field.pooled_gradient * scale).sum(0), home)
     return home

@@ -21,6 +21,7 @@ from rkdo_dist.data.shards import unlabelled
 from rkdo_dist.data.source import Progress, open_source
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder, is_code
+from rkdo_dist.field.affinity import AFFINITIES, Affinity, Clusters, Gaussian, Student
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import PRESETS, Relation, named
 from rkdo_dist.field.schedules import coupling
@@ -193,15 +194,19 @@ def make_encoder(
             f"add encoder.backbone={config.encoder.backbone}"
         )
     torch.manual_seed(config.run.seed)
-    return _encoder(config.encoder, pretrained, backbone).train()
+    return _encoder(config.encoder, pretrained, backbone, unit_norm(config)).train()
 
 
 @_named("encoder", EncoderConfig)
-def _encoder(section: EncoderConfig, pretrained: bool, backbone: torch.nn.Module | None = None) -> Encoder:
-    return encoder_of(section, pretrained, backbone)
+def _encoder(
+    section: EncoderConfig, pretrained: bool, backbone: torch.nn.Module | None = None, unit_norm: bool = True
+) -> Encoder:
+    return encoder_of(section, pretrained, backbone, unit_norm)
 
 
-def encoder_of(section: EncoderConfig, pretrained: bool = True, backbone: torch.nn.Module | None = None) -> Encoder:
+def encoder_of(
+    section: EncoderConfig, pretrained: bool = True, backbone: torch.nn.Module | None = None, unit_norm: bool = True
+) -> Encoder:
     """The encoder that a section describes, with weights from torch's global generator or `encoder.weights`."""
     return Encoder(
         section.backbone if backbone is None else backbone,
@@ -212,6 +217,7 @@ def encoder_of(section: EncoderConfig, pretrained: bool = True, backbone: torch.
         head_depth=section.head_depth,
         weights=section.weights if pretrained else "none",
         freeze=section.freeze,
+        unit_norm=unit_norm,
     )
 
 
@@ -256,7 +262,7 @@ def _views(config: Config, size: int) -> Views:
     return Views(size, **arguments)
 
 
-@_named("field", FieldConfig, final="field.coupling_end")
+@_named("field", FieldConfig, final="field.coupling_end", share="field.learned_share")
 def make_objective(config: Config, progress: float, epochs: float | None = None) -> Objective:
     """The objective at a share `progress` of the training done: clock, coupling schedule and switch depend on it.
 
@@ -268,6 +274,7 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
     chosen = f.switch_to if f.switch_to != "none" and progress >= f.switch_at else f.objective
     name = named(chosen, f.recursion)
     recursion = PRESETS[name].recursion
+    recursion = "none" if f.recursion == "none" and recursion == "in_batch" else recursion
     persists = recursion == "persistent"
     return Objective.of(
         name,
@@ -275,7 +282,9 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
         pairing=f.pairing,
         debias=0.0 if persists else f.debias,  # of persistent rows the first ones alone
         supervisor="rows" if persists else _delivered(config, name),
-        recursion="none" if f.recursion == "none" and recursion == "in_batch" else recursion,
+        recursion=recursion,
+        affinity=make_affinity(config, name),
+        normaliser=f.normaliser if recursion == "none" else "row",
         depth=f.depth,
         coupling=coupling_at(config, progress, epochs),
         cooling=f.cooling,
@@ -284,6 +293,23 @@ def make_objective(config: Config, progress: float, epochs: float | None = None)
         progress=progress,
         relation=relation_at(config, name, progress, epochs),
     )
+
+
+def make_affinity(config: Config, objective: str) -> Affinity:
+    """The affinity of a preset, with its parameter: of clusters, where none is set, the supervisor's uniform share."""
+    f, kind = config.field, AFFINITIES[configuration.affinity_of(config, objective)]
+    debias = (PRESETS[objective].debias or 0.0) if f.debias is None else f.debias
+    given = {
+        Gaussian: {"sigma": f.sigma},
+        Student: {"degrees_of_freedom": f.degrees_of_freedom},
+        Clusters: {"share": debias if f.learned_share is None else f.learned_share},
+    }
+    return kind(**given.get(kind, {}))
+
+
+def unit_norm(config: Config) -> bool:
+    """Whether the encoder brings embeddings to unit norm: if the objectives' affinity asks for it."""
+    return all(make_affinity(config, name).unit_norm for name in configuration.used_objectives(config))
 
 
 def relation_at(config: Config, name: str, progress: float, epochs: float | None = None) -> Relation | None:

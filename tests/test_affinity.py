@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from rkdo_dist.field import tiled
 from rkdo_dist.field.affinity import AFFINITIES, Affinity, Clusters, Cosine, Gaussian, Student
 from rkdo_dist.field.objectives import Objective, dense
-from rkdo_dist.field.tiled import value_and_gradient
+from rkdo_dist.field.tiled import field_normaliser, log_sum, value_and_gradient
 from rkdo_dist.losses import FieldInputError, FieldLoss, InfoNCELoss, RKDOLoss, SupervisedLoss
 from rkdo_dist.training.exact import exact_field
 from tests.ranks import run_ranks
@@ -40,7 +40,7 @@ def embeddings(affinity: Affinity, batch: int = B, dtype: torch.dtype = torch.fl
 
 
 def objectives(affinity: Affinity) -> list[Objective]:
-    """Every supervisor, pairing and recursion within a step."""
+    """Every supervisor, pairing, normaliser and recursion within a step."""
     found = []
     for pairing, symmetric in SHAPES:
         shape = {"pairing": pairing, "symmetric": symmetric, "affinity": affinity}
@@ -49,6 +49,7 @@ def objectives(affinity: Affinity) -> list[Objective]:
         deep = Objective.rkdo(3, (0.5, 0.0, 0.2), 0.9, 0.3, **shape)
         found += [deep, dataclasses.replace(deep, supervisor_grad="stop")]
         found.append(dataclasses.replace(deep, supervisor="labels", debias=0.2))
+        found += [dataclasses.replace(o, normaliser="field") for o in found if o.debias and o.recursion == "none"][-2:]
     return found
 
 
@@ -71,8 +72,13 @@ def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 def in_two_calls(objective: Objective, u: Tensor, v: Tensor, labels: Tensor) -> dict[str, Tensor]:
     found = {"u": torch.zeros_like(u), "v": torch.zeros_like(v)}
     totals: dict[str, Tensor] = {}
-    for start, stop in itertools.pairwise((0, 5, len(u))):
-        result = value_and_gradient(objective, u[start:stop], v[start:stop], u, v, start, labels)
+    parts, normaliser = list(itertools.pairwise((0, 5, len(u)))), None
+    if objective.normaliser == "field":
+        sums = [log_sum(objective, u[start:stop], v[start:stop], u, v, start) for start, stop in parts]
+        normaliser = field_normaliser(torch.stack(sums), len(u) * len(objective.slices))
+    for start, stop in parts:
+        own = u[start:stop], v[start:stop]
+        result = value_and_gradient(objective, *own, u, v, start, labels, log_normaliser=normaliser)
         for name, rows, columns in (("u", result.rows_u, result.columns_u), ("v", result.rows_v, result.columns_v)):
             found[name][start:stop] += rows
             found[name] += 0 if columns is None else columns
@@ -140,6 +146,11 @@ def some(affinity: Affinity) -> list[Objective]:
     ]
 
 
+def weight_of(objective: Objective, rank: int) -> float:
+    """Different on every rank, where the gradient of a rank's loss is that of its rows alone."""
+    return rank + 1.0 if objective.normaliser == "row" else 1.0
+
+
 def _on_ranks(rank: int, world: int) -> list[dict[str, np.ndarray]]:
     """By objective: gather and ring, with a weight of the rank's own; and the exact sum over lanes."""
     found = []
@@ -152,7 +163,7 @@ def _on_ranks(rank: int, world: int) -> list[dict[str, np.ndarray]]:
                 u, v = (x[mine].clone().requires_grad_() for x in (u_all, v_all))
                 tau = torch.tensor(objective.temperature, dtype=torch.float64, requires_grad=True)
                 loss = FieldLoss(objective, exchange=exchange, temperature=tau)(u, v, labels[mine])
-                (loss * (rank + 1)).backward()
+                (loss * weight_of(objective, rank)).backward()
                 found_here = {"loss": loss.detach(), "u": u.grad, "v": v.grad, "tau": tau.grad}
                 one |= {f"{exchange}.{name}": x for name, x in found_here.items() if x is not None}
             u, v = (x[mine].float() for x in (u_all, v_all))
@@ -182,6 +193,10 @@ def test_every_exchange_gives_the_same_and_the_exact_one_the_same_bits() -> None
                 found |= {name: np.array([r[f"{exchange}.{name}"] for r in results]) for name in ("loss", "tau")}
                 for name, value in found.items():
                     wanted = expected[name].numpy()
+                    if (
+                        name == "tau" and objective.normaliser == "field"
+                    ):  # each rank's share; their sum is the gradient
+                        value, wanted = value.sum(), wanted.sum()
                     np.testing.assert_allclose(value, wanted, rtol=1e-11, atol=1e-12, err_msg=f"{objective} {name}")
 
 
@@ -190,8 +205,9 @@ def _weighted(objective: Objective, u: Tensor, v: Tensor, labels: Tensor, world:
     u, v = (x.clone().requires_grad_() for x in (u, v))
     tau = torch.tensor(objective.temperature, dtype=torch.float64, requires_grad=True)
     losses = [dense(objective, u, v, labels, tau, rows)[0] for rows in torch.arange(B).chunk(world)]
-    du, dv = torch.autograd.grad(sum(loss * (r + 1) for r, loss in enumerate(losses)), (u, v), retain_graph=True)
-    slopes = [torch.autograd.grad(loss * (r + 1), tau, retain_graph=True)[0] for r, loss in enumerate(losses)]
+    weighted = [loss * weight_of(objective, r) for r, loss in enumerate(losses)]
+    du, dv = torch.autograd.grad(sum(weighted), (u, v), retain_graph=True)
+    slopes = [torch.autograd.grad(loss, tau, retain_graph=True)[0] for loss in weighted]
     return {"loss": torch.stack(losses).detach(), "u": du, "v": dv, "tau": torch.stack(slopes)}
 
 

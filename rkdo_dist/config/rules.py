@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from rkdo_dist.config.sections import LEAST_TEMPERATURE, Config, ConfigError, TrainConfig, relation_of, used_objectives
+from rkdo_dist.config.sections import (
+    LEAST_TEMPERATURE,
+    Config,
+    ConfigError,
+    TrainConfig,
+    affinity_of,
+    relation_of,
+    used_objectives,
+)
 from rkdo_dist.field import presets
 from rkdo_dist.field.presets import PRESETS, SUPERVISORS
 
@@ -53,6 +61,7 @@ def check(config: Config) -> None:
                 f"field.{key}={objective} needs field.pairing={preset.pairing}, got {field.pairing}: "
                 "leave field.pairing out, or choose another objective"
             )
+    _check_affinity(config)
     _check_supervisor(config)
     if field.recursion == "persistent":
         _check_persistent(config)
@@ -80,6 +89,33 @@ def _check_learned_temperature(config: Config) -> None:
         raise ConfigError(
             f"field.learn_temperature=true keeps the temperature at {LEAST_TEMPERATURE} at least, got "
             f"field.temperature={initial}"
+        )
+
+
+def _check_affinity(config: Config) -> None:
+    """Rules of affinities, which ask for different embeddings."""
+    field, used = config.field, {affinity_of(config, name) for name in used_objectives(config)}
+    if len(used) > 1:
+        raise ConfigError(
+            f"field.objective={field.objective} and field.switch_to={field.switch_to} have different affinities "
+            f"({', '.join(sorted(used))}), which ask for different embeddings: set field.affinity"
+        )
+    still = ("none",) if field.recursion != "none" else ("none", "in_batch")
+    recurring = [name for name in used_objectives(config) if PRESETS[name].recursion not in still]
+    if field.normaliser == "field" and recurring:
+        raise ConfigError(
+            f"field.normaliser=field goes with objectives without recursion, whose rows need not sum to 1, but "
+            f"{recurring[0]} recurs: choose another field.objective, or field.normaliser=row"
+        )
+    affinity = used.pop()
+    if affinity == "clusters" and config.encoder.embedding_dim < 2:
+        raise ConfigError(
+            f"encoder.embedding_dim={config.encoder.embedding_dim} is the number of clusters of "
+            "field.affinity=clusters: it must be at least 2"
+        )
+    if field.recursion == "persistent" and field.columns == "bank" and affinity != "cosine":
+        raise ConfigError(
+            f"field.columns=bank is searched by cosines, got field.affinity={affinity}: use field.columns=batch"
         )
 
 

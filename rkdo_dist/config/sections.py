@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rkdo_dist.field import presets
 
-OWN = ("temperature", "pairing", "debias", *presets.RELATION)  # settings of the field that an objective has of its own
+OWN = ("temperature", "pairing", "affinity", "debias", *presets.RELATION)  # that an objective has of its own
 
 
 LEAST_TEMPERATURE = 0.01  # of one that is learned, as CLIP's
@@ -122,6 +122,25 @@ class FieldConfig:
     confidence: Literal["none", "entropy"] | None = setting(
         None, "what a row's relation_weight is multiplied by: 1, or how peaked its relation is; null: none"
     )
+    affinity: Literal["cosine", "gaussian", "student", "clusters"] | None = setting(
+        None,
+        "how closeness is measured: the cosine, or a gaussian or Student's t of the distance, of embeddings without "
+        "unit norm; or the chance to share a cluster (embeddings are then logits of encoder.embedding_dim clusters); "
+        f"null: the objective's own ({presets.own('affinity')})",
+    )
+    sigma: float = setting(presets.SIGMA, "width of field.affinity=gaussian", above=0)
+    degrees_of_freedom: float = setting(
+        presets.DEGREES_OF_FREEDOM, "of field.affinity=student: 2 as in t-SimCLR, 1 as in t-SNE", above=0
+    )
+    learned_share: float | None = setting(
+        None,
+        "uniform share of the learned rows of field.affinity=clusters; null: as that of the supervisor (field.debias)",
+        least=0,
+        most=1,
+    )
+    normaliser: Literal["row", "field"] = setting(
+        "row", "what the learned distribution sums to 1 over: each row, or all rows together as in t-SNE (no recursion)"
+    )
     stored: int = setting(256, "entries of a persistent row, or of a walk's, that are stored", least=1)
     store: Literal["device", "host"] = setting("device", "where persistent rows are kept", free=True)
     depth: int = setting(presets.DEPTH, "levels D of the recursion inside a step", "at least 1")
@@ -172,7 +191,7 @@ class FieldConfig:
         if given is not None:
             return given
         used = [presets.named(x, self.recursion) for x in (self.objective, self.switch_to) if x != "none"]
-        own = {presets.own_setting(presets.PRESETS[x], name) for x in used}
+        own = {presets.own_setting(presets.PRESETS[x], name, self.affinity) for x in used}
         return own.pop() if len(own) == 1 else None
 
 
@@ -359,6 +378,11 @@ def used_objectives(config: Config) -> list[str]:
     """The presets that a run uses: its objective's, and that which it is switched to."""
     field = config.field
     return [presets.named(x, field.recursion) for x in (field.objective, field.switch_to) if x != "none"]
+
+
+def affinity_of(config: Config, objective: str) -> str:
+    """The name of the affinity of a preset, or that which the settings say otherwise."""
+    return config.field.affinity or presets.PRESETS[objective].affinity
 
 
 def relation_of(config: Config, objective: str) -> presets.Relation | None:

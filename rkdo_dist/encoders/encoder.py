@@ -1,4 +1,4 @@
-"""The encoder: backbone, projection head, embeddings of unit length."""
+"""The encoder: backbone, projection head, embeddings (of unit length)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHOLE = "backbone"  # as a value of `freeze`
 
 
 class Encoder(nn.Module):
-    """Backbone, projection head, normalisation to unit length: images to embeddings.
+    """Backbone, projection head, normalisation to unit length if asked for: images to embeddings.
 
     The head is the released notebook's (Linear f-f, ReLU, Linear f-d) or that of the paper's section 4.1
     (Linear f-f, BatchNorm1d, ReLU, Linear f-d), with f the backbone's width. Random weights are drawn from torch's
@@ -45,6 +45,8 @@ class Encoder(nn.Module):
         freeze: how much of the backbone is not trained, from its first layer on: a number of its children (2), or the
             name of the last frozen part ("layer2", "blocks.5"), or "backbone" for all of it; "none" or 0 for nothing.
             Frozen parts stay in evaluation mode, batch norm and dropout included.
+        unit_norm: whether embeddings are divided by their length, as the cosine affinity asks; without, they are what
+            the head gives.
 
     Attributes:
         feature_dim: f, the width of the backbone's features.
@@ -67,6 +69,7 @@ class Encoder(nn.Module):
         head_depth: int = 2,
         weights: str = "none",
         freeze: int | str = 0,
+        unit_norm: bool = True,
     ) -> None:
         super().__init__()
         if head not in HEADS:
@@ -76,7 +79,7 @@ class Encoder(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         found = make_backbone(backbone, stem)
         self.backbone, self.feature_dim, self._name = found.network, found.width, found.name
-        self.embedding_dim = embedding_dim
+        self.embedding_dim, self.unit_norm = embedding_dim, unit_norm
         hidden = self.feature_dim if head_width is None else head_width
         self.head = _head(head, self.feature_dim, hidden, head_depth, embedding_dim)
         if weights != "none":
@@ -86,22 +89,23 @@ class Encoder(nn.Module):
             module.eval()
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Backbone features and unit-length embeddings of a batch of images.
+        """Backbone features and embeddings of a batch of images.
 
         Args:
             images: (n, 3, H, W), floating point, normalised.
 
         Returns:
-            Features (n, f) and embeddings (n, d) with rows of Euclidean norm 1, both float32 (float64 if the
-            module is), also under autocast: only the backbone and the head run in lower precision.
+            Features (n, f) and embeddings (n, d), with rows of Euclidean norm 1 if `unit_norm`, both float32 (float64
+            if the module is), also under autocast: only the backbone and the head run in lower precision.
         """
         features = self.backbone(images)
         projected = self.head(features)
         with torch.autocast(images.device.type, enabled=False):
-            return _at_least_float32(features), F.normalize(_at_least_float32(projected), dim=1)
+            embeddings = _at_least_float32(projected)
+            return _at_least_float32(features), F.normalize(embeddings, dim=1) if self.unit_norm else embeddings
 
     def forward(self, images: Tensor) -> Tensor:
-        """The embeddings of `features`: (n, 3, H, W) to (n, d), float32, rows of norm 1."""
+        """The embeddings of `features`: (n, 3, H, W) to (n, d), float32."""
         return self.features(images)[1]
 
     def train(self, mode: bool = True) -> Encoder:

@@ -276,6 +276,8 @@ def _common_metrics(
     objective = parts.make_objective(config, min(1.0, max(0, step - 1) / total))  # of the last step
     objective = parts.as_recorded(config, objective, next(islice(run.steps(), step - 1, None), {}))
     own = common.own_objective(objective, u, v, config.train.global_batch, pairs.labels)
+    if not objective.affinity.unit_norm:
+        u, v = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (u, v))
     return common.common_metrics(u, v, test.embeddings, test.backbone) | own
 
 

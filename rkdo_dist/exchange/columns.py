@@ -40,9 +40,9 @@ class LocalColumns:
         """The gradient of this rank's columns (V, b, d): `gradients` itself."""
         return gradients
 
-    def total(self, own: Tensor) -> Tensor:
-        """The sum of `own` over the ranks whose columns these are: `own` itself."""
-        return own
+    def of_all(self, own: Tensor) -> Tensor:
+        """`own` of every rank whose columns these are (1, ...)."""
+        return own[None]
 
 
 class _OfAllRanks:
@@ -56,9 +56,9 @@ class _OfAllRanks:
         self.group = group
         self.world, self.rank = ranks.world_size(group), ranks.rank(group)
 
-    def total(self, own: Tensor) -> Tensor:
-        """The sum of `own` over ranks, in rank order: the same bits on every rank. For a few numbers."""
-        return ranks.all_gather_rows(own[None], self.group).sum(0)
+    def of_all(self, own: Tensor) -> Tensor:
+        """`own` of every rank, in rank order (W, ...): for a few numbers. No autograd."""
+        return ranks.all_gather_rows(own[None], self.group)
 
 
 class GatheredColumns(_OfAllRanks):

@@ -33,7 +33,7 @@ from rkdo_dist.rundir import RunDirectory
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 WEIGHTS = ("trained", "ema")
-_ENCODER = ("backbone", "head", "embedding_dim", "stem", "head_width", "head_depth")
+_ENCODER = ("backbone", "head", "embedding_dim", "stem", "head_width", "head_depth")  # settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PretrainedEncoder(Encoder):
     """
 
     def __init__(self, about: Mapping[str, Any], backbone: str | nn.Module | None = None) -> None:
-        known = {name: about["encoder"][name] for name in _ENCODER if name in about["encoder"]}
+        known = {name: about["encoder"][name] for name in (*_ENCODER, "unit_norm") if name in about["encoder"]}
         super().__init__(**{**known, **({} if backbone is None else {"backbone": backbone})})
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["transform"].items()}
         self.transform = Transform(**{k: given[k] for k in ("size", "mean", "std")})
@@ -184,7 +184,7 @@ def _about(run: RunDirectory, config: Config, found: checkpoint.Checkpoint, weig
     return {
         "library": "rkdo_dist",
         "version": __version__,
-        "encoder": {name: getattr(config.encoder, name) for name in _ENCODER},
+        "encoder": {name: getattr(config.encoder, name) for name in _ENCODER} | {"unit_norm": parts.unit_norm(config)},
         "transform": {
             "size": _image_size(run, config),
             **{k: list(v) if isinstance(v := getattr(config.views, k), tuple) else v for k in ("mean", "std")},

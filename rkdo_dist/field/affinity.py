@@ -65,6 +65,15 @@ class Affinity:
         """See `link`."""
         return 1.0
 
+    def between(self, rows: Tensor, columns: Tensor, taking_part: int) -> Tensor:
+        """l (r, n) of lifted rows and columns."""
+        x = rows @ columns.T
+        if not self.links:
+            return x
+        logits = torch.empty_like(x)
+        self.link(x, logits, taking_part, 1.0)
+        return logits
+
 
 @dataclass(frozen=True)
 class Cosine(Affinity):

@@ -115,7 +115,13 @@ class FixedKernel:
         supervisor: p of the b rows.
         taking_part: N, the columns of a row that are not excluded.
         dtype: float32 or float64.
+
+    Attributes:
+        log_normaliser: log of what exp(x) is divided by in every row, where the field as a whole is normalised; until
+            it is known (None), walks find every row's own.
     """
+
+    log_normaliser: Tensor | None = None
 
     def __init__(self, objective: Objective, supervisor: Supervisor, taking_part: int, dtype: torch.dtype) -> None:
         self.scale = 1 / objective.temperatures[-1]
@@ -125,7 +131,8 @@ class FixedKernel:
     @property
     def walks(self) -> tuple[Walk, ...]:
         """See `Kernel`."""
-        return (note_maximum, self.normalise) if self._shifts else (self.normalise,)
+        alone = self.log_normaliser is not None or not self._shifts
+        return (self.normalise,) if alone else (note_maximum, self.normalise)
 
     def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """See `Kernel`."""
@@ -135,22 +142,28 @@ class FixedKernel:
 
     def normalise(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """x <- exp(x), with what is needed of x and exp(x) noted."""
-        if self._shifts:
-            x.sub_(sums.shift[:, None])
+        self._shift(x, sums)
         hide(x, place.excluded, 0)
         if self._supervisor.spreads:
             sums.total[0].add_(x.sum(1))
         self._supervisor.add_dot(sums.positive[0], x, place)
         x.exp_()
         hide(x, place.excluded, 0)
-        sums.z[-1].add_(x.sum(1))
+        if self.log_normaliser is None:
+            sums.z[-1].add_(x.sum(1))
+        else:
+            sums.z[-1].fill_(1)  # exp(x) is q already
         self._supervisor.add_mass(sums.positive[1], x, place)
 
     def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """See `Kernel`."""
-        if self._shifts:
-            x.sub_(sums.shift[:, None])
+        self._shift(x, sums)
         self._differentiate(x.exp_(), sums, place)
+
+    def row_log_sums(self, sums: RowSums) -> Tensor:
+        """log sum_j exp(x) of every row (b,) float64."""
+        log_sums = sums.z[-1].double().log()
+        return log_sums + sums.shift if self._shifts else log_sums
 
     def row_parts(self, sums: RowSums) -> list[Tensor]:
         """See `Kernel`."""
@@ -167,8 +180,15 @@ class FixedKernel:
         """See `Kernel`."""
         self._supervisor.release()
 
+    def _shift(self, x: Tensor, sums: RowSums) -> None:
+        if self.log_normaliser is not None:
+            x.sub_(self.log_normaliser)
+        elif self._shifts:
+            x.sub_(sums.shift[:, None])
+
     def _differentiate(self, e: Tensor, sums: RowSums, place: Place) -> None:
         """e <- q - p."""
-        e.div_(sums.z[-1][:, None])
+        if self.log_normaliser is None:
+            e.div_(sums.z[-1][:, None])
         self._supervisor.add(e, place, -1.0)
         hide(e, place.excluded, 0)

@@ -9,8 +9,10 @@ same in bounded memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from rkdo_dist.field.presets import (
     COOLING,
     COUPLING,
     DEPTH,
+    NORMALISERS,
     PRESETS,
     RECURSIONS,
     SUPERVISOR_GRADIENTS,
@@ -45,6 +48,7 @@ class Objective:
             identity. Their columns are those of the positive's view.
         debias: a: p(0) = (1 - a) [the supervisor] + a / N over the N columns that take part, the positive included.
         affinity: how closeness is measured.
+        normaliser: what q sums to 1 over: each "row", or the "field": one distribution over all pairs, as in t-SNE.
         recursion: "none", "in_batch", "persistent" (in `field.persistent`) or "restart" (in `field.relation`).
         pairing: "cross" (rows of view 1, columns of view 2, the positive on the diagonal) or "joint" (2B
             rows and columns, the self column excluded, the positive is the other view); or "points": "joint" with a
@@ -63,6 +67,7 @@ class Objective:
     supervisor: str = "identity"
     debias: float = 0.0
     affinity: Affinity = COSINE
+    normaliser: str = "row"
     recursion: str = "none"
     pairing: str = "cross"
     symmetric: bool = False
@@ -76,6 +81,9 @@ class Objective:
             raise ValueError(f"affinity must be one of `field.affinity`, got {self.affinity!r}")
         _require_choice("recursion", self.recursion, RECURSIONS)
         _require_choice("pairing", self.pairing, ("cross", "joint", "points"))
+        _require_choice("normaliser", self.normaliser, NORMALISERS)
+        if self.normaliser == "field" and self.recursion != "none":
+            raise ValueError(f"normaliser must be row for recursion={self.recursion!r}, which mixes rows that sum to 1")
         _require_choice("supervisor_grad", self.supervisor_grad, SUPERVISOR_GRADIENTS)
         if self.symmetric and self.pairing == "joint":
             raise ValueError("symmetric=True is a form of pairing='cross'; pairing='joint' is symmetric already")
@@ -114,6 +122,7 @@ class Objective:
         symmetric: bool = False,
         debias: float | None = None,
         affinity: Affinity | str | None = None,
+        normaliser: str = "row",
         depth: int = DEPTH,
         coupling: float | Sequence[float] = COUPLING,
         cooling: float = COOLING,
@@ -129,6 +138,7 @@ class Objective:
         Args:
             temperature: tau0 > 0; None: the preset's, or 1 with another affinity than the preset's and the cosine.
             affinity: one of `field.affinity`, or its name: then with its own defaults, and clusters with `debias`.
+            normaliser: see the attributes.
             pairing: one of `presets.PAIRINGS`; "symmetric" is "cross" with symmetric=True.
             symmetric, supervisor_grad: see the attributes.
             debias: a in [0, 1].
@@ -171,6 +181,7 @@ class Objective:
             supervisor=supervisor,
             debias=debias,
             affinity=affinity,
+            normaliser=normaliser,
             recursion=recursion,
             pairing="cross" if pairing == "symmetric" else pairing,
             symmetric=symmetric or pairing == "symmetric",
@@ -194,20 +205,10 @@ class Objective:
         affinity: Affinity | str | None = None,
     ) -> Objective:
         """RKDO with in-batch recursion (eq. 1-4); arguments as for `of`."""
-        return Objective.of(
-            "rkdo",
-            depth=depth,
-            coupling=coupling,
-            temperature=temperature,
-            cooling=cooling,
-            pairing=pairing,
-            supervisor_grad=supervisor_grad,
-            symmetric=symmetric,
-            clock=clock,
-            progress=progress,
-            debias=debias,
-            affinity=affinity,
-        )
+        recursion = {"depth": depth, "coupling": coupling, "cooling": cooling, "clock": clock, "progress": progress}
+        shape = {"pairing": pairing, "symmetric": symmetric, "supervisor_grad": supervisor_grad}
+        options: dict[str, Any] = {**recursion, **shape, "debias": debias, "affinity": affinity}
+        return Objective.of("rkdo", temperature=temperature, **options)
 
     @staticmethod
     def icon(
@@ -417,16 +418,35 @@ def rows_of(
     temperature: Tensor | None = None,
 ) -> tuple[recursion.Field, Initial]:
     """The distributions of every level of one matrix, and what they began with (arguments as for `dense`)."""
-    views = {"u": u, "v": v}
-    columns = torch.cat([views[name] for name in piece.columns])
     scale = 1.0 if temperature is None else temperature / objective.temperature
     taus = [tau * scale for tau in objective.temperatures]
     initial = initial_supervisor(objective, piece, len(u), labels, u.dtype, u.device)
-    similarity = objective.affinity.logits(views[piece.rows], columns, objective.column_count(len(u)))
+    logits = _logits(objective, piece, u, v)
     if objective.recursion == "in_batch":
         gradient = objective.supervisor_grad
-        return recursion.unroll(similarity, initial.p, taus, objective.couplings, initial.excluded, gradient), initial
-    return recursion.Field([initial.p], [recursion.log_learned(similarity, taus[0], initial.excluded)]), initial
+        return recursion.unroll(logits, initial.p, taus, objective.couplings, initial.excluded, gradient), initial
+    log_q = recursion.log_learned(logits, taus[0], initial.excluded)
+    if objective.normaliser == "field":
+        log_q = logits / taus[0] - _log_normaliser(objective, u, v, taus[0])
+        log_q = log_q if initial.excluded is None else log_q.masked_fill(initial.excluded, -torch.inf)
+    return recursion.Field([initial.p], [log_q]), initial
+
+
+def _logits(objective: Objective, piece: Slice, u: Tensor, v: Tensor) -> Tensor:
+    views = {"u": u, "v": v}
+    columns = torch.cat([views[name] for name in piece.columns])
+    return objective.affinity.logits(views[piece.rows], columns, objective.column_count(len(u)))
+
+
+def _log_normaliser(objective: Objective, u: Tensor, v: Tensor, temperature: float | Tensor) -> Tensor:
+    """log(Z / R), Z the sum of exp(l / tau) over the R rows of all matrices: q is R times the joint distribution."""
+    terms = []
+    for piece in objective.slices:
+        logits = _logits(objective, piece, u, v) / temperature
+        if piece.excluded is not None:
+            logits.diagonal(piece.excluded * len(u)).fill_(-torch.inf)
+        terms.append(logits.flatten())
+    return torch.logsumexp(torch.cat(terms), 0) - math.log(len(u) * len(terms))
 
 
 def initial_supervisor(

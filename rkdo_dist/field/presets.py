@@ -11,6 +11,7 @@ from typing import Any
 
 AFFINITIES = ("cosine", "gaussian", "student", "clusters")
 RECURSIONS = ("none", "in_batch", "persistent", "restart")
+NORMALISERS = ("row", "field")
 PAIRINGS = ("cross", "symmetric", "joint")
 SUPERVISOR_GRADIENTS = ("flow", "stop")
 CLOCKS = ("depth", "training")
@@ -233,8 +234,14 @@ def named(objective: str, recursion: str = "in_batch") -> str:
     return objective
 
 
-def own_setting(preset: Preset, name: str) -> Any:
-    """What a preset has for `temperature`, `pairing` or a setting of its relation; None if nothing."""
+def own_setting(preset: Preset, name: str, affinity: str | None = None) -> Any:
+    """What a preset has for `temperature`, `pairing`, `affinity` or a setting of its relation; None if nothing.
+
+    Args:
+        affinity: that is given, on which the temperature depends.
+    """
+    if name == "temperature":
+        return temperature_of(preset, affinity or preset.affinity)
     if name in RELATION and preset.relation is not None:
         return getattr(preset.relation, RELATION[name])
     return "batch" if name == "columns" else getattr(preset, name, None)
@@ -251,7 +258,7 @@ def titles() -> str:
 
 
 def own(name: str) -> str:
-    """The values of `temperature` or `pairing` that presets have where none is given, for help."""
+    """The values of `temperature`, `pairing` or `affinity` that presets have where none is given, for help."""
     general = getattr(PRESETS["rkdo"], name)
     special = (f"{key} {getattr(PRESETS[key], name)}" for key in choices() if getattr(PRESETS[key], name) != general)
     return "; ".join([f"{general}", *special])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -66,6 +66,7 @@ def value_and_gradient(
     parts: bool = True,
     supervisor: Supervisor | None = None,
     temperature: bool = True,
+    log_normaliser: Tensor | None = None,
 ) -> FieldResult:
     """Sum of the losses of b consecutive samples of the global batch, and all its gradients, without
     autograd.
@@ -83,35 +84,28 @@ def value_and_gradient(
         parts: whether to fill `parts`, which costs a few more passes over a strip.
         supervisor: p of these rows, for an objective whose supervisor is "rows"; None: the identity.
         temperature: whether to fill `temperature`, which costs a strip where the affinity links.
+        log_normaliser: for normaliser="field" and rows that are not the whole batch: see `field_normaliser`.
 
     Raises:
-        ValueError: if labels are missing, shapes or dtypes disagree, or the rows do not lie within the batch.
+        ValueError: if labels are missing, shapes or dtypes disagree, the rows do not lie within the batch, or the
+            normaliser of the field is missing.
     """
-    _require_matching(rows_u, rows_v, columns_u, columns_v)
-    dtype = computing_dtype(rows_u.dtype)
-    views = {"u": columns_u, "v": columns_v}
-    names = objective.column_views
-    columns = torch.stack([views[name].to(dtype) for name in names]) if len(names) > 1 else columns_v.to(dtype)[None]
+    whole = {"u": rows_u, "v": rows_v}, {"u": columns_u, "v": columns_v}
     with torch.no_grad():
-        batch = columns.shape[1]
-        pooled = objective.affinity.pool(columns, len(columns) * batch)
-        field = FieldRows(
-            objective,
-            {"u": rows_u, "v": rows_v},
-            batch,
-            first_row,
-            batch,
-            labels,
-            parts,
-            supervisor,
-            temperature,
-            pooled,
-        )
+        field, columns = _of_whole_columns(objective, *whole, first_row, labels, parts, supervisor, temperature)
+        if objective.normaliser == "field":
+            if log_normaliser is None and len(rows_u) < len(columns_u):
+                raise ValueError("normaliser='field' needs log_normaliser, unless the rows are the whole batch")
+            field.normalise_by(
+                field_normaliser(field.log_sum(columns)[None], len(rows_u) * len(objective.slices))
+                if log_normaliser is None
+                else log_normaliser
+            )
         found = torch.zeros_like(columns)
         field.fused(columns, found)
         if field.pooled_gradient is not None:
             add_through_pool(objective, columns, field.pooled_gradient, found)
-        home = dict(zip(names, found.unbind(), strict=True))
+        home = dict(zip(objective.column_views, found.unbind(), strict=True))
         return FieldResult(
             loss=field.loss(),
             parts=field.parts() if parts else {},
@@ -121,6 +115,51 @@ def value_and_gradient(
             columns_v=home["v"],
             temperature=field.temperature_gradient() if temperature else None,
         )
+
+
+def log_sum(
+    objective: Objective,
+    rows_u: Tensor,
+    rows_v: Tensor,
+    columns_u: Tensor,
+    columns_v: Tensor,
+    first_row: int,
+) -> Tensor:
+    """log of the sum of exp(l / tau) over the columns of consecutive rows, float64 scalar; arguments as for
+    `value_and_gradient`."""
+    with torch.no_grad():
+        whole = {"u": rows_u, "v": rows_v}, {"u": columns_u, "v": columns_v}
+        anyone = replace(objective, supervisor="rows")  # the sums do not depend on p
+        field, columns = _of_whole_columns(anyone, *whole, first_row)
+        return field.log_sum(columns)
+
+
+def field_normaliser(log_sums: Tensor, rows: int) -> Tensor:
+    """log(Z / R): what every row is normalised by where the field is one distribution.
+
+    Args:
+        log_sums: (k,), `log_sum` of parts of the batch, together all of it, in an order that does not change.
+        rows: R, rows of all matrices: B for one, 2B for two.
+    """
+    return torch.logsumexp(log_sums, 0) - math.log(rows)
+
+
+def _of_whole_columns(
+    objective: Objective,
+    rows: dict[str, Tensor],
+    columns: dict[str, Tensor],
+    first_row: int,
+    labels: Tensor | None = None,
+    parts: bool = False,
+    supervisor: Supervisor | None = None,
+    temperature: bool = False,
+) -> tuple[FieldRows, Tensor]:
+    """Rows, and the columns (V, B, d) of the whole batch, which are there at once."""
+    _require_matching(rows["u"], rows["v"], columns["u"], columns["v"])
+    dtype, names = computing_dtype(rows["u"].dtype), objective.column_views
+    block = torch.stack([columns[n].to(dtype) for n in names]) if len(names) > 1 else columns["v"].to(dtype)[None]
+    batch, pooled = block.shape[1], objective.affinity.pool(block, block.shape[0] * block.shape[1])
+    return FieldRows(objective, rows, batch, first_row, batch, labels, parts, supervisor, temperature, pooled), block
 
 
 class FieldRows:
@@ -175,7 +214,8 @@ class FieldRows:
         self._rows = {name: self._affinity.lift_rows(x, pooled) for name, x in self._embeddings.items()}
         self._taking_part = objective.column_count(batch)
         self._supervisor = _supervisor(objective, first_row, b, batch, labels, dtype, device, supervisor)
-        self._sums = [RowSums.zeros(objective.depth, b, dtype, device) for _ in objective.slices]
+        self._dtype, self._device = dtype, device
+        self._sums = self._no_sums()
         self._gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
         self.pooled_gradient = torch.zeros_like(pooled) if pooled is not None and self._affinity.pools else None
         self._by_temperature = torch.zeros((), dtype=torch.float64, device=device) if temperature else None
@@ -189,6 +229,28 @@ class FieldRows:
             self._strip_rows = self._panel_rows  # works in the panel, without buffers
             self._kernel = FixedKernel(objective, self._supervisor, self._taking_part, dtype)
         self.walks: Sequence[Walk] = self._kernel.walks
+
+    def log_sum(self, columns: Tensor | None = None) -> Tensor:
+        """log of the sum of exp(l / tau) over all columns of these rows, float64 scalar.
+
+        Args:
+            columns: all of them at once (see `visit`); None after all walks.
+        """
+        assert isinstance(self._kernel, FixedKernel), "an objective without recursion"
+        if columns is not None:
+            for walk in self.walks:
+                self.visit(walk, columns, 0)
+        return torch.logsumexp(torch.cat([self._kernel.row_log_sums(sums) for sums in self._sums]), 0)
+
+    def normalise_by(self, log_normaliser: Tensor) -> None:
+        """Begin again, with a normaliser that is known (see `field_normaliser`): one walk is left before the last."""
+        assert isinstance(self._kernel, FixedKernel), "an objective without recursion"
+        self._kernel.log_normaliser = log_normaliser.to(self._dtype)
+        self._sums, self.walks = self._no_sums(), self._kernel.walks
+
+    def _no_sums(self) -> list[RowSums]:
+        depth = self.objective.depth
+        return [RowSums.zeros(depth, self._b, self._dtype, self._device) for _ in self.objective.slices]
 
     def fused(self, columns: Tensor, home: Tensor) -> None:
         """The one visit of all columns at once (arguments as for `visit`)."""

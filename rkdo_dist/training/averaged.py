@@ -13,7 +13,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.exchange.columns import GatheredColumns
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Restricted
-from rkdo_dist.field.tiled import value_and_gradient
+from rkdo_dist.field.tiled import field_normaliser, log_sum, value_and_gradient
 from rkdo_dist.losses import FieldLoss
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
@@ -151,16 +151,12 @@ def averaged_field_of_rows(
     u, v = (torch.cat([pair[k] for pair in lanes]) for k in (0, 1))
     columns, b, both = GatheredColumns(), len(u), objective.column_views == "uv"
     everyone = columns.gather(torch.stack([u, v]) if both else v[None])
-    result = value_and_gradient(
-        objective,
-        u,
-        v,
-        everyone[0],
-        everyone[-1],
-        group.rank() * b,
-        supervisor=supervisor,
-        temperature=temperature,
-    )
+    of, normaliser = (objective, u, v, everyone[0], everyone[-1], group.rank() * b), None
+    if objective.normaliser == "field":
+        normaliser = field_normaliser(
+            group.all_gather_rows(log_sum(*of)[None]), everyone.shape[1] * len(objective.slices)
+        )
+    result = value_and_gradient(*of, supervisor=supervisor, temperature=temperature, log_normaliser=normaliser)
     assert result.columns_v is not None
     found = [result.columns_v] if result.columns_u is None else [result.columns_u, result.columns_v]
     home = columns.send_home(torch.stack(found))

@@ -15,7 +15,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.exchange.columns import ExactColumns
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Restricted
-from rkdo_dist.field.tiled import value_and_gradient
+from rkdo_dist.field.tiled import field_normaliser, log_sum, value_and_gradient
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
 from rkdo_dist.training.strategy import (
@@ -127,20 +127,26 @@ def exact_field(
     rows = persistent if objective.supervisor == "rows" else None
     supervisors: Sequence[Restricted | None] = [None] * count if rows is None else rows.supervisors(lanes, objective)
 
+    first_rows, normaliser = [(first_lane + i) * m for i in range(count)], None
+    if objective.normaliser == "field":
+        own = [
+            log_sum(objective, u, v, columns_u, columns_v, row) for (u, v), row in zip(lanes, first_rows, strict=True)
+        ]
+        normaliser = field_normaliser(group.all_gather_rows(torch.stack(own)), len(columns_u) * len(objective.slices))
     results = []
     trees: dict[str, group.TreeSum[Tensor]] = {}
     for i, (u, v) in enumerate(lanes):
-        first_row = (first_lane + i) * m
         result = value_and_gradient(
             objective,
             u,
             v,
             columns_u,
             columns_v,
-            first_row,
+            first_rows[i],
             everyones,
             supervisor=supervisors[i],
             temperature=temperature,
+            log_normaliser=normaliser,
         )
         for name, part in (("u", result.columns_u), ("v", result.columns_v)):
             if part is not None:

@@ -194,12 +194,15 @@ class PersistentField:
         return own if self._views == 1 else own.roll(m // 2)
 
     def _within(self, lanes: Sequence[Pair], columns: Tensor, objective: Objective) -> list[tuple[Rows, Tensor]]:
-        moved, taking_part = [], objective.column_count(len(columns))
+        affinity, moved, count = objective.affinity, [], len(columns)
+        pooled, taking_part = affinity.pool(columns[None], count), objective.column_count(count)
+        lifted = affinity.lift_columns(columns, pooled, [0])
         for i, (rows, (u, _)) in enumerate(zip(self._rows, lanes, strict=True)):
-            size, parts = max(1, CHUNK // (len(columns) + rows.columns.shape[1])), []
+            size, parts = max(1, CHUNK // (count + rows.columns.shape[1])), []
             for start in range(0, len(u), size):
                 queries = u[start : start + size].to(columns.dtype)
-                logits = objective.affinity.logits(queries, columns, taking_part) / objective.temperatures[-1]
+                logits = affinity.between(affinity.lift_rows(queries, pooled), lifted, taking_part)
+                logits = logits / objective.temperatures[-1]
                 own = self._own(i, len(u))[start : start + size] if rows.excluded else None
                 if own is not None:
                     logits.scatter_(1, own[:, None], -torch.inf)
