@@ -16,8 +16,9 @@ from torch import nn
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.encoders import Encoder
-from rkdo_dist.measure import memory, wire
 from rkdo_dist.ranks import agreement
+from rkdo_dist.training import memory
+from rkdo_dist.training.shape import shape_of
 from tests.jobs import command, launch, on_ranks
 from tests.ranks import run_ranks
 
@@ -170,7 +171,7 @@ def test_memory_of_a_step_by_strategy(small: list[str]) -> None:
     config = configuration.load(small[1], small[2:])
     encoder = parts.make_encoder(config)
     launched = {"strategy": "ddp", "precision": "no", "reduction": "fast"}
-    shape = wire.shape_of(config, encoder, parts.make_objective(config, 0.0), 2, launched)
+    shape = shape_of(config, encoder, parts.make_objective(config, 0.0), 2, launched)
     whole = 4 * sum(p.numel() for p in encoder.parameters())
     needs: dict[str, dict[str, Any]] = {}
     for strategy in ("ddp", "zero-1", "zero-2", "zero-3"):

@@ -13,8 +13,9 @@ import pytest
 
 from rkdo_dist.measure import scaling
 from rkdo_dist.measure.scaling import Plan, ScalingError
-from rkdo_dist.measure.wire import StepShape, step_payloads
+from rkdo_dist.measure.wire import step_payloads
 from rkdo_dist.studies import scaling_tables
+from rkdo_dist.training.shape import StepShape
 from tests.jobs import command
 from tests.launching import environment
 

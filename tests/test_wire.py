@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from rkdo_dist.measure.ledger import sent_bytes
-from rkdo_dist.measure.wire import StepShape, bytes_agree
+from rkdo_dist.measure.wire import bytes_agree
+from rkdo_dist.training.shape import StepShape
 from tests.jobs import command, on_ranks
 
 WAYS = "exact,fast,ring"

@@ -27,12 +27,14 @@ from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate.evaluation import plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.field.presets import named
-from rkdo_dist.measure import memory, wire
+from rkdo_dist.measure import wire
 from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import code_digest
 from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.training import memory
 from rkdo_dist.training.persistent import rows_bytes
+from rkdo_dist.training.shape import StepShape, shape_of
 
 _PACKAGES = ("torchvision", "accelerate", "deepspeed", "webdataset", "numpy")
 
@@ -59,7 +61,7 @@ def doctor(config: Config) -> int:
         group.together(lambda: parts.require_labels(config, index), "looking at the labels")
         encoder = parts.make_encoder(config).to(rt.device)
         encoder.check_image_size(parts.make_views(config, index).size)
-        shape = wire.shape_of(config, encoder, parts.make_objective(config, 0.0), rt.world, rt.launch)
+        shape = shape_of(config, encoder, parts.make_objective(config, 0.0), rt.world, rt.launch)
         need = group.together(lambda: _memory(config, rt, index, encoder, shape), "measuring a forward pass")
         per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)
         _print(console, _run_table(config, index, shape), _wire_table(shape), _memory_table(need, rt, per_host))
@@ -137,7 +139,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _run_table(config: Config, index: ShardIndex, shape: wire.StepShape) -> Table:
+def _run_table(config: Config, index: ShardIndex, shape: StepShape) -> Table:
     steps, total = parts.run_length(config, index)
     f, train = config.field, config.train
     table = _table("This run", "", "")
@@ -156,7 +158,7 @@ def _run_table(config: Config, index: ShardIndex, shape: wire.StepShape) -> Tabl
     return table
 
 
-def _wire_table(shape: wire.StepShape) -> Table:
+def _wire_table(shape: StepShape) -> Table:
     table = _table("Sent by each process in a step (formula)", "for", "collective", "calls", "bytes")
     book = wire.step_payloads(shape)
     total = 0.0
@@ -177,7 +179,7 @@ def _wire_table(shape: wire.StepShape) -> Table:
     return table
 
 
-def _memory(config: Config, rt: Runtime, index: ShardIndex, encoder: Encoder, shape: wire.StepShape) -> dict[str, int]:
+def _memory(config: Config, rt: Runtime, index: ShardIndex, encoder: Encoder, shape: StepShape) -> dict[str, int]:
     size = parts.make_views(config, index).size
 
     def forward(images: torch.Tensor) -> torch.Tensor:

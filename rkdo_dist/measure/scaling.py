@@ -21,7 +21,8 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.files import write_atomic
 from rkdo_dist.measure.ledger import sent_bytes
-from rkdo_dist.measure.wire import StepShape, bytes_agree
+from rkdo_dist.measure.wire import bytes_agree
+from rkdo_dist.training.shape import StepShape
 
 RESULTS = "results.json"
 

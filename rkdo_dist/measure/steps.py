@@ -31,7 +31,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import Batch
 from rkdo_dist.exchange import group
 from rkdo_dist.files import write_atomic
-from rkdo_dist.measure import ledger, memory, wire
+from rkdo_dist.measure import ledger
 from rkdo_dist.measure.ledger import Ledger
 from rkdo_dist.measure.stopwatch import COMPUTE, DATA, EXCHANGE, FIELD, OPTIMIZER, Stopwatch
 from rkdo_dist.ranks import surroundings
@@ -39,8 +39,10 @@ from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.training import memory
 from rkdo_dist.training.job import Job, build
 from rkdo_dist.training.loop import steps
+from rkdo_dist.training.shape import shape_of
 
 WARM_UP = 2  # steps that are made but not measured: DDP orders its buckets anew after the first
 
@@ -75,7 +77,7 @@ def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: i
     wanted = WARM_UP + steps
     job = group.together(lambda: _job(config, rt, index, wanted), "building the run")
     job.supervise()
-    shape = wire.shape_of(config, job.encoder, job.objective(0), rt.world, rt.launch)
+    shape = shape_of(config, job.encoder, job.objective(0), rt.world, rt.launch)
     records = list(_steps(job, Stopwatch(rt.device), wanted))
     facts = _combined(records[WARM_UP:])
     ranks: list[Any] = group.gather_objects({

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rkdo_dist.measure.wire import StepShape
+from rkdo_dist.training.shape import StepShape
 
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
 _PROBES = (2, 4)  # images; batch norm of vectors needs two
