@@ -120,7 +120,7 @@ def epoch_plan(config: Config, index: ShardIndex, epoch: int) -> EpochPlan:
     """The order of one epoch of the training split."""
     counts = index.split(config.data.split).counts
     train = config.train
-    return EpochPlan(counts, config.run.seed, epoch, train.lanes, train.micro_batch, config.data.shuffle_buffer)
+    return EpochPlan(counts, config.run.seed, epoch, train.lanes, train.lane_size, config.data.shuffle_buffer)
 
 
 def run_length(config: Config, index: ShardIndex) -> tuple[int, int]:

@@ -248,10 +248,14 @@ def _check_range(key: str, bounds: Mapping[str, Any], value: Any) -> None:
     if least is None and above is None:
         return
     for number in value if isinstance(value, tuple) else (value,):
-        if number is not None and not (
-            (least is None or number >= least)
-            and (above is None or number > above)
-            and (number <= most if most is not None else number < float("inf"))
+        if (
+            number is not None
+            and not isinstance(number, str)
+            and not (
+                (least is None or number >= least)
+                and (above is None or number > above)
+                and (number <= most if most is not None else number < float("inf"))
+            )
         ):
             raise ConfigError(f"{key} must be {bounds['within']}, got {number}")
 
@@ -268,6 +272,7 @@ def _coerce(key: str, kind: Any, value: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         several = isinstance(value, list | tuple)
         kinds = [o for o in options if o is not type(None) and (typing.get_origin(o) is tuple) == several]
+        kinds = [o for o in kinds if (typing.get_origin(o) is Literal) == isinstance(value, str)] or kinds
         kinds = kinds or [o for o in options if o is not type(None)]
         return None if value is None else _coerce(key, type(value) if type(value) in kinds else kinds[-1], value)
     if origin is tuple and Ellipsis in options:

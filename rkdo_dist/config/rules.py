@@ -22,7 +22,7 @@ def check(config: Config) -> None:
         ConfigError: naming both settings, their values and what to do.
     """
     field, train, run = config.field, config.train, config.run
-    if train.global_batch % train.micro_batch:
+    if train.micro_batch != "auto" and train.global_batch % train.micro_batch:
         raise ConfigError(
             f"train.global_batch={train.global_batch} does not divide into micro-batches of "
             f"train.micro_batch={train.micro_batch}; choose a divisor of {train.global_batch}"
@@ -314,5 +314,5 @@ def _suggest_micro_batch(train: TrainConfig, world: int) -> str:
     if train.global_batch % world:
         return f"Choose a train.global_batch that {world} divides."
     rows = train.global_batch // world
-    size = max(d for d in range(1, min(rows, train.micro_batch) + 1) if rows % d == 0)
+    size = max(d for d in range(1, min(rows, train.lane_size) + 1) if rows % d == 0)
     return f"For example train.micro_batch={size}."

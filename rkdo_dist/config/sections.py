@@ -267,7 +267,11 @@ class TrainConfig:
     """One global batch a step, and how many of them."""
 
     global_batch: int = setting(256, "samples in a step, whatever the machine", least=2)
-    micro_batch: int = setting(64, "samples embedded at a time; a divisor of train.global_batch", least=1)
+    micro_batch: int | Literal["auto"] = setting(
+        64,
+        "samples embedded at a time; a divisor of train.global_batch; auto: the largest whose step fits the memory",
+        least=1,
+    )
     epochs: int = setting(10, "length of the run", least=1)
     batches_per_epoch: int | None = setting(None, "steps that count as an epoch; null: all of the split", least=1)
     max_steps: int | None = setting(None, "end the run after so many steps", least=1)
@@ -306,7 +310,21 @@ class TrainConfig:
     @property
     def lanes(self) -> int:
         """Micro-batches in a global batch (L)."""
-        return self.global_batch // self.micro_batch
+        return self.global_batch // self.lane_size
+
+    @property
+    def lane_size(self) -> int:
+        """Samples of a micro-batch.
+
+        Raises:
+            ConfigError: for "auto", which a command that trains replaces by a number.
+        """
+        if self.micro_batch == "auto":
+            raise ConfigError(
+                "train.micro_batch=auto is chosen by `rkdo train` and `rkdo doctor`: name a number here, or use "
+                "the one in config.yaml of a run"
+            )
+        return self.micro_batch
 
     @property
     def peak_rate(self) -> float:

@@ -23,7 +23,6 @@ from rkdo_dist.config import Config
 from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
-from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate.evaluation import plan_evaluation
 from rkdo_dist.exchange import group
 from rkdo_dist.field.presets import named
@@ -32,8 +31,7 @@ from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import code_digest
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.training import memory
-from rkdo_dist.training.persistent import rows_bytes
+from rkdo_dist.training import memory, micro_batch
 from rkdo_dist.training.shape import StepShape, shape_of
 
 _PACKAGES = ("torchvision", "accelerate", "deepspeed", "webdataset", "numpy")
@@ -51,6 +49,7 @@ def doctor(config: Config) -> int:
     with surroundings.meet(config) as around:
         rt, index = around.runtime, around.index
         console = Console(markup=False) if rt.is_main else None
+        asked, config = config, micro_batch.resolved(config, rt, index, None)
         around.check_world(config)
         group.together(lambda: parts.check_data(config, index), "checking the configuration")
         plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
@@ -62,9 +61,19 @@ def doctor(config: Config) -> int:
         encoder = parts.make_encoder(config).to(rt.device)
         encoder.check_image_size(parts.make_views(config, index).size)
         shape = shape_of(config, encoder, parts.make_objective(config, 0.0), rt.world, rt.launch)
-        need = group.together(lambda: _memory(config, rt, index, encoder, shape), "measuring a forward pass")
+        need = group.together(
+            lambda: memory.needed(
+                config, rt, index, shape, memory.lane_growth(config, rt, index, encoder)(shape.micro_batch)
+            ),
+            "measuring a forward pass",
+        )
         per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)
-        _print(console, _run_table(config, index, shape), _wire_table(shape), _memory_table(need, rt, per_host))
+        _print(
+            console,
+            _run_table(config, index, shape, asked.train.micro_batch == "auto"),
+            _wire_table(shape),
+            _memory_table(need, rt, per_host),
+        )
         _print(console, *([plan.note] if plan.note else []))
         _print(console, Text("nothing stands in the way of training", "green"))
     return 0
@@ -139,7 +148,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _run_table(config: Config, index: ShardIndex, shape: StepShape) -> Table:
+def _run_table(config: Config, index: ShardIndex, shape: StepShape, chosen: bool) -> Table:
     steps, total = parts.run_length(config, index)
     f, train = config.field, config.train
     table = _table("This run", "", "")
@@ -150,7 +159,8 @@ def _run_table(config: Config, index: ShardIndex, shape: StepShape) -> Table:
     table.add_row("settings digest", configuration.digest(config)[:16])
     table.add_row("objective", f"{named(f.objective, f.recursion)}, depth {f.depth}, pairing {f.value('pairing')}")
     table.add_row("encoder", f"{config.encoder.backbone}, {shape.parameters:,} parameters, d = {shape.dimension}")
-    table.add_row("step", f"{shape.batch} pairs = {shape.lanes} lanes of {shape.micro_batch}; {shape.rows} per process")
+    lanes = f"{shape.lanes} lanes of {shape.micro_batch}{' (auto)' if chosen else ''}"
+    table.add_row("step", f"{shape.batch} pairs = {lanes}; {shape.rows} per process")
     table.add_row("memory policy", "embed again (recompute)" if train.recompute else "keep activations")
     table.add_row("optimizer", f"{train.optimizer}, learning rate {train.peak_rate:g} at most")
     table.add_row("length", f"{total} steps, {steps} an epoch")
@@ -177,23 +187,6 @@ def _wire_table(shape: StepShape) -> Table:
     elif shape.relational:
         table.caption = "a teacher's keys travel too, b (d + 4) numbers; columns from a queue do not"
     return table
-
-
-def _memory(config: Config, rt: Runtime, index: ShardIndex, encoder: Encoder, shape: StepShape) -> dict[str, int]:
-    size = parts.make_views(config, index).size
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with rt.autocast():
-            return encoder(images)
-
-    # Parameters under ZeRO-3 are sharded later: the encoder here is whole.
-    lane = memory.lane_bytes(forward, encoder, shape.micro_batch, size, rt.device)
-    f, rows = config.field, 0
-    if shape.persistent:
-        width = shape.dimension if f.value("columns") == "bank" else None
-        rows = rows_bytes(index.split(config.data.split).samples, f.stored, width, rt.world)
-    averaged = config.train.ema is not None
-    return memory.step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows, averaged)
 
 
 def _memory_table(need: dict[str, int], rt: Runtime, per_host: int) -> Table:

@@ -163,7 +163,7 @@ def step_times(config: Config, image_size: int, objective: Objective, repeats: i
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = parts.make_encoder(config).to(device)
     lanes = [
-        torch.randn(2 * config.train.micro_batch, 3, image_size, image_size, device=device)
+        torch.randn(2 * config.train.lane_size, 3, image_size, image_size, device=device)
         for _ in range(config.train.lanes)
     ]
     loss_fn = FieldLoss(objective, exchange="local")

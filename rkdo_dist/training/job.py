@@ -144,7 +144,7 @@ class Job:
             data.split,
             seed=self.config.run.seed,
             all_lanes=train.lanes,
-            micro_batch=train.micro_batch,
+            micro_batch=train.lane_size,
             lanes=rank_lanes(train.lanes, self.runtime.rank, self.runtime.world),
             epoch=first_epoch,
             start_step=start_step,

@@ -30,6 +30,7 @@ from rkdo_dist.training import callbacks, loop, tracking
 from rkdo_dist.training.callbacks import Callbacks
 from rkdo_dist.training.job import Job, build
 from rkdo_dist.training.journal import Journal
+from rkdo_dist.training.micro_batch import resolved
 from rkdo_dist.training.saving import newest_checkpoint, restore
 
 RUNS = Path("runs")  # where runs go whose configuration does not say
@@ -80,6 +81,7 @@ def train(config: Config, given: Given | None = None) -> Ended:
             config = _dated(config, given.name)
         run = RunDirectory(config.run.dir)
         stack.callback(run.close)
+        asked, config = config, resolved(config, around.runtime, around.index, run, given.backbone)
         job, plan = _set_up(config, around, run, given)
         around.claimed(run if job.runtime.is_main else None, lambda: job.position)
         job.begin()
@@ -96,6 +98,8 @@ def train(config: Config, given: Given | None = None) -> Ended:
                 journal.say(f"run: {run.path}")
             if already:
                 journal.say(f"continuing {run.path} at step {already} of {job.total_steps}")
+            if asked.train.micro_batch == "auto":
+                journal.say(f"train.micro_batch={config.train.micro_batch}, chosen by auto and kept in config.yaml")
             for line in _remarks(job, plan, config):
                 journal.say(line)
             around.messages.exchange()

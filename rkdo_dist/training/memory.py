@@ -12,6 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from rkdo_dist import parts
+from rkdo_dist.config import Config
+from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.training.persistent import rows_bytes
 from rkdo_dist.training.shape import StepShape
 
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
@@ -45,6 +50,23 @@ def lane_bytes(
 
     The encoder's buffers and random state are as before.
     """
+    return _line(forward, encoder, size, device)(micro_batch)
+
+
+def lane_growth(config: Config, runtime: Runtime, index: ShardIndex, encoder: nn.Module) -> Callable[[int], int]:
+    """`lane_bytes` of a run as a function of the micro-batch, measured now."""
+
+    def forward(images: Tensor) -> Tensor:
+        with runtime.autocast():
+            return encoder(images)
+
+    # Parameters under ZeRO-3 are sharded later: the encoder here is whole.
+    return _line(forward, encoder, parts.make_views(config, index).size, runtime.device)
+
+
+def _line(
+    forward: Callable[[Tensor], Tensor], encoder: nn.Module, size: int, device: torch.device
+) -> Callable[[int], int]:
     saved = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
     few, more = _PROBES
     devices = [device] if device.type == "cuda" else []
@@ -54,7 +76,22 @@ def lane_bytes(
         for name, buffer in encoder.named_buffers():
             buffer.copy_(saved[name])
     each = (found[1] - found[0]) / (more - few)
-    return round(found[0] + each * (2 * micro_batch - few))
+    return lambda micro_batch: round(found[0] + each * (2 * micro_batch - few))
+
+
+def needed(config: Config, runtime: Runtime, index: ShardIndex, shape: StepShape, lane: int) -> dict[str, int]:
+    """`step_memory` of a run.
+
+    Args:
+        shape: of its steps.
+        lane: what a lane's activations take.
+    """
+    size, rows = parts.make_views(config, index).size, 0
+    if shape.persistent:
+        width = shape.dimension if config.field.value("columns") == "bank" else None
+        rows = rows_bytes(index.split(config.data.split).samples, config.field.stored, width, runtime.world)
+    averaged = config.train.ema is not None
+    return step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows, averaged)
 
 
 def step_memory(

@@ -74,7 +74,7 @@ def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: in
     return StepShape(
         world=world,
         lanes=config.train.lanes,
-        micro_batch=config.train.micro_batch,
+        micro_batch=config.train.lane_size,
         dimension=config.encoder.embedding_dim,
         parameters=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
         channels=sum(m.num_features for m in norms),
