@@ -1,4 +1,4 @@
-"""A learned temperature: the optimizer's formula, the slope against autograd, the same bits anywhere, after a stop."""
+"""A learned temperature: the optimizer's formula, the slope against autograd (a whole run: tests/test_recipes.py)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.config import ConfigError
 from rkdo_dist.data.index import load_index
 from rkdo_dist.field.objectives import Objective, dense
@@ -20,7 +21,7 @@ from rkdo_dist.training.facts import Facts
 from rkdo_dist.training.loop import train_step
 from rkdo_dist.training.step import Step, StepSettings
 from rkdo_dist.training.temperature import LearnedTemperature
-from tests.jobs import command, fingerprint, metrics, on_ranks
+from tests.jobs import command, metrics, run_of
 from tests.ranks import run_ranks
 from tests.test_step import LANES, OBJECTIVES, SmallEncoder, make_view, micro_batch, own
 
@@ -104,25 +105,22 @@ def test_the_slope_of_a_step_is_that_of_the_dense_loss_under_every_sum() -> None
         assert "temperature_slope" not in facts.parts
 
 
-def test_a_run_learns_it_with_the_same_bits_on_any_ranks_and_after_a_stop(small: list[str], tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    words = [*small, LEARN, "field.temperature=0.3"]
-    code, text = command([*words, f"run.dir={one}", "evaluate.at_end=true"])
+def test_a_run_learns_it_and_is_evaluated_with_it(small: list[str]) -> None:
+    run = run_of(small)
+    code, text = command([*small, LEARN, "field.temperature=0.3", "evaluate.at_end=true"])
     assert code == 0, text
-    words += [f"run.dir={other}", "run.resume=auto"]
-    assert [code for code, _ in on_ranks(4, [*words, "train.max_steps=2"])] == [0] * 4
-    assert [code for code, _ in on_ranks(2, words)] == [0] * 2
-    assert metrics(one) == metrics(other)
-    assert fingerprint(one, 6) == fingerprint(other, 6)
-    learned = [record["temperature"] for record in metrics(one)]
+    learned = [record["temperature"] for record in metrics(run)]
     assert learned[0] == pytest.approx(0.3 * 0.9, rel=1e-14)  # the last level's, by field.cooling
     assert 1e-4 < np.abs(np.diff(np.log(learned))).max() < 2e-3  # Adam at 1e-3
-    parts = [load_file(run / "checkpoints" / "6" / "parts" / "temperature.safetensors") for run in (one, other)]
-    assert parts[0]["logarithm"].dtype == torch.float64
-    assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
-    judged = json.loads((one / "evaluations" / "6.json").read_text())["yardsticks"]
-    assert command(["evaluate", str(one)])[0] == 0
-    assert json.loads((one / "evaluations" / "6.json").read_text())["yardsticks"] == judged
+    assert (
+        load_file(run / "checkpoints" / "6" / "parts" / "temperature.safetensors")["logarithm"].dtype == torch.float64
+    )
+    judged = json.loads((run / "evaluations" / "6.json").read_text())["yardsticks"]
+    config = configuration.load(run / "config.yaml")
+    used = parts.as_recorded(config, parts.make_objective(config, 1.0), metrics(run)[-1])
+    assert used.temperatures[-1] == pytest.approx(learned[-1], rel=1e-14)
+    assert command(["evaluate", str(run)])[0] == 0
+    assert json.loads((run / "evaluations" / "6.json").read_text())["yardsticks"] == judged
 
 
 def test_it_is_learned_from_rows_that_a_file_gives_too(small: list[str], digits: Path, tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from rkdo_dist import checkpoint, parts
 from rkdo_dist import config as configuration
-from rkdo_dist import parts
-from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
+from tests.jobs import command, fingerprint, metrics, on_ranks
+from tests.ranks import Ranks
+from tests.test_restart import _killed_at
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -41,19 +45,29 @@ def test_a_recipe_loads_says_its_source_and_trains(path: Path, digits: Path, tmp
 
 
 EVERYTHING = ["train.optimizer=lars", "train.learning_rate=0.3", "train.scale_lr=sqrt", "train.warmup_epochs=0.5",
-              "train.clip_gradient=0.01", "train.ema=0.9", "views.blur=[1.0,0.1]", "views.solarize=[0.0,0.2]",
-              "views.mean=[0.4,0.5,0.6]", "train.keep_checkpoints=9"]  # fmt: skip
+              "train.clip_gradient=0.01", "train.ema=0.8", "views.blur=[1.0,0.1]", "views.solarize=[0.0,0.2]",
+              "views.mean=[0.4,0.5,0.6]", "field.learn_temperature=true", "field.temperature=0.3"]  # fmt: skip
 
 
-def test_a_whole_recipe_has_the_same_bits_on_any_ranks_and_after_a_stop(small: list[str], tmp_path: Path) -> None:
+def test_a_whole_recipe_has_the_same_bits_on_any_ranks_and_after_a_kill(small: list[str], tmp_path: Path) -> None:
+    """One process, against two that are killed as they save, and four that go on from there."""
     one, other = tmp_path / "one", tmp_path / "other"
     words = [*small, *EVERYTHING]
     code, text = command([*words, f"run.dir={one}"])
     assert code == 0, text
-    words += [f"run.dir={other}", "run.resume=auto"]
-    assert [code for code, _ in on_ranks(2, [*words, "train.max_steps=2"])] == [0, 0]
+    words += [f"run.dir={other}", "run.resume=auto", "run.timeout=20"]
+    with Ranks(_killed_at, 2, (words, "rkdo_dist.checkpoint.store:_put_in_place", 2, (0,)), timeout=60) as ranks:
+        ranks.answers()
+    saved = checkpoint.load_latest(other / "checkpoints")
+    assert saved is not None
+    assert saved.step == 2
+    assert saved.parts == ("average", "temperature")
     assert [code for code, _ in on_ranks(4, words)] == [0] * 4
     assert fingerprint(one, 6) == fingerprint(other, 6)
     assert metrics(one) == metrics(other)
+    for part in saved.parts:
+        left, right = (load_file(run / "checkpoints" / "6" / "parts" / f"{part}.safetensors") for run in (one, other))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left), part
     assert all(record["gradient_norm"] > 0.01 for record in metrics(one))  # every step was clipped
-    assert run_of(words) == other
+    assert len({record["temperature"] for record in metrics(one)}) == 6
