@@ -309,7 +309,7 @@ def make_persistent(
     place = device if f.store == "device" else torch.device("cpu")
     stored = f.stored if rows is None else rows.columns.shape[1]
     store = make_rows(samples * (2 if joint else 1), stored, width, place, rows)
-    lane = config.train.micro_batch if joint else None
+    lane = config.train.lane_size if joint else None
     return PersistentField(store, columns, BANK_TEMPERATURE, schedule, device, lane)
 
 
