@@ -157,8 +157,8 @@ def test_the_figure_shows_the_images_that_the_rows_name(small: list[str], digits
     ("settings", "message"),
     [
         ({"objective": "icon"}, "field.recursion=persistent is a form of field.objective=rkdo"),
-        ({"pairing": "joint"}, "needs field.pairing=cross, got joint"),
-        ({"pairing": "symmetric"}, "needs field.pairing=cross, got symmetric"),
+        ({"pairing": "joint", "columns": "bank"}, "field.pairing=joint needs field.columns=batch, got bank"),
+        ({"pairing": "symmetric"}, "needs field.pairing=cross or joint, got symmetric"),
         ({"coupling": 1.5}, r"field.coupling must lie in \[0, 1\], got 1.5"),
         ({"stored": 0}, "field.stored must be at least 1"),
     ],

@@ -180,7 +180,7 @@ def _check_persistent(config: Config) -> None:
             "have a column for each of its views"
         )
     for key, value, needed in (
-        ("field.pairing", None if field.pairing == "joint" else field.pairing, "cross or joint"),
+        ("field.pairing", None if field.pairing in ("cross", "joint") else field.pairing, "cross or joint"),
         ("data.on_corrupt", config.data.on_corrupt, "abort"),
     ):
         if value not in (None, needed):
