@@ -48,8 +48,8 @@ def draws(epochs: int) -> Tensor:
 def test_the_mean_gradient_of_sampled_delivery_is_that_of_the_whole_rows() -> None:
     """Over 2000 epochs, each component within 4.5 standard errors of the expectation under p, by enumeration.
 
-    The expectation weighs the cross-entropy's gradient at every choice of columns by the product of the rows' p(j|i), so
-    no entry is lost that lies outside the batch. Restricted delivery, the control, is many standard errors off.
+    The expectation weighs the gradient of the cross-entropy at every choice of columns by the product of the rows'
+    p(j|i): nothing outside the batch is lost. Restricted delivery, the control, is many standard errors off.
     """
     p = ROWS.dense()[BATCH]
     expected = np.zeros((2, N, D))
