@@ -336,8 +336,11 @@ def _delivered(config: Config, name: str) -> str:
 
 
 def as_recorded(config: Config, objective: Objective, record: Mapping[str, Any]) -> Objective:
-    """`objective` with the temperature that a step had, by its record in metrics.jsonl: it may have been learned."""
-    if not config.field.learn_temperature:
+    """`objective` with the temperature that a step had, by its record in metrics.jsonl: it may have been learned.
+
+    Without a record, as of a run whose journal is gone, the objective stays as it is.
+    """
+    if not config.field.learn_temperature or not record:
         return objective
     return objective.with_temperature(objective.temperature * record["temperature"] / objective.temperatures[-1])
 

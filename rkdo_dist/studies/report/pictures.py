@@ -77,7 +77,8 @@ def sections(groups: Sequence[Group], progress: Callable[[str], None]) -> list[E
             _sheet(neighbour_sheet(seen)),
         ]
         if run.config.field.recursion != "persistent":
-            objective = parts.as_recorded(run.config, parts.make_objective(run.config, 1.0), run.records[-1])
+            last = run.records[-1] if run.records else {}
+            objective = parts.as_recorded(run.config, parts.make_objective(run.config, 1.0), last)
             text = (
                 f"The field of {len(seen.u)} test pairs ordered by class, rows against columns, logarithmic colours: "
                 "supervisory rows p, then learned rows q, by level."
