@@ -6,9 +6,12 @@ Imports of a command's code are inside its function, so that `--help` is instant
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +29,22 @@ if TYPE_CHECKING:
     from rkdo_dist.data.index import ShardIndex
 
 USER_ERROR, INTERRUPTED = 2, 130
+_EXTRAS = {  # that bring a module; all others come with "train"
+    "datasets": "datasets",
+    "deepspeed": "deepspeed",
+    "fsspec": "object-stores",
+    "gcsfs": "object-stores",
+    "huggingface_hub": "hub",
+    "mlflow": "mlflow",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "pyarrow": "parquet",
+    "s3fs": "object-stores",
+    "tensorboard": "tracking",
+    "timm": "timm",
+    "transformers": "deepspeed",
+    "wandb": "tracking",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if not error.name or "." in error.name:  # not a library, but a fault in one or here
             raise
-        logger.error("this command needs %s, which is not installed: pip install 'rkdo_dist[train]'", error.name)
+        extra = _EXTRAS.get(error.name, "train")
+        logger.error("this command needs %s, which is not installed: pip install 'rkdo_dist[%s]'", error.name, extra)
         code = USER_ERROR
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("RKDO_TRACEBACK") or not _is_users(error):
@@ -58,14 +78,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parsed(words: list[str]) -> argparse.Namespace:
     """The options; settings may stand before, between and after them (argparse takes a list in one piece only)."""
     parser = _parser()
+    commands = _commands_of(parser)
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        near = difflib.get_close_matches(words[0], commands, n=1)
+        hint = f"did you mean: {shlex.join(['rkdo', near[0], *words[1:]])}" if near else "`rkdo --help` lists them"
+        parser.error(f"there is no command {words[0]!r}; {hint}")
     options, rest = parser.parse_known_args(words)
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(settings) < len(rest) or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        known = [option for action in commands[words[0]]._actions for option in action.option_strings]
+        near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint} (rkdo {words[0]} --help)")
     if rest:
         options.overrides = [*options.overrides, *settings]
+    _config_first(options)
     options.words = words
     return options
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (added,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return added.choices
+
+
+def _config_first(options: argparse.Namespace) -> None:
+    """Where a setting stands before the configuration, argparse takes it for that."""
+    config, overrides = getattr(options, "config", None), getattr(options, "overrides", [])
+    other = next((word for word in overrides if "=" not in word), None)
+    if config is not None and other is not None and "=" in str(config) and not Path(config).exists():
+        options.overrides = [str(config) if word is other else word for word in overrides]
+        options.config = type(config)(other)
 
 
 def _is_users(error: BaseException) -> bool:
@@ -94,7 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="rkdo",
         description="Recursive KL Divergence Optimization: prepare data, train, evaluate, compare.",
-        epilog="Set RKDO_TRACEBACK=1 to see the traceback of an error.",
+        epilog="example:\n  rkdo train configs/digits-rkdo.yaml train.epochs=2 run.dir=runs/first\n\n"
+        "`rkdo COMMAND --help` has an example of every command.\n"
+        "Set RKDO_TRACEBACK=1 to see the traceback of an error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rkdo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -103,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=about,
-            description=f"{about[0].upper()}{about[1:]}.",
+            description=textwrap.fill(f"{about[0].upper()}{about[1:]}.", 78),
             epilog=f"example:\n  rkdo {name} {example}" + (_settings_text() if name == "train" else ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -158,6 +204,9 @@ def _run_commands(command: Command) -> None:
     add = command("settings", _settings, "every setting: its default, its range, what it does", "temperature")
     add("pattern", nargs="?", default="", metavar="PATTERN", help="those with this in their name or explanation")
     add("--markdown", action="store_true", help="all of them as docs/settings.md")
+
+    add = command("completion", _completion, "a script that completes commands and settings in your shell", "bash")
+    add("shell", choices=("bash", "zsh", "fish"), help='bash: eval "$(rkdo completion bash)" in ~/.bashrc')
 
     add = command(
         "evaluate", _evaluate, "evaluate the newest checkpoint of a run", "runs/digits-rkdo evaluate.protocol=paper"
@@ -356,6 +405,15 @@ def _settings(options: argparse.Namespace) -> int:
 
     width = shutil.get_terminal_size().columns
     print(listing.as_markdown() if options.markdown else listing.as_text(listing.settings(options.pattern), width))
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from rkdo_dist.completion import commands_of, script
+    from rkdo_dist.config import listing
+
+    settings = {one.key: one.about for one in listing.settings()}
+    print(script(options.shell, commands_of(_parser(), settings, listing.values())), end="")
     return 0
 
 

@@ -13,6 +13,7 @@ rows/               <step>.json: a few rows of a persistent field as they were a
 
 from __future__ import annotations
 
+import difflib
 import json
 import platform
 import shutil
@@ -90,7 +91,7 @@ class RunDirectory:
             RunError: if there is no run here.
         """
         if not (self.path / "config.yaml").is_file():
-            raise RunError(f"{self.path} is not a run directory: it has no config.yaml")
+            raise RunError(f"{self.path} is not a run directory: it has no config.yaml{instead_of_run(self.path)}")
         return configuration.load(self.path / "config.yaml", overrides)
 
     def steps(self) -> Iterator[dict[str, Any]]:
@@ -288,7 +289,8 @@ class RunDirectory:
         """
         path = self.path / "status.json"
         if not path.is_file():
-            raise RunError(f"{self.path} is not a run directory with a status.json: has training started?")
+            hint = instead_of_run(self.path)
+            raise RunError(f"{self.path} is not a run directory with a status.json: has training started?{hint}")
         status = read_object(path)
         if not isinstance(status.get("status"), str) or not isinstance(status.get("step"), int):
             raise RunError(f"{path} is damaged: it has no status and step; put it back, or remove it")
@@ -342,6 +344,22 @@ class RunDirectory:
         file = self.path / "environment.json"
         facts = read_object(file) if file.is_file() else {}
         return History(self.path, self.config(), list(self.steps()), evaluations, facts)
+
+
+def instead_of_run(path: Path) -> str:
+    """What may have been meant by a path at which there is no run, to end a message with."""
+    if path.is_file():
+        try:
+            directory = configuration.load(path).run.dir
+        except ValueError:
+            return ""
+        return f"; it is a configuration: its runs go to {directory or 'runs/NAME-DATE-TIME'}"
+    there = [found.parent for found in path.parent.glob("*/config.yaml")]
+    below = [found.parent for found in path.glob("*/config.yaml")]
+    near = difflib.get_close_matches(path.name, [found.name for found in there], n=1, cutoff=0.5)
+    if below:
+        return f"; there are runs in it, such as {below[0]}"
+    return f"; did you mean {path.parent / near[0]}?" if near and near[0] != path.name else ""
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ FLOORS = {
     "losses": 3,
     "data": 3,
     "encoders": 3,
+    "completion": 0,
     "console": 0,
     "diagnostics": 1,
     "batch_norm": 3,

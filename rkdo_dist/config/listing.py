@@ -58,6 +58,26 @@ def settings(pattern: str = "") -> list[Setting]:
     return matching
 
 
+def values() -> dict[str, list[str]]:
+    """The values of every setting that has a list of them, by key."""
+    found = {}
+    for section in dataclasses.fields(Config):
+        hints = typing.get_type_hints(type(section.default))
+        for item in dataclasses.fields(typing.cast(Any, section.default)):
+            options = [o for o in (hints[item.name], *typing.get_args(hints[item.name])) if _listed(o)]
+            words = item.metadata["choices"]() if item.metadata["choices"] else _listed(options[0]) if options else []
+            if words:
+                several = typing.get_origin(hints[item.name]) is tuple
+                found[f"{section.name}.{item.name}"] = [f"[{word}]" if several else word for word in words]
+    return found
+
+
+def _listed(kind: Any) -> list[str]:
+    if kind is bool:
+        return ["true", "false"]
+    return [str(value) for value in typing.get_args(kind)] if typing.get_origin(kind) is Literal else []
+
+
 def _kind(kind: Any, within: str) -> str:
     if kind is str and within:
         return within

@@ -79,13 +79,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: unreadable file, unknown or ill-typed key, or a value out of range.
     """
     path = Path(path)
-    shipped = Path(__file__).resolve().parents[1] / path  # `configs/` comes with the wheel
-    if not path.exists() and path.parts[:1] == ("configs",) and shipped.is_file():
-        path = shipped
+    if not path.exists() and path.parts[:1] == ("configs",) and _shipped(path).is_file():
+        path = _shipped(path)
     try:
         tree = _bounded(read_regular(path, _MOST_BYTES).decode())
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+        reason = f"cannot read the configuration {path}: {error.strerror or error}"
+        raise ConfigError(f"{reason}{_instead(path)}") from error
     except _INVALID as error:
         raise ConfigError(f"{path} is not a valid configuration: {_reason(error)}") from None
     if tree is None:  # an empty file
@@ -96,6 +96,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return from_tree(_changed(with_names_of_now(tree), overrides))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _instead(path: Path) -> str:
+    """What may have been meant by a path at which there is no configuration."""
+    if (path / "config.yaml").is_file():
+        return f"; it is a run: `rkdo train {path / 'config.yaml'} run.resume=auto` continues it"
+    there = [str(found) for found in path.parent.glob("*.yaml")]
+    there += [f"configs/{found.name}" for found in _shipped(Path("configs")).glob("*.yaml")]
+    by_name = {Path(found).stem: found for found in reversed(there)}
+    near = difflib.get_close_matches(path.stem, by_name, n=1, cutoff=0.5)
+    return f"; did you mean {by_name[near[0]]}?" if near else ""
+
+
+def _shipped(path: Path) -> Path:
+    """Where a path below `configs/`, which comes with the wheel, lies in the package or in its checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / path if (package / "configs").is_dir() else package.parent / path
 
 
 def change(config: Config, overrides: Sequence[str]) -> Config:

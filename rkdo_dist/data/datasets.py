@@ -344,7 +344,7 @@ def hub_splits(name: str) -> dict[str, Any]:
     try:
         import datasets
     except ImportError:
-        raise DataError("hf:// data sets need the library `datasets`: pip install datasets") from None
+        raise DataError("hf:// data sets need the library `datasets`: pip install 'rkdo_dist[datasets]'") from None
     return dict(datasets.load_dataset(name))
 
 

@@ -29,7 +29,7 @@ from rkdo_dist.data.images import pixels_of
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import MODEL_FILE, Encoder, hub_file, is_code, read_weights
 from rkdo_dist.files import write_atomic
-from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.rundir import RunDirectory, instead_of_run
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 WEIGHTS = ("trained", "ema")
@@ -171,7 +171,8 @@ def _of_run(path: Path, backbone: str | nn.Module | None, weights: str) -> Pretr
         run, found = RunDirectory(path.resolve().parents[1]), checkpoint.load(path)
     else:
         raise ValueError(
-            f"{path} is not a run, a checkpoint, a saved encoder or a .safetensors file: name one of them, or hf://OWNER/NAME"
+            f"{path} is not a run, a checkpoint, a saved encoder or a .safetensors file: name one of them, or "
+            f"hf://OWNER/NAME{instead_of_run(path)}"
         )
     config = run.config()
     run.refuse_foreign(found, config)
