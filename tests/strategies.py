@@ -135,7 +135,7 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
         optimizer = OPTIMIZERS[task.optimizer](list(encoder.parameters()))
         if task.begin is not None:
             _load(task.begin, encoder, optimizer)
-        settings = StepSettings(3, rt.reduction, task.recompute, True, "gather", task.clip)
+        settings = StepSettings(3, rt.reduction, task.recompute, True, "gather", task.clip, learn_temperature=True)
         average = None if task.ema is None else WeightAverage(encoder, task.ema)
         step = Step(encoder, make_view, rt, settings, optimizer, average=average)
         if task.begin is not None:
@@ -143,7 +143,7 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
         begin = plain(step.strategy.state())
         dtypes: set[str] = set()
         _interfere(step, task, rank == world - 1, world, dtypes)
-        losses, skipped, scales, norms, states = [], [], [], [], []
+        losses, skipped, scales, norms, slopes, states = [], [], [], [], [], []
         for t in range(task.steps):
             lanes = [micro_batch(t % 4, lane) for lane in own(rank, world)]
             facts, update = train_step(step, lanes, Objective.of(task.objective), 0, t)
@@ -151,11 +151,13 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
             norms.append(update.gradient_norm)
             if not update.not_finite:
                 losses.append(facts.loss)
+                slopes.append(facts.temperature_slope)
                 scales.append(update.loss_scale)
             if t == 0 or t == task.steps - 1:
                 states.append(plain(step.strategy.state()))
         return {
-            "launch": rt.launch, "losses": losses, "skipped": skipped, "scales": scales, "begin": begin, "norms": norms,
+            "launch": rt.launch, "losses": losses, "skipped": skipped, "scales": scales, "begin": begin,
+            "norms": norms, "slopes": slopes,
             "first": states[0] if states else begin, "last": states[-1] if states else begin,
             "dtypes": sorted(dtypes),
             "average": {} if average is None else arrays(average.model.state_dict()),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rkdo_dist import checkpoint, parts
 from rkdo_dist import config as configuration
-from tests.jobs import command, fingerprint, metrics, on_ranks
+from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
 from tests.ranks import Ranks
 from tests.test_restart import _killed_at
 
@@ -24,7 +24,7 @@ TINY = ["encoder.backbone=cifar_resnet8", "encoder.stem=imagenet", "encoder.embe
 
 
 def test_all_of_them_are_here() -> None:
-    assert [path.stem for path in RECIPES] == ["clip", "rkdo", "simclr", "supcon"]
+    assert [path.stem for path in RECIPES] == ["clip", "moco", "rkdo", "simclr", "supcon"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -71,3 +71,24 @@ def test_a_whole_recipe_has_the_same_bits_on_any_ranks_and_after_a_kill(small: l
         assert all(torch.equal(left[name], right[name]) for name in left), part
     assert all(record["gradient_norm"] > 0.01 for record in metrics(one))  # every step was clipped
     assert len({record["temperature"] for record in metrics(one)}) == 6
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    ("views.blur=1.5", "views.blur must be a probability, got 1.5"),
+    ("views.blur=[0.1,0.2,0.3]", "views.blur must be one number or 2, one for each view, got [0.1, 0.2, 0.3]"),
+    ("views.solarize=[0.5,-1]", "views.solarize must be a probability, got (0.5, -1.0)"),
+    ("views.mean=[0.5,0.5]", "views.mean must be one number or 3, one for each channel, got [0.5, 0.5]"),
+    ("views.std=[1,0,1]", "views.std must be above 0, got (1.0, 0.0, 1.0)"),
+    ("views.mean=grey", "views.mean must be a number, got 'grey'"),
+    ("train.clip_gradient=0", "train.clip_gradient must be above 0, got 0"),
+    ("train.optimizer=lasr", "unknown value 'lasr' for train.optimizer; did you mean 'lars'?"),
+    ("train.scale_lr=root", "unknown value 'root' for train.scale_lr"),
+    ("train.warmup_epochs=-1", "train.warmup_epochs must be at least 0, got -1"),
+    ("field.temperature=0.001 field.learn_temperature=true", "keeps the temperature at 0.01 at least"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(words: str, told: str, small: list[str]) -> None:
+    code, text = command([*small, *words.split()])
+    assert code == 2, text
+    assert told in " ".join(text.split())
+    assert "Traceback" not in text
+    assert not run_of(small).exists()

@@ -110,6 +110,13 @@ def test_the_first_three_losses_are_those_of_one_process(strategy: str) -> None:
     assert np.abs(np.array(on_two_ranks()[strategy, "three"]["losses"]) - right).max() < 1e-4
 
 
+@pytest.mark.parametrize("strategy", ALL)
+def test_the_derivative_by_the_temperature_is_that_of_one_process(strategy: str) -> None:
+    (right,) = single()["slopes"]
+    assert abs(right) > 0.01
+    assert abs(on_two_ranks()[strategy, "three"]["slopes"][0] - right) < 1e-4 * abs(right)
+
+
 @pytest.mark.parametrize("strategy", ["exact", "fast", "zero-1", "zero-2"])
 def test_the_average_of_the_weights_is_that_of_one_process(strategy: str) -> None:
     right = train(0, 1, Task("exact", optimizer="adam", steps=3, ema=0.5))
