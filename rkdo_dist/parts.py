@@ -330,7 +330,7 @@ def supervisor_of(config: Config) -> str:
 def _delivered(config: Config, name: str) -> str:
     """The supervisor that the field engine sees: of samples that are drawn, the other view alone."""
     given = config.field.supervisor or PRESETS[name].supervisor
-    if config.field.delivery == "sampled":
+    if config.field.value("delivery") == "sampled":
         return "identity"
     return given if given in ("identity", "labels") or config.field.supervisor is None else "rows"
 

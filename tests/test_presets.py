@@ -44,7 +44,8 @@ def made(*overrides: str, progress: float = 0.0) -> Objective:
 
 def test_presets_are_what_they_are_called() -> None:
     assert presets.choices() == [
-        *("rkdo", "icon", "infonce", "simclr", "clip", "supcon", "sne", "t-simclr", "clusters", "sce", "ressl", "co2")
+        *("rkdo", "icon", "infonce", "simclr", "clip", "supcon", "sne", "t-simclr", "clusters", "sce", "ressl", "co2"),
+        "snapshot",
     ]
     assert (
         len({preset.colour for preset in PRESETS.values()}) == len({p.label for p in PRESETS.values()}) == len(PRESETS)

@@ -298,12 +298,12 @@ def test_geometric_memory_is_the_mean_of_logits_and_arithmetic_memory_only_flatt
     visits = [softmax(x, 1) for x in logits]
     r = visits[0]  # the first visit: r = w, not the identity
     for number, w in enumerate(visits[1:], start=2):
-        r = restart.remembered(r, w, 1 / number, "geometric")
+        r = restart.remembered(r, w, 1 - 1 / number, "geometric")
     torch.testing.assert_close(r, softmax(logits.mean(0), 1), rtol=1e-12, atol=1e-15)
-    mean = restart.remembered(visits[0], visits[1], 0.4, "arithmetic")
+    mean = restart.remembered(visits[0], visits[1], 0.6, "arithmetic")
     entropies = [-torch.xlogy(x, x).sum(1) for x in (visits[0], visits[1], mean)]
     assert (entropies[2] > 0.6 * entropies[0] + 0.4 * entropies[1]).all()
-    assert not torch.allclose(restart.remembered(visits[0], visits[1], 0.4, "geometric"), mean)
+    assert not torch.allclose(restart.remembered(visits[0], visits[1], 0.6, "geometric"), mean)
 
 
 def test_todays_persistent_field_is_a_special_case() -> None:
@@ -316,7 +316,7 @@ def test_todays_persistent_field_is_a_special_case() -> None:
     for step in range(3):
         u = embeddings(n, 4, step + 1)[0]
         w = restart.relation(u @ v.T, 0.5, torch.ones(n, n, dtype=torch.bool))
-        r = restart.remembered(r, w, coupling, "arithmetic")
+        r = restart.remembered(r, w, 1 - coupling, "arithmetic")
         rows, _ = recur_in_batch(rows, batch, softmax(u @ v.T / 0.5, 1), coupling)
     torch.testing.assert_close(rows.dense(), r, rtol=0, atol=1e-12)
     p = restart.supervisor(torch.arange(n), r, torch.ones(n, dtype=torch.float64))

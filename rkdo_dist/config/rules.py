@@ -131,7 +131,12 @@ def _check_supervisor(config: Config) -> None:
         if value and given != "neighbours":
             raise ConfigError(f"field.{key}={value} is for field.supervisor=neighbours, got {given}: leave it out")
     used = [PRESETS[name] for name in used_objectives(config)]
-    if field.delivery == "sampled":
+    if field.value("delivery") is None:
+        raise ConfigError(
+            f"field.objective={field.objective} and field.switch_to={field.switch_to} are delivered differently: set "
+            "field.delivery=sampled"
+        )
+    if field.value("delivery") == "sampled":
         if field.recursion == "persistent":
             raise ConfigError(
                 "field.delivery=sampled draws the samples of an epoch when it begins, but rows of "
@@ -205,7 +210,7 @@ def _check_restart(config: Config) -> None:
     if field.recursion == "restart" and "restart" not in names:
         raise ConfigError(
             f"field.recursion=restart is a form of field.objective=rkdo, got field.objective={field.objective}: leave "
-            "field.recursion out (sce, ressl and co2 recur so by themselves)"
+            "field.recursion out (sce, ressl, co2 and snapshot recur so by themselves)"
         )
     found = {x for x in (relation_of(config, name) for name in names) if x is not None}
     if not found:
@@ -219,7 +224,7 @@ def _check_restart(config: Config) -> None:
             if value is not None:
                 raise ConfigError(
                     f"{key}={value} is for a recursion with restart: add field.recursion=restart, choose "
-                    f"field.objective=sce, ressl or co2, or leave {key} out"
+                    f"field.objective=sce, ressl, co2 or snapshot, or leave {key} out"
                 )
         return
     if len(found) > 1:
@@ -230,13 +235,31 @@ def _check_restart(config: Config) -> None:
     relation = found.pop()
     for key, value, needed in (
         ("supervisor", field.supervisor, "identity"),
-        ("delivery", field.delivery, "restricted"),
+        ("delivery", field.value("delivery"), "sampled" if relation.teacher == "snapshot" else "restricted"),
         ("debias", field.debias or None, "0"),
     ):
         if value not in (None, needed):
             raise ConfigError(
-                f"a recursion with restart needs field.{key}={needed}, got {value}: it begins with the other view"
+                f"recursion with restart from field.teacher={relation.teacher} needs field.{key}={needed}, got {value}"
             )
+    if field.relation_start_epoch > train.epochs:
+        raise ConfigError(
+            f"field.relation_start_epoch must lie in [0, train.epochs={train.epochs}], got {field.relation_start_epoch}"
+        )
+    if relation.teacher == "snapshot":
+        _check_snapshot(relation)
+        return
+    for key in ("relation_momentum", "relation_mean", "snapshot_every"):
+        if getattr(field, key) is not None:
+            raise ConfigError(
+                f"field.{key} is for field.teacher=snapshot, whose rows are kept; those of field.teacher="
+                f"{relation.teacher} are made anew at every step: leave it out"
+            )
+    if relation.confidence == "agreement":
+        raise ConfigError(
+            "field.confidence=agreement compares a row with the one before, which only field.teacher=snapshot keeps: "
+            "use field.confidence=entropy"
+        )
     if field.pairing not in (None, "cross"):
         raise ConfigError(f"a recursion with restart needs field.pairing=cross, got {field.pairing}: a row has one key")
     if relation.columns == "bank":
@@ -262,10 +285,26 @@ def _check_restart(config: Config) -> None:
         )
     if config.run.reduction == "ring":
         raise ConfigError("a recursion with restart needs run.reduction=exact or fast, got ring: rows see all keys")
-    if field.relation_start_epoch > train.epochs:
-        raise ConfigError(
-            f"field.relation_start_epoch must lie in [0, train.epochs={train.epochs}], got {field.relation_start_epoch}"
-        )
+
+
+def _check_snapshot(relation: presets.Relation) -> None:
+    """Rules of a relation between snapshots of all samples."""
+    for key, value, needed in (
+        ("field.columns", relation.columns, "batch"),
+        ("field.relation", relation.form, "mixed"),
+        ("views.teacher", relation.view, "plain"),
+    ):
+        if value != needed:
+            raise ConfigError(
+                f"field.teacher=snapshot needs {key}={needed}, got {value}: it embeds every image once, as it is, and "
+                "second views are drawn of its rows"
+            )
+    if not relation.neighbours:
+        raise ConfigError("field.teacher=snapshot needs field.neighbours above 0, e.g. field.neighbours=20")
+    if relation.weight == 1:
+        raise ConfigError("field.relation_weight=1 leaves nothing for the other view: choose a weight below 1")
+    if relation.momentum == 1:
+        raise ConfigError("field.relation_momentum=1 never takes on a new row: choose a momentum below 1")
 
 
 def check_world(config: Config, world: int) -> None:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from rkdo_dist.field import presets
 
-OWN = ("temperature", "pairing", "affinity", "debias", *presets.RELATION)  # that an objective has of its own
+# What an objective has of its own.
+OWN = ("temperature", "pairing", "affinity", "debias", "delivery", *presets.RELATION)
 
 
 LEAST_TEMPERATURE = 0.01  # of one that is learned, as CLIP's
@@ -69,10 +70,10 @@ class FieldConfig:
         "who supervises, p(0): identity (the other view), labels (samples of the same label), neighbours (the nearest "
         "ones in field.features), or a file of rows (.npz, .parquet); null: the objective's own",
     )
-    delivery: Literal["restricted", "sampled"] = setting(
-        "restricted",
+    delivery: Literal["restricted", "sampled"] | None = setting(
+        None,
         "how p(0) reaches the loss: each row restricted to the batch, or one sample drawn of it, whose view is the "
-        "second one",
+        "second one; null: the objective's own (restricted; snapshot sampled)",
     )
     features: str = setting(
         "", "features that neighbours are nearest in: a .npz of `rkdo embed`; empty: those of the untrained encoder"
@@ -105,10 +106,17 @@ class FieldConfig:
         most=1,
     )
     relation_start_epoch: float = setting(0.0, "epoch before which the relation's share is 0", least=0)
-    teacher: Literal["student", "ema"] | None = setting(
+    teacher: Literal["student", "ema", "snapshot"] | None = setting(
         None,
-        "whose embeddings the relation is made of: the encoder as it is, or its average (train.ema); null: the "
-        "objective's own (student; sce, ressl, co2 ema)",
+        "whose embeddings the relation is made of: those of the encoder as it is, of its average (train.ema), or of "
+        "all samples at the last snapshot; null: the objective's own (student; sce, ressl, co2 ema)",
+    )
+    snapshot_every: int | None = setting(None, "epochs between snapshots; null: the objective's own (5)", least=1)
+    relation_momentum: float | None = setting(
+        None, "share of a row that stays when a snapshot is taken; null: the objective's own (0)", least=0, most=1
+    )
+    relation_mean: Literal["arithmetic", "geometric"] | None = setting(
+        None, "how a row and that of a new snapshot are put together; null: the objective's own (arithmetic)"
     )
     teacher_temperature: float | None = setting(
         None, "temperature of the relation; null: the objective's own (0.05; ressl, co2 0.04)", above=0
@@ -119,8 +127,10 @@ class FieldConfig:
         least=0,
     )
     mutual: bool | None = setting(None, "whether neighbours must be that of each other; null: false")
-    confidence: Literal["none", "entropy"] | None = setting(
-        None, "what a row's relation_weight is multiplied by: 1, or how peaked its relation is; null: none"
+    confidence: Literal["none", "entropy", "agreement"] | None = setting(
+        None,
+        "what a row's relation_weight is multiplied by: 1, how peaked its relation is, or how much of it the snapshot "
+        "before had; null: none",
     )
     affinity: Literal["cosine", "gaussian", "student", "clusters"] | None = setting(
         None,
@@ -409,7 +419,8 @@ def relation_of(config: Config, objective: str) -> presets.Relation | None:
     if own is None:
         return None
     given = {attribute: getattr(config.field, name) for name, attribute in presets.RELATION.items()}
-    view = config.views.teacher or own.view or ("strong" if (config.field.teacher or own.teacher) == "student" else "")
+    usual = {"student": "strong", "snapshot": "plain"}.get(config.field.teacher or own.teacher, "")
+    view = config.views.teacher or own.view or usual
     given = {attribute: value for attribute, value in given.items() if value is not None}
     return dataclasses.replace(own, view=view, **given)
 

@@ -186,15 +186,15 @@ def _walked(neighbours: Tensor, steps: int, width: int, own: range) -> tuple[Ten
     for _ in range(1, steps):
         reached = table[columns]  # (r, C, k)
         each = (p / counts[columns].clamp(min=1))[:, :, None].expand(reached.shape)
-        columns, p = _largest(reached.flatten(1), each.flatten(1), width, n)
+        columns, p = largest(reached.flatten(1), each.flatten(1), width, n)
         all_columns.append(columns)
         all_p.append(p)
     columns, p = torch.cat(all_columns, 1), torch.cat(all_p, 1)
     self_ = torch.arange(own.start, own.stop, device=p.device)[:, None]
-    return _largest(torch.where(columns == self_, n, columns), p, width, n)
+    return largest(torch.where(columns == self_, n, columns), p, width, n)
 
 
-def _largest(columns: Tensor, p: Tensor, width: int, n: int) -> tuple[Tensor, Tensor]:
+def largest(columns: Tensor, p: Tensor, width: int, n: int) -> tuple[Tensor, Tensor]:
     """Equal columns of a row added up, the `width` largest kept and divided by their sum."""
     columns, order = columns.sort(dim=1, stable=True)
     p = torch.where(columns < n, p.gather(1, order), 0.0)

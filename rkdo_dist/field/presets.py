@@ -29,14 +29,18 @@ class Relation:
     Attributes:
         weight: a, the share of the relation in p, in [0, 1); up to 1 where the positive is apart.
         form: "mixed": KL(p || q) of p = (1 - a) e + a r; "apart": (1 - a) KL(e || q) + a KL(r || q without i).
-        teacher: whose keys the relation is made of: "student", or "ema" of its weights.
+        teacher: whose keys the relation is made of: "student", "ema" of its weights, or "snapshot": the student's
+            embeddings of all samples, taken now and then (`field.snapshot`).
         temperature: tau_T of the relation.
         view: that the teacher sees: "strong", "weak" or "plain"; "" where it must be said.
         columns: "batch", or "queue" of the teacher's keys, which are then the columns of q too.
         queue: keys in it.
         neighbours: k nearest columns that the relation is made of; 0: all.
         mutual: whether two neighbours must be that of each other.
-        confidence: of a row, which multiplies its weight: "none", or "entropy" of its relation.
+        confidence: of a row, which multiplies its weight: "none", "entropy" of its relation, or "agreement" with the
+            row before.
+        every: epochs between snapshots.
+        momentum, mean: of the memory of snapshots' rows, see `field.relation.remembered`.
     """
 
     weight: float = 0.5
@@ -49,6 +53,9 @@ class Relation:
     neighbours: int = 0
     mutual: bool = False
     confidence: str = "none"
+    every: int = 5
+    momentum: float = 0.0
+    mean: str = "arithmetic"
 
     @property
     def own_keys(self) -> bool:
@@ -66,6 +73,9 @@ RELATION = {  # settings of the section `field` and what they are here; the view
     "neighbours": "neighbours",
     "mutual": "mutual",
     "confidence": "confidence",
+    "snapshot_every": "every",
+    "relation_momentum": "momentum",
+    "relation_mean": "mean",
 }
 
 
@@ -216,6 +226,15 @@ PRESETS: dict[str, Preset] = {
         fixes_pairing=True,
         relation=Relation(10 / 11, "apart", "ema", 0.04, "strong", "queue", 65536),
     ),
+    "snapshot": Preset(
+        label="SimCLR, snapshots",
+        title="SimCLR whose second views may be those of mutual neighbours at the last snapshot",
+        colour="#d95f0e",
+        recursion="restart",
+        temperature=0.2,
+        pairing="joint",
+        relation=Relation(0.3, teacher="snapshot", view="plain", neighbours=20, mutual=True),
+    ),
 }
 
 
@@ -244,6 +263,8 @@ def own_setting(preset: Preset, name: str, affinity: str | None = None) -> Any:
         return temperature_of(preset, affinity or preset.affinity)
     if name in RELATION and preset.relation is not None:
         return getattr(preset.relation, RELATION[name])
+    if name == "delivery":
+        return "sampled" if preset.relation is not None and preset.relation.teacher == "snapshot" else "restricted"
     return "batch" if name == "columns" else getattr(preset, name, None)
 
 

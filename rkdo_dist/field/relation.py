@@ -50,12 +50,12 @@ def remembered(memory: Tensor, relation: Tensor, momentum: float, mean: str) -> 
 
     Args:
         memory, relation: r before, and w; rows sum to 1.
-        momentum: rho in [0, 1]: 1 forgets.
+        momentum: 1 - rho in [0, 1], the share of the memory: 0 forgets.
         mean: "arithmetic", or "geometric" (the mean of the logits, divided by its sum).
     """
     if mean == "arithmetic":
-        return (1 - momentum) * memory + momentum * relation
-    product = torch.where(memory > 0, memory, 1) ** (1 - momentum) * torch.where(relation > 0, relation, 1) ** momentum
+        return momentum * memory + (1 - momentum) * relation
+    product = torch.where(memory > 0, memory, 1) ** momentum * torch.where(relation > 0, relation, 1) ** (1 - momentum)
     product = torch.where((memory > 0) & (relation > 0), product, 0)
     return product / product.sum(1, keepdim=True)
 

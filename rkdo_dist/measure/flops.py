@@ -73,7 +73,7 @@ def step_flops(config: Config, image_size: int) -> StepFlops:
     forward, both = _encoder_flops(config.encoder, image_size)
     loss_forward, loss_step = loss_flops(objective, batch, width)
     student, teacher = 2 * batch, 0
-    if relation is not None:
+    if relation is not None and relation.teacher != "snapshot":  # whose cost is that of an epoch
         queued = relation.columns == "queue"
         product = 2.0 * batch * (relation.queue if queued else batch) * width
         loss_forward, loss_step = 2 * product, (3 if queued else 4) * product  # of keys, of rows; their gradients
@@ -218,7 +218,7 @@ def cost_table(config: Config, image_size: int, repeats: int) -> Table:
     """
     field = config.field
     objective = parts.make_objective(config, 0.0)
-    if objective.relation is not None and repeats:
+    if objective.relation is not None and objective.relation.teacher != "snapshot" and repeats:
         raise ConfigError(
             f"objective {objective.name} has a teacher, and its steps are not timed here: count with --repeats 0, time "
             "with `rkdo measure`"

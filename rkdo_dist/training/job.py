@@ -34,6 +34,7 @@ from rkdo_dist.training.early_stop import EarlyStop
 from rkdo_dist.training.facts import Facts, Told
 from rkdo_dist.training.persistent import PersistentField, make_persistent
 from rkdo_dist.training.relation import RelationalField, make_relational
+from rkdo_dist.training.snapshot import Snapshots, make_snapshots
 from rkdo_dist.training.step import TEACHER, Step, StepSettings
 from rkdo_dist.training.strategy import Update
 from rkdo_dist.training.supervision import Sampled, make_sampled, supervisor_rows
@@ -48,6 +49,7 @@ class Job:
         steps_per_epoch, total_steps: length of the run.
         persistent: rows of all samples that supervise, if there are any.
         sampled: draws the samples whose views are the second ones, if supervisors are delivered so.
+        snapshots: of the encoder, which make the rows that are drawn of, if it is its own teacher so.
         average: of the encoder's weights, with `train.ema`.
         relational: what a recursion with restart keeps, if it is of that kind.
         temperature: with `field.learn_temperature`.
@@ -83,6 +85,7 @@ class Job:
     persistent: PersistentField | None = None
     sampled: Sampled | None = None
     collapse: Collapse = dataclasses.field(default_factory=Collapse)
+    snapshots: Snapshots | None = None
     step: Step = dataclasses.field(init=False)
 
     def supervise(self) -> None:
@@ -94,6 +97,9 @@ class Job:
         config, index = self.config, self.index
         rows = supervisor_rows(config, self.runtime, index, self.encoder, self.views)
         device, what = self.runtime.device, "making the rows that supervise"
+        self.snapshots = group.together(lambda: make_snapshots(config, self.runtime, index, self.views), what)
+        if self.snapshots is not None:
+            rows = self.snapshots.first()
         self.persistent = group.together(lambda: make_persistent(config, index, device, rows), what)
         store = None if self.persistent is None else self.persistent.store
         self.sampled = group.together(lambda: make_sampled(config, index, store), what)
@@ -169,8 +175,13 @@ class Job:
 
     def begin_epoch(self) -> None:
         """Draw the samples of the epoch that the position lies in, if any are and the run goes on (collective)."""
-        if self.sampled is not None and self.position < self.total_steps:
-            self.sampled.begin(self.position // self.steps_per_epoch)
+        if self.sampled is None or self.position >= self.total_steps:
+            return
+        epoch = self.position // self.steps_per_epoch
+        if self.snapshots is not None and self.persistent is not None and self.snapshots.due(epoch):
+            with self.step.strategy.whole() as encoder:
+                self.snapshots.take(epoch, encoder, self.persistent.store)
+        self.sampled.begin(epoch)
 
     def objective(self, step: int) -> Objective:
         """The objective of a step (its temperature may follow the training clock, or be learned)."""
@@ -213,6 +224,7 @@ class Job:
             **placed,
             **found,
             **({"collapsed": True} if self.collapse.add(self.position, *placed.values()) else {}),
+            **({} if self.snapshots is None else self.snapshots.facts),
             **({"skipped": update.skipped} if update.skipped else {}),
             **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
             **({"replaced_samples": facts.replaced} if self.config.data.on_corrupt == "skip" else {}),

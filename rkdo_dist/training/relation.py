@@ -186,9 +186,9 @@ class RelationalField:
 
 
 def make_relational(config: Config, index: ShardIndex, device: torch.device) -> RelationalField | None:
-    """The relation of a run, if one of its objectives has one."""
+    """The relation of a run's steps, if one of its objectives has one (`training.snapshot` has that of epochs)."""
     relations = (configuration.relation_of(config, name) for name in configuration.used_objectives(config))
     relation = next((relation for relation in relations if relation is not None), None)
-    if relation is None:
+    if relation is None or relation.teacher == "snapshot":
         return None
     return RelationalField(relation, config.encoder.embedding_dim, bool(index.classes), device)

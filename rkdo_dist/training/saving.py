@@ -50,6 +50,7 @@ def save(job: Job, journal: Journal) -> bool:
             "skipped_in_a_row": job.skipped_in_a_row,
             "early_stop": job.early_stop.state(),
             "collapse": job.collapse.state(),
+            **({} if job.snapshots is None else {"snapshots": job.snapshots.state()}),
             "loss_scale": state.loss_scale,
             "launch": job.runtime.launch,
         }
@@ -87,6 +88,8 @@ def restore(job: Job) -> None:
     job.collapse.restore(found.extra.get("collapse", {}))
     if job.collapse.noticed is not None:
         job.run.remark(job.collapse.message)
+    if job.snapshots is not None:
+        job.snapshots.restore(found.extra.get("snapshots", {}))
     job.loss_scale = found.extra.get("loss_scale", {})
     job.launch_before = found.extra.get("launch", job.runtime.launch)
 

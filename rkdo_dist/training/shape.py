@@ -88,5 +88,5 @@ def shape_of(config: Config, encoder: nn.Module, objective: Objective, world: in
         recompute=config.train.recompute,
         labels=objective.needs_labels,
         persistent=config.field.recursion == "persistent",
-        relational=objective.relation is not None,
+        relational=objective.relation is not None and objective.relation.teacher != "snapshot",
     )

@@ -78,7 +78,7 @@ def make_sampled(config: Config, index: ShardIndex, store: RowStore | None) -> S
     Raises:
         DataError: if the samples cannot be read in any order.
     """
-    if config.field.delivery != "sampled":
+    if config.field.value("delivery") != "sampled":
         return None
     require_random_access(index)
     split = config.data.split
@@ -146,10 +146,16 @@ def supervisor_rows(config: Config, runtime: Runtime, index: ShardIndex, encoder
 
 
 def own_features(
-    runtime: Runtime, index: ShardIndex, split: str, size: int | None, encoder: Encoder, views: Views
+    runtime: Runtime,
+    index: ShardIndex,
+    split: str,
+    size: int | None,
+    encoder: Encoder,
+    views: Views,
+    which: str = "backbone",
 ) -> Tensor:
-    """Backbone features (n, f) float32 of a split's plain images, on every rank (collective); of a block at a time, so
-    that they do not depend on the number of ranks."""
+    """Backbone features (n, f) or "embeddings" (n, d) float32 of a split's plain images, on every rank (collective);
+    of a block at a time, so that they do not depend on the number of ranks."""
     samples = index.split(split).samples
     was_training = encoder.training
     encoder.eval()
@@ -163,9 +169,9 @@ def own_features(
         found = gather_features(blocks, embed, samples, device=runtime.device)
     finally:
         encoder.train(was_training)
-    shape = group.from_rank_zero(None if found is None else found.backbone.shape)
+    shape = group.from_rank_zero(None if found is None else getattr(found, which).shape)
     assert shape is not None
-    features = (torch.empty(shape) if found is None else torch.from_numpy(found.backbone)).to(runtime.device)
+    features = (torch.empty(shape) if found is None else torch.from_numpy(getattr(found, which))).to(runtime.device)
     if runtime.world > 1:
         dist.broadcast(features, src=0)
     return features.cpu()
