@@ -205,7 +205,7 @@ def test_one_run_on_any_number_of_processes_also_if_it_is_killed(small: list[str
         ("field.objective=snapshot field.supervisor=labels", "needs field.supervisor=identity, got labels"),
         (
             "field.recursion=restart field.relation_momentum=0.5",
-            "field.relation_momentum is for field.teacher=",
+            "field.relation_momentum=0.5 is for field.teacher=snapshot",
         ),
         (
             "field.recursion=restart field.confidence=agreement",
@@ -219,6 +219,14 @@ def test_settings_that_do_not_go_together_are_one_line(words: str, text: str) ->
         configuration.change(Config(), words.split())
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_resolved_settings_are_read_again() -> None:
+    """A checkpoint holds what null stands for."""
+    for objective in ("snapshot", "sce", "rkdo"):
+        config = configuration.change(Config(), [f"field.objective={objective}", "train.ema=0.9"])
+        again = configuration.from_tree(configuration.decisive_tree(config))
+        assert configuration.digest(again) == configuration.digest(config)
 
 
 def test_more_neighbours_than_samples_are_refused_before_the_first_step(small: list[str]) -> None:

@@ -250,10 +250,10 @@ def _check_restart(config: Config) -> None:
         _check_snapshot(relation)
         return
     for key in ("relation_momentum", "relation_mean", "snapshot_every"):
-        if getattr(field, key) is not None:
+        if getattr(field, key) not in (None, getattr(presets.Relation(), presets.RELATION[key])):
             raise ConfigError(
-                f"field.{key} is for field.teacher=snapshot, whose rows are kept; those of field.teacher="
-                f"{relation.teacher} are made anew at every step: leave it out"
+                f"field.{key}={getattr(field, key)} is for field.teacher=snapshot, whose rows are kept; those of "
+                f"field.teacher={relation.teacher} are made anew at every step: leave it out"
             )
     if relation.confidence == "agreement":
         raise ConfigError(
