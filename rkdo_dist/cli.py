@@ -10,6 +10,7 @@ import difflib
 import os
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         logger.error("%s", error)
         code = getattr(error, "exit_code", USER_ERROR)
+    if arguments is None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C must not change how a finished command ends
     sys.stdout.flush()  # stderr is not buffered
     sys.exit(code)
 

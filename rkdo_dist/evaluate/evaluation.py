@@ -26,6 +26,7 @@ from rkdo_dist.evaluate import common_metrics as common
 from rkdo_dist.evaluate import scores
 from rkdo_dist.evaluate.features import Block, Embed, FrozenFeatures, gather_features
 from rkdo_dist.exchange import group
+from rkdo_dist.ranks import signals
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES, RunDirectory
 
@@ -126,6 +127,7 @@ def evaluate_encoder(
 
     Raises:
         ValueError: for a missing split, damaged shards or a metric that fails, on every rank.
+        Stopped: on every rank, when one was asked to stop; nothing is written then.
     """
     was_training = encoder.training
     encoder.eval()
@@ -135,9 +137,18 @@ def evaluate_encoder(
         pairs = _pairs(config, runtime, index, encoder, plan.test, console)
     finally:
         encoder.train(was_training)
-    group.on_main(
-        lambda: _score(config, index, run, step, plan, found, pairs, console, metrics or {}), "scoring the features"
-    )
+
+    def score() -> int:
+        """On rank zero alone, where minutes may pass: a request to stop ends it."""
+        try:
+            with signals.current().at_once():
+                _score(config, index, run, step, plan, found, pairs, console, metrics or {})
+        except signals.Stopped as stopped:
+            return stopped.code
+        return 0
+
+    if code := group.from_rank_zero(group.on_main(score, "scoring the features") or 0):
+        raise signals.Stopped(code)
 
 
 def _features(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
+from rkdo_dist.ranks import signals
 
 # images (m, 3, H, W) as the stream gives them -> backbone features (m, f), embeddings (m, d)
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -72,6 +73,7 @@ def gather_features(
         The features on rank zero, None on the others.
 
     Raises:
+        Stopped: on every rank, when one was asked to stop.
         ValueError: on a single rank, if a sample comes twice, has an id outside the range, or is missing.
         RankError: the same with several ranks, and for any error of reading or embedding on any rank: on
             all.
@@ -89,6 +91,8 @@ def gather_features(
         round_ = _agree(rows, failure is not None, device, group)
         if round_.failed:
             ranks.together(_raising(failure), "embedding the samples to evaluate")
+        if round_.stop:
+            raise signals.Stopped(round_.stop)
         if not round_.blocks:
             break
         try:
@@ -112,9 +116,10 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Round:
-    """What all ranks know of a round: whether any failed or has a block, the largest one's rows, f and d."""
+    """What all ranks know of a round: whether any failed, is to stop or has a block, the largest one's rows, f, d."""
 
     failed: bool
+    stop: int
     blocks: bool
     rows: int
     f: int
@@ -138,11 +143,11 @@ def _next(iterator: Iterator[tuple[int, Block]], embed: Embed, device: torch.dev
 
 def _agree(rows: _Rows | None, failed: bool, device: torch.device | str, group: ranks.Group) -> _Round:
     shape = [0, 0, 0] if rows is None else [len(rows.facts), rows.backbone.shape[1], rows.embeddings.shape[1]]
-    header = torch.tensor([failed, rows is not None, *shape], dtype=torch.int64, device=device)
+    header = torch.tensor([failed, signals.current().code, rows is not None, *shape], dtype=torch.int64, device=device)
     if ranks.world_size(group) > 1:
         dist.all_reduce(header, op=dist.ReduceOp.MAX, group=group)
-    any_failed, any_blocks, largest, f, d = header.tolist()
-    return _Round(bool(any_failed), bool(any_blocks), largest, f, d)
+    any_failed, code, any_blocks, largest, f, d = header.tolist()
+    return _Round(bool(any_failed), code, bool(any_blocks), largest, f, d)
 
 
 _PADDING = -(2**62)  # the id of rows that only fill up a block

@@ -17,7 +17,7 @@ from rkdo_dist.ranks.agreement import agree, same_request
 from rkdo_dist.ranks.messages import Messages
 from rkdo_dist.ranks.peers import Peers
 from rkdo_dist.ranks.runtime import Reduction, Runtime
-from rkdo_dist.ranks.signals import INTERRUPTED, PREEMPTED
+from rkdo_dist.ranks.signals import INTERRUPTED, PREEMPTED, Stopped
 from rkdo_dist.rundir import RunDirectory
 
 _WORDS = {0: "complete", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
@@ -124,6 +124,9 @@ def entered(timeout: int) -> Iterator[Surroundings]:
         try:
             with around.peers.explained():
                 yield around
+        except Stopped as stopped:
+            around.ended(stopped.code)
+            raise
         except BaseException as error:
             around.failed(error)
             raise

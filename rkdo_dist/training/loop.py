@@ -141,6 +141,9 @@ def run(job: Job, journal: Journal, stop: StopRequest, callbacks: Callbacks) -> 
     Returns:
         0 if the run is complete, otherwise the exit code of the stop request (`ranks.signals`); in both cases the last
         step is in a checkpoint.
+
+    Raises:
+        Stopped: on every rank, during an evaluation, which a resume begins again.
     """
     if job.evaluation_due():
         _evaluate(job, journal, callbacks)

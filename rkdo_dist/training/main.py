@@ -17,13 +17,14 @@ from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.diagnostics import logger
 from rkdo_dist.encoders import is_code
 from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics, evaluate_encoder, plan_evaluation
 from rkdo_dist.evaluate.probes import check_probes
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree, code_digest
-from rkdo_dist.ranks.signals import StopRequest
+from rkdo_dist.ranks.signals import Stopped, StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory, RunError, read_object
 from rkdo_dist.training import callbacks, loop, tracking
@@ -75,7 +76,20 @@ def train(config: Config, given: Given | None = None) -> Ended:
     callbacks.check(given.callbacks)
     check_metrics(given.metrics)
     refuse_resume_of_nothing(config, given.name)
-    with surroundings.meet(config, open_data=given.open_index) as around, contextlib.ExitStack() as stack:
+    with StopRequest() as stop:
+        try:
+            return _train(config, given, stop)
+        except Stopped as stopped:
+            logger.info("stopped by a signal before the first step")
+            return Ended(stopped.code, Path(config.run.dir))
+
+
+def _train(config: Config, given: Given, stop: StopRequest) -> Ended:
+    with contextlib.ExitStack() as stack:
+        start = stack.enter_context(contextlib.ExitStack())
+        start.enter_context(stop.at_once())  # until there is something to finish
+        around = stack.enter_context(surroundings.meet(config, open_data=given.open_index))
+        stop.last_words = around.ended
         dated = not config.run.dir
         if dated:
             config = _dated(config, given.name)
@@ -88,12 +102,10 @@ def train(config: Config, given: Given | None = None) -> Ended:
         trackers = group.on_main(lambda: _trackers(job, config), "starting run.trackers")
         console = Console(stderr=True) if job.runtime.is_main else None
         already = job.position
-        with (
-            Journal(
-                run.metrics, already, job.total_steps, job.epochs, console, job.objective(0).name, trackers
-            ) as journal,
-            StopRequest() as stop,
-        ):
+        label = job.objective(0).name
+        journal = Journal(run.metrics, already, job.total_steps, job.epochs, console, label, trackers)
+        with journal:
+            start.close()
             if dated:
                 journal.say(f"run: {run.path}")
             if already:
@@ -103,7 +115,10 @@ def train(config: Config, given: Given | None = None) -> Ended:
             for line in _remarks(job, plan, config):
                 journal.say(line)
             around.messages.exchange()
-            code = loop.run(job, journal, stop, Callbacks(given.callbacks, job.encoder))
+            try:
+                code = loop.run(job, journal, stop, Callbacks(given.callbacks, job.encoder))
+            except Stopped as stopped:  # on every rank, in an evaluation, before which all is saved
+                code = stopped.code
             around.messages.exchange()
             journal.say(_farewell(job, code))
         around.ended(code)
