@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 lost a peer, 2 a mistake in the request, 75 pre-empted, 130 interrupted."""
     if arguments is None:
         sys.excepthook = traceback_without_secrets
+        _open_closed_streams()
     options = parsed(list(sys.argv[1:] if arguments is None else arguments))
     from rkdo_dist.diagnostics import logger, show_diagnostics
 
@@ -76,6 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C must not change how a finished command ends
     sys.stdout.flush()  # stderr is not buffered
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Nothing in place of standard streams that were closed (`>&-`): the next files opened would take their numbers."""
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def parsed(words: list[str]) -> argparse.Namespace:

@@ -14,6 +14,7 @@ rows/               <step>.json: a few rows of a persistent field as they were a
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import platform
 import shutil
@@ -270,11 +271,21 @@ class RunDirectory:
             status["remark"] = self._remark
         if message:
             status["message"] = shown(message)
-        write_atomic(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        path, text = self.path / "status.json", json.dumps(status, indent=2) + "\n"
+        try:
+            write_atomic(path, text)
+        except OSError as error:
+            # A full disk has no room for a new file, but the old one has a block of its own.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.is_file():
+                raise
+            with path.open("r+b") as file:
+                file.write(text.encode())
+                file.truncate()
 
     def remark(self, text: str) -> None:
-        """Something that status.json says of the run from its next writing on."""
-        self._remark = text
+        """Something more that status.json says of the run from its next writing on."""
+        if text not in self._remark:
+            self._remark = "; ".join(x for x in (self._remark, text) if x)
 
     def saved(self, step: int) -> None:
         """Record in status.json that the checkpoint of a step is on the disk, so that its loss is noticed later."""

@@ -111,6 +111,7 @@ def test_a_process_inside_a_library_is_ended_from_outside() -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "stuck\n"
+        time.sleep(1)  # until it is inside
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "last words 75\n"
     assert process.returncode == 75

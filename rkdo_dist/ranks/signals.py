@@ -17,7 +17,7 @@ PATIENCE = 3.0  # seconds in which a repeated Ctrl-C is taken for an echo of the
 PREEMPTED = 75  # EX_TEMPFAIL: "try again later", for schedulers that requeue
 GRACE = 5.0  # seconds after which a process that stays inside a library's call is ended from outside
 
-_CODES = {
+_CODES: dict[int, int] = {
     signal.SIGINT: INTERRUPTED,
     signal.SIGTERM: PREEMPTED,
     signal.SIGUSR1: PREEMPTED,
@@ -117,7 +117,7 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.code:
             self._patient_until = time.monotonic() + PATIENCE
-        self.code = max(self.code, _CODES[signal.Signals(number)])
+        self.code = max(self.code, _CODES[number])
         if self._at_once:
             self._at_once = False
             raise Stopped(self.code)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import json
 import os
+import shutil
 import time
 from itertools import islice
 from pathlib import Path
@@ -48,7 +51,7 @@ class Journal:
         if console is None:
             return
         _cut(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
         self._progress = training_bar(console, disable=not console.is_terminal)
         self._task = self._progress.add_task(label, total=total_steps, completed=resume_step, note="")
         self._label, self._total, self._epochs = label, total_steps, epochs
@@ -73,8 +76,7 @@ class Journal:
         """Write one step. `record` holds at least step, epoch, loss and pairs_per_second."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._append(json.dumps(record).encode() + b"\n")
         if self._trackers is not None:
             self._trackers.log(record["step"], record, "train/")
         self._probes |= {k: v for k, v in record.items() if k.startswith("probe_") and v is not None}
@@ -108,10 +110,28 @@ class Journal:
         if self._trackers is not None:
             self._trackers.log(step, read_object(path), "evaluate/")
 
+    def _append(self, line: bytes) -> None:
+        """A whole line, or none.
+
+        Raises:
+            OSError: naming the file, what it needed and what the disk has.
+        """
+        assert self._file is not None
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            free = shutil.disk_usage(self._path.parent).free
+            text = f"{error.strerror}: a line of {len(line)} bytes did not fit, {free} bytes are free; the run can be "
+            raise OSError(error.errno, text + "continued with run.resume=auto", str(self._path)) from error
+
     def sync(self) -> None:
         """Put every line on the disk: a checkpoint must never be ahead of its journal."""
         if self._file is not None:
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def say(self, text: str) -> None:

@@ -17,7 +17,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
-from rkdo_dist.diagnostics import logger
+from rkdo_dist.diagnostics import Lasting, lasting_output, logger
 from rkdo_dist.encoders import is_code
 from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics, evaluate_encoder, plan_evaluation
 from rkdo_dist.evaluate.probes import check_probes
@@ -76,15 +76,15 @@ def train(config: Config, given: Given | None = None) -> Ended:
     callbacks.check(given.callbacks)
     check_metrics(given.metrics)
     refuse_resume_of_nothing(config, given.name)
-    with StopRequest() as stop:
+    with lasting_output() as output, StopRequest() as stop:
         try:
-            return _train(config, given, stop)
+            return _train(config, given, stop, output)
         except Stopped as stopped:
             logger.info("stopped by a signal before the first step")
             return Ended(stopped.code, Path(config.run.dir))
 
 
-def _train(config: Config, given: Given, stop: StopRequest) -> Ended:
+def _train(config: Config, given: Given, stop: StopRequest, output: Sequence[Lasting]) -> Ended:
     with contextlib.ExitStack() as stack:
         start = stack.enter_context(contextlib.ExitStack())
         start.enter_context(stop.at_once())  # until there is something to finish
@@ -121,6 +121,8 @@ def _train(config: Config, given: Given, stop: StopRequest) -> Ended:
                 code = stopped.code
             around.messages.exchange()
             journal.say(_farewell(job, code))
+        for lost in {stream.lost for stream in output if stream.lost}:
+            run.remark(f"lines for people were lost: {lost}")
         around.ended(code)
         return Ended(code, run.path)
 
