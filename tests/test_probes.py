@@ -37,14 +37,14 @@ def test_one_curve_on_any_ranks_and_after_a_restart_and_the_weights_do_not_know(
     small: list[str], reference: Path
 ) -> None:
     runs = []
-    for world in (1, 2, 4):
+    for world in (1, 4):
         run = run_of(small).with_name(f"probed{world}")
         answers = on_ranks(world, [*small, *PROBED, f"run.dir={run}"])
         assert [code for code, _ in answers] == [0] * world, answers
         assert fingerprint(run, 6) == fingerprint(reference, 6)
         assert without(metrics(run)) == metrics(reference)
         runs.append(metrics(run))
-    assert runs[0] == runs[1] == runs[2]
+    assert runs[0] == runs[1]
     for name in NAMES:
         assert list(curve(run, name)) == [2, 4, 6]
         assert 0.2 < curve(run, name)[6] <= 1  # ten classes
@@ -74,7 +74,7 @@ def test_a_probe_is_what_it_says(small: list[str], reference: Path) -> None:
         arrays += [whole.backbone[rows], whole.labels[rows]]
     assert probe_chart(read_groups([reference])[0]) is None
     figure = probe_chart(read_groups([run.path])[0])
-    assert [panel.get_title() for panel in figure.axes] == ["linear probe (backbone)", "k-NN probe (backbone)"]
+    assert [panel.get_title("left") for panel in figure.axes] == ["linear probe (backbone)", "k-NN probe (backbone)"]
     assert curve(run.path, "probe_knn") == {2: scores.knn_accuracy(*arrays)}
     assert curve(run.path, "probe_linear") == {2: scores.linear_evaluation(*arrays, standardise=True)}
 

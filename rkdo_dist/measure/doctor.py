@@ -24,6 +24,7 @@ from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.evaluate.evaluation import plan_evaluation
+from rkdo_dist.evaluate.probes import check_probes
 from rkdo_dist.exchange import group
 from rkdo_dist.field.presets import named
 from rkdo_dist.measure import wire
@@ -53,6 +54,7 @@ def doctor(config: Config) -> int:
         around.check_world(config)
         group.together(lambda: parts.check_data(config, index), "checking the configuration")
         plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
+        group.together(lambda: check_probes(config, index), "looking at evaluate.probes")
         ranks: list[Any] = group.gather_objects(_this_rank(rt))
         _print(console, _launch_table(config, rt, ranks))
         splits = dict.fromkeys([config.data.split, *(plan.splits if config.evaluate.at_end else ())])
