@@ -167,11 +167,10 @@ def test_random_neighbours_find_nothing(digits_file: Path, tmp_path: Path) -> No
     assert "this is no evidence" in (out / "clusters.html").read_text()
 
 
-def test_the_recursion_lowers_the_loss_and_not_the_score(tmp_path: Path, blobs: Path) -> None:
+def test_the_recursion_lowers_its_own_loss_and_not_that_against_p0(tmp_path: Path, blobs: Path) -> None:
     plain = found([str(blobs), *SMALL, "--out", str(tmp_path / "a")])
     recursive = found([str(blobs), *SMALL, "--coupling", "0.5", "--depth", "9", "--out", str(tmp_path / "b")])
     assert recursive["own_loss"] / 9 < plain["own_loss"] / 3  # the mean over nine levels
-    assert recursive["accuracy"] <= plain["accuracy"] + 0.01
     assert recursive["loss"] > plain["loss"] - 0.01
 
 
