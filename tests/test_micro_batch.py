@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from rkdo_dist import config as configuration
@@ -27,6 +28,17 @@ def test_candidates_give_every_rank_whole_lanes() -> None:
     assert candidates(24, 1) == [1, 2, 3, 4, 6, 8, 12, 24]
     assert candidates(24, 4) == [1, 2, 3, 6]
     assert candidates(24, 5) == []
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, whole = torch.device("cpu"), memory.available_bytes(torch.device("cpu"))
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.available_bytes(cpu) > whole / 2  # no limit is written there
+    for name, text in (("max", "90000\n"), ("current", "80000\n"), ("stat", "anon 5\ninactive_file 3000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.available_bytes(cpu) == 13000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_bytes(cpu) > whole / 2
 
 
 def chosen(rank: int, world: int, config: configuration.Config, free: list[int]) -> Any:

@@ -6,8 +6,10 @@ The bytes that autograd keeps of a forward pass are affine in the number of imag
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from rkdo_dist.training.persistent import rows_bytes
 from rkdo_dist.training.shape import StepShape
 
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
+_CGROUP = Path("/sys/fs/cgroup")
 _PROBES = (2, 4)  # images; batch norm of vectors needs two
 
 
@@ -141,7 +144,17 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, _left_in_container()))
+
+
+def _left_in_container() -> float:
+    """What a container may still take by its limit (cgroup v2), infinite without one; cached files give way."""
+    try:
+        limit, used = ((_CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
+        files = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return int(limit) - int(used) + int(files.get("inactive_file", 0))
+    except (OSError, ValueError):  # not there, or "max": no limit
+        return math.inf
 
 
 def reset_peak(device: torch.device) -> None:
