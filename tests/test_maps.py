@@ -112,7 +112,7 @@ def test_the_loss_falls_and_the_map_gets_worse(file: Path, tmp_path: Path) -> No
     assert {p.name for p in out.iterdir()} >= {"map.png", "map.svg", "couplings.png", "couplings.svg"}
     code, text = command(words)
     assert code == 2
-    assert "holds a map already" in text
+    assert "is not an empty directory" in text
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], Callable[..., argparse.Action]]
 
@@ -82,6 +84,11 @@ def _add_features(add: Callable[..., argparse.Action]) -> None:
     add("--labels", type=Path, metavar="FILE", help="labels from another file, such as an idx file")
 
 
+def _settings(options: argparse.Namespace, recipe: type) -> dict[str, Any]:
+    """The options that are fields of a recipe."""
+    return {item.name: getattr(options, item.name) for item in dataclasses.fields(recipe)}
+
+
 def _cluster(options: argparse.Namespace) -> int:
     o = options
     from rkdo_dist.ranks.relaunch import with_all_ranks
@@ -90,20 +97,7 @@ def _cluster(options: argparse.Namespace) -> int:
     from rkdo_dist.frozen.clustering import cluster
     from rkdo_dist.frozen.heads import Recipe
 
-    recipe = Recipe(
-        o.clusters,
-        o.seed,
-        o.neighbours,
-        o.walk,
-        o.debias,
-        o.heads,
-        o.batch,
-        o.steps,
-        o.learning_rate,
-        o.coupling,
-        o.depth,
-        o.control,
-    )
+    recipe = Recipe(**_settings(o, Recipe))
     files = {"array": o.array, "labels": o.labels, "images": o.images}
     cluster(o.features, o.out, recipe, kmeans=o.kmeans, resume=o.resume, threads=o.threads, **files)
     return 0
@@ -113,7 +107,7 @@ def _map(options: argparse.Namespace) -> int:
     o = options
     from rkdo_dist.frozen.mapping import MapRecipe, draw_map
 
-    recipe = MapRecipe(o.perplexity, o.affinity, o.normaliser, o.freedom, o.couplings, o.iterations, o.samples)
+    recipe = MapRecipe(**_settings(o, MapRecipe))
     draw_map(o.features, o.out, recipe, array=o.array, labels=o.labels)
     return 0
 

@@ -81,15 +81,15 @@ def draw_map(path: Path, out: Path, recipe: MapRecipe, *, array: str = "features
 
     Args:
         path, array, labels: see `read_features`.
-        out: a directory without a map.json.
+        out: a directory that is empty or not there.
 
     Raises:
         ValueError: for a mistake in the request; nothing is written then.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("rkdo map runs in one process: start it without a launcher")
-    if (out / "map.json").exists() or (out.exists() and not out.is_dir()):
-        raise ValueError(f"--out {out} is a file, or holds a map already: choose another directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not an empty directory: choose another")
     data = read_features(path, array, labels)
     count = len(data.values) if recipe.samples is None else min(recipe.samples, len(data.values))
     if recipe.samples is not None and recipe.samples < 4:
