@@ -92,7 +92,7 @@ def steps(batch: int, rounds: int, threads: int, stem: str) -> None:
 
 def filled(relation: Relation, batch: int) -> RelationalField:
     """With a full queue."""
-    kept = RelationalField(relation, D, False, torch.device("cpu"))
+    kept = RelationalField(relation, 1 << 16, D, False, torch.device("cpu"))
     if kept.queue is not None:
         for start in range(0, relation.queue, batch):
             ids = torch.arange(batch) - 1 - start - batch

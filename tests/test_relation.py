@@ -96,13 +96,16 @@ def on_ranks(rank: int, world: int) -> list[dict[str, np.ndarray]]:
     own = slice(rank * LANES // world, (rank + 1) * LANES // world)
     u, v, keys = (x.split(MICRO) for x in given_batch())
     ids = torch.arange(LANES * MICRO).split(MICRO)
-    for relation in (*(replace(r, columns="queue", queue=36) for r, _ in METHODS.values()), Relation(0.4)):
+    queues, banks = ([replace(r, columns=x, queue=36) for r, _ in METHODS.values()] for x in ("queue", "bank"))
+    for relation in (*queues, *banks, Relation(0.4)):
         for merged in (False, True):
-            kept = RelationalField(relation, 5, True, torch.device("cpu"), torch.float64)
+            kept = RelationalField(relation, 124, 5, True, torch.device("cpu"), torch.float64)
             if kept.queue is not None:
                 older = unit(24, 5, 2)
                 kept.queue.put(older, torch.arange(100, 124), torch.arange(24) % 3)
                 kept.queue.advance(24)
+            if kept.bank is not None:
+                kept.bank.refresh(torch.arange(100, 124), unit(24, 5, 2), torch.arange(24) % 3)
             kept.begin(keys[own], torch.cat(ids[own]), torch.cat(ids[own]) % 3)
             objective = replace(Objective.of("restart", temperature=TAU), relation=relation)
             columns = GatheredColumns() if merged else ExactColumns()
@@ -127,6 +130,7 @@ def test_every_method_is_its_oracle_on_any_number_of_ranks(world: int) -> None:
     for _, oracle in METHODS.values():
         others = [torch.cat([keys[:i], keys[i + 1 :], older]) for i in range(n)]
         wanted.append(torch.stack([oracle(u[i : i + 1], keys[i : i + 1], others[i])[0] for i in range(n)]).sum())
+    wanted *= 2  # over a queue, and over a bank in which 88 samples have no key
     w = softmax((keys @ keys.T / TAU_T).fill_diagonal_(-torch.inf), 1)
     p = 0.6 * torch.eye(n, dtype=torch.float64) + 0.4 * w
     wanted.append((torch.xlogy(p, p) - p * log_softmax(u @ v.T / TAU, 1)).sum())

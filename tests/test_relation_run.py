@@ -21,6 +21,7 @@ SCE = ["field.objective=sce", "field.queue=64", *EMA]
 RUNS = {
     "sce": SCE,
     "ressl": ["field.objective=ressl", "field.queue=96", "views.teacher=plain", *EMA],
+    "bank": ["field.objective=sce", "field.columns=bank", "train.epochs=2", "train.batches_per_epoch=2", *EMA],
     "co2": ["field.objective=co2", "field.queue=32", "field.teacher=student", "train.views=apart"],
     "own keys": [*BATCH, "field.confidence=entropy"],
     "mutual": [*BATCH, *EMA, "field.teacher=ema", "views.teacher=weak", "field.neighbours=3", "field.mutual=true"],
@@ -43,6 +44,7 @@ def test_one_run_on_any_number_of_processes(small: list[str], kind: str) -> None
     run = run_of(arguments)
     whole, journal = everything(run, 3), metrics(run)
     assert ("parts/queue.safetensors" in whole) == (kind in ("sce", "ressl", "co2"))
+    assert ("parts/bank.000000.safetensors" in whole) == (kind == "bank")
     for record in journal:
         assert 0 < record["loss"] < record["loss_at_uniform"] + 4
         assert record["loss_at_ideal"] is None  # what is reached by similarities depends on the relation
@@ -50,7 +52,7 @@ def test_one_run_on_any_number_of_processes(small: list[str], kind: str) -> None
         assert 0 <= record["relation_precision"] <= 1
         assert record["relation_entropy"] >= 0
     for world, extra in ((2, []), (4, ["train.recompute=true"])):
-        if world == {"sce": 2, "ressl": 2, "mutual": 4}.get(kind) or kind == "sce":
+        if world == {"sce": 2, "ressl": 2, "mutual": 4, "bank": 4}.get(kind) or kind == "sce":
             other = [*arguments, *extra, f"run.dir={run}-{world}"]
             answers = on_ranks(world, other)
             assert [code for code, _ in answers] == [0] * world, answers
@@ -99,6 +101,22 @@ def test_killed_runs_continue_bit_for_bit_on_other_numbers_of_processes(small: l
     assert metrics(run) == metrics(run_of(straight))
 
 
+def test_a_bank_continues_on_another_number_of_processes(small: list[str]) -> None:
+    arguments = [*small, *RUNS["bank"]]
+    straight = [*arguments, f"run.dir={run_of(small)}-straight"]
+    assert command(straight)[0] == 0
+    assert command([*arguments, "train.max_steps=3", "train.checkpoint_every=3"])[0] == 0
+    answers = on_ranks(2, [*arguments, "train.checkpoint_every=3", "run.resume=auto"])
+    assert [code for code, _ in answers] == [0, 0], answers
+    assert everything(run_of(small), 4) == everything(run_of(straight), 4)
+    assert metrics(run_of(small)) == metrics(run_of(straight))
+    seen = sum(
+        int(checkpoint.load(run_of(small) / "checkpoints" / "4").part(f"bank.{tile:06d}")["seen"].sum())
+        for tile in range(15)
+    )
+    assert 64 <= seen <= 128  # two epochs of two batches
+
+
 def test_weight_0_is_infonce_bit_for_bit_and_so_is_the_time_before_the_start(small: list[str]) -> None:
     run = run_of(small)
     one = [*small, "train.epochs=2", "train.batches_per_epoch=3", "field.temperature=0.1"]
@@ -131,7 +149,7 @@ def test_weight_0_is_infonce_bit_for_bit_and_so_is_the_time_before_the_start(sma
         ("field.recursion=restart field.relation_weight=1.2", "field.relation_weight must be at least 0 and at most 1"),
         ("field.recursion=restart field.teacher_temperature=0", "field.teacher_temperature must be above 0"),
         ("field.recursion=restart field.mutual=true", "field.mutual=true needs field.neighbours above 0"),
-        ("field.recursion=restart field.columns=bank", "field.columns=batch or queue, got bank"),
+        ("field.recursion=restart field.columns=bank field.neighbours=5", "field.columns=bank takes all samples"),
         ("field.recursion=restart field.pairing=joint", "needs field.pairing=cross, got joint"),
         ("field.recursion=restart run.reduction=ring", "needs run.reduction=exact or fast, got ring"),
         ("field.recursion=restart field.relation_start_epoch=11", "must lie in [0, train.epochs=10], got 11"),

@@ -262,8 +262,11 @@ def _check_restart(config: Config) -> None:
         )
     if field.pairing not in (None, "cross"):
         raise ConfigError(f"a recursion with restart needs field.pairing=cross, got {field.pairing}: a row has one key")
-    if relation.columns == "bank":
-        raise ConfigError("field.recursion=restart has field.columns=batch or queue, got bank")
+    if relation.columns == "bank" and relation.neighbours:
+        raise ConfigError(
+            f"field.columns=bank takes all samples into the relation, got field.neighbours={relation.neighbours}: "
+            "leave it out, or use field.teacher=snapshot, whose neighbours are of all samples"
+        )
     if relation.teacher == "ema" and train.ema is None:
         raise ConfigError("field.teacher=ema needs the average of the weights: set train.ema, e.g. train.ema=0.99")
     if not relation.view:
@@ -278,7 +281,7 @@ def _check_restart(config: Config) -> None:
             f"field.queue={relation.queue} must be a multiple of train.global_batch={train.global_batch}: steps enter "
             "it and leave it whole"
         )
-    if relation.mutual and (not relation.neighbours or relation.columns == "queue"):
+    if relation.mutual and (not relation.neighbours or relation.columns != "batch"):
         raise ConfigError(
             "field.mutual=true needs field.neighbours above 0 and field.columns=batch: old keys have no neighbours of "
             "their own"

@@ -87,7 +87,7 @@ class FieldConfig:
     columns: Literal["batch", "queue", "bank"] | None = setting(
         None,
         "what rows recur over: the batch, a bank of all samples (persistent rows), a queue of the teacher's keys "
-        "(restart); null: the objective's own (batch; sce, ressl, co2 queue)",
+        "or a bank of one for every sample (restart); null: the objective's own (batch; sce, ressl, co2 queue)",
     )
     queue: int | None = setting(
         None,

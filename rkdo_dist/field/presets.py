@@ -33,7 +33,8 @@ class Relation:
             embeddings of all samples, taken now and then (`field.snapshot`).
         temperature: tau_T of the relation.
         view: that the teacher sees: "strong", "weak" or "plain"; "" where it must be said.
-        columns: "batch", or "queue" of the teacher's keys, which are then the columns of q too.
+        columns: "batch", or a "queue" of the teacher's keys or a "bank" of one for every sample, which are then the
+            columns of q too.
         queue: keys in it.
         neighbours: k nearest columns that the relation is made of; 0: all.
         mutual: whether two neighbours must be that of each other.

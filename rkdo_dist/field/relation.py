@@ -226,35 +226,72 @@ def _strip(
     log_w = torch.log_softmax(t.div_(relation.temperature), 1)
     w = log_w.exp()
     entropy_w = -log_w.mul_(w).sum(1)
-    a = torch.full_like(entropy_w, weight)
-    if relation.confidence == "entropy":
-        sure = 1 - entropy_w / candidates.clamp(min=2).to(w.dtype).log()
-        a = a * torch.where(candidates > 1, sure.clamp(min=0), 1)
-    alone = candidates == 0
-    a, entropy_w = (torch.where(alone, 0, value) for value in (a, entropy_w))
-
     similar = x.gather(1, at)[:, 0]
     x.masked_fill_(own, LOW)  # the positive too: it is added to what the others sum to
     log_rest = x.logsumexp(1)
-    log_sum = torch.logaddexp(log_rest, similar)
     x.sub_(log_rest[:, None])  # log q without the positive
+    rows = assembled(relation, weight, similar, log_rest, (w * x).sum(1), entropy_w, candidates, others)
+    if columns.labels is not None:
+        same = columns.labels[positive][:, None] == columns.labels[None, :]
+        rows.parts["relation_precision"] = torch.where(candidates > 0, (w * same).sum(1), 0)
+    gradient = x.exp_().mul_(rows.share[:, None]).sub_(w.mul_(rows.weight[:, None]))
+    return rows.parts, gradient.scatter_(1, at, rows.at_positive[:, None])
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """What r rows come to, of sums over their columns; each (r,).
+
+    Attributes:
+        parts: `PARTS`, and the weight and entropy of `FACTS`.
+        weight: a_i.
+        share, at_positive: the derivative by the logits is share q(.|i without i) - a w, and `at_positive` for i.
+    """
+
+    parts: dict[str, Tensor]
+    weight: Tensor
+    share: Tensor
+    at_positive: Tensor
+
+
+def assembled(
+    relation: Relation,
+    weight: float,
+    similar: Tensor,
+    log_rest: Tensor,
+    towards: Tensor,
+    entropy_w: Tensor,
+    candidates: Tensor,
+    others: Tensor,
+) -> RowValues:
+    """Losses of r rows; all arguments (r,).
+
+    Args:
+        similar: logit of the positive.
+        log_rest: log-sum-exp of all others.
+        towards: sum_j w_j log q_j, q without the positive.
+        entropy_w: H(w).
+        candidates, others: columns that w is made of, and all but the positive, int64.
+    """
+    a = torch.full_like(entropy_w, weight)
+    if relation.confidence == "entropy":
+        sure = 1 - entropy_w / candidates.clamp(min=2).to(a.dtype).log()
+        a = a * torch.where(candidates > 1, sure.clamp(min=0), 1)
+    alone = candidates == 0
+    a, entropy_w, towards = (torch.where(alone, 0, value) for value in (a, entropy_w, towards))
+    log_sum = torch.logaddexp(log_rest, similar)
     near, far = similar - log_sum, log_rest - log_sum  # log q_ii, log(1 - q_ii)
-    towards = (w * x).sum(1)
-    n = others.to(w.dtype)
+    n = others.to(a.dtype)
     if relation.form == "mixed":
-        cross = -(1 - a) * near - a * (towards + far)
+        cross = -(1 - a) * near - a * torch.where(alone, 0, towards + far)
         entropy_p = a * entropy_w - torch.xlogy(1 - a, 1 - a) - torch.xlogy(a, a)
         uniform = n.log1p() - entropy_p
         share, at_positive = far.exp(), near.exp() - (1 - a)
     else:
         cross = -(1 - a) * near - a * towards
         entropy_p = a * entropy_w
-        uniform = (1 - a) * n.log1p() + a * n.log() - entropy_p
+        uniform = (1 - a) * n.log1p() + a * n.clamp(min=1).log() - entropy_p
         share, at_positive = (1 - a) * far.exp() + a, -(1 - a) * far.exp()
     parts = dict(zip(PARTS, (cross - entropy_p, cross, entropy_p, near.exp(), uniform), strict=True))
     parts |= {"relation_weight": a, "relation_entropy": entropy_w}
-    if columns.labels is not None:
-        same = columns.labels[positive][:, None] == columns.labels[None, :]
-        parts["relation_precision"] = torch.where(alone, 0, (w * same).sum(1))
-    gradient = x.exp_().mul_(share[:, None]).sub_(w.mul_(a[:, None])).scatter_(1, at, at_positive[:, None])
-    return parts, gradient
+    return RowValues(parts, a, share, at_positive)

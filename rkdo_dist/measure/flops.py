@@ -74,7 +74,7 @@ def step_flops(config: Config, image_size: int) -> StepFlops:
     loss_forward, loss_step = loss_flops(objective, batch, width)
     student, teacher = 2 * batch, 0
     if relation is not None and relation.teacher != "snapshot":  # whose cost is that of an epoch
-        queued = relation.columns == "queue"
+        queued = relation.columns != "batch"  # or in a bank, counted like a queue: the samples are not known here
         product = 2.0 * batch * (relation.queue if queued else batch) * width
         loss_forward, loss_step = 2 * product, (3 if queued else 4) * product  # of keys, of rows; their gradients
         student, teacher = (batch, batch) if queued else (2 * batch, 0 if relation.own_keys else batch)

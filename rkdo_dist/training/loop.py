@@ -56,10 +56,11 @@ def train_step(
         persistent.begin(number, torch.cat([lane.ids for lane in lanes]))
 
     relational = strategy.relational_for(objective)
-    keys = None
+    keys = columns = None
     if relational is not None and not relational.relation.own_keys:
         keys = step.keys(lanes, at, relational.relation.teacher)
-    embedded = step.embed(lanes, at, keys if relational is not None and relational.queue is not None else None)
+        columns = None if relational.relation.columns == "batch" else keys
+    embedded = step.embed(lanes, at, columns)
     pairs = [lane.detached().pair() for lane in embedded]
     if relational is not None:
         samples, classes = (torch.cat([getattr(lane, name) for lane in lanes]) for name in ("ids", "labels"))

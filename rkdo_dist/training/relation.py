@@ -2,7 +2,8 @@
 
 Keys of the global batch are gathered on every rank; they carry no gradient, so nothing else travels than the batch's
 columns. A queue holds the keys of the last steps, the step's own among them, the same on every rank. It moves on when
-the weights have moved: the keys of a step that is skipped are overwritten by the next one's.
+the weights have moved: the keys of a step that is skipped are overwritten by the next one's. A bank holds the newest
+key of every sample, also of a skipped step, at its owner.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from rkdo_dist.checkpoint import Checkpoint
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.exchange import group
+from rkdo_dist.exchange.bank import KeyBank
 from rkdo_dist.exchange.columns import GatheredColumns
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import Relation
 from rkdo_dist.field.relation import Columns, nearest_columns, value_and_gradient
 from rkdo_dist.training.persistent import Pair
 
-QUEUE = "queue"  # its part of a checkpoint
+QUEUE, BANK = "queue", "bank"  # their parts of a checkpoint
 
 
 class Queue:
@@ -80,17 +82,19 @@ class RelationalField:
 
     Args:
         relation: of the run; its weight is that of the objective of a step.
+        samples: of the training split.
         width: d of the embeddings.
         labelled: whether labels are known, for the share of the relation that lies on a row's own class.
         device, dtype: of the embeddings.
 
     Attributes:
-        queue: if columns come from one.
+        queue, bank: if columns come from there.
     """
 
     def __init__(
         self,
         relation: Relation,
+        samples: int,
         width: int,
         labelled: bool,
         device: torch.device,
@@ -98,12 +102,13 @@ class RelationalField:
     ) -> None:
         self.relation, self._labelled, self._device = relation, labelled, device
         self.queue = Queue(relation.queue, width, device, dtype) if relation.columns == "queue" else None
+        self.bank = KeyBank(samples, width, device, dtype) if relation.columns == "bank" else None
         self._mine: list[Tensor] = []
         self._keys = self._samples = self._labels = torch.empty(0)
 
     def takes_part(self, objective: Objective) -> bool:
-        """Whether the objective of a step asks for keys: a relation of weight 0 is InfoNCE, but a queue fills."""
-        return objective.relation is not None and (objective.relation.weight > 0 or self.queue is not None)
+        """Whether the objective of a step asks for keys: over the batch a relation of weight 0 is InfoNCE."""
+        return objective.relation is not None and (objective.relation.weight > 0 or self.relation.columns != "batch")
 
     def begin(self, keys: Sequence[Tensor], samples: Tensor, labels: Tensor) -> None:
         """Gather the keys of a step.
@@ -116,6 +121,8 @@ class RelationalField:
         self._keys = group.all_gather_rows(torch.cat(self._mine))
         numbers = group.all_gather_rows(torch.stack([samples, labels], 1).to(self._device))
         self._samples, self._labels = numbers.unbind(1)
+        if self.bank is not None:
+            self.bank.refresh(self._samples, self._keys, self._labels)
 
     def field(
         self, lanes: Sequence[Pair], objective: Objective, columns: GatheredColumns, merged: bool
@@ -130,6 +137,8 @@ class RelationalField:
         """
         assert objective.relation is not None
         sizes, keys = [len(u) for u, _ in lanes], self._mine
+        if self.bank is not None:
+            return self._over_bank(self.bank, torch.cat([u for u, _ in lanes]), sizes, objective, merged)
         if merged:
             lanes = [(torch.cat([u for u, _ in lanes]), torch.cat([v for _, v in lanes]))]
             keys = [torch.cat(keys)]
@@ -162,27 +171,47 @@ class RelationalField:
         sums = {"loss": torch.stack([result.loss for result in results]), **sums}
         return list(zip(du.split(sizes), dv.split(sizes), strict=True)), sums
 
+    def _over_bank(
+        self, bank: KeyBank, rows: Tensor, sizes: list[int], objective: Objective, merged: bool
+    ) -> tuple[list[Pair], dict[str, Tensor]]:
+        assert objective.relation is not None
+        batch = self._keys, self._samples, self._labels
+        parts, du = bank.field(rows, *batch, objective.relation, objective.temperature)
+        if not self._labelled:
+            del parts["relation_precision"]
+        lanes = [len(rows)] if merged else sizes
+        sums = {name: torch.stack([lane.sum() for lane in part.split(lanes)]) for name, part in parts.items()}
+        pairs = list(zip(du.split(sizes), torch.zeros_like(du).split(sizes), strict=True))
+        return pairs, {"loss": sums["kl_1"], **sums}
+
     def commit(self) -> None:
         """Keep the keys of the step."""
         if self.queue is not None:
             self.queue.advance(len(self._keys))
 
-    def write_part(self, building: Path) -> None:
-        """Write the queue into a checkpoint that has been begun; on rank zero alone."""
-        if self.queue is not None:
+    def write_parts(self, building: Path) -> None:
+        """Write the queue, or this rank's tiles of the bank, into a checkpoint that has been begun; on all ranks."""
+        if self.queue is not None and group.rank() == 0:
             checkpoint.write_part(building, QUEUE, self.queue.tensors())
+        if self.bank is not None:
+            for tile in self.bank.shards.tiles_of(group.rank()):
+                checkpoint.write_part(building, f"{BANK}.{tile:06d}", self.bank.tensors(tile))
 
     def restore(self, found: Checkpoint) -> None:
-        """Continue with the queue of a checkpoint.
+        """Continue with the queue, or bank, of a checkpoint.
 
         Raises:
             ValueError: if it has none, or it does not fit.
         """
-        if self.queue is not None:
-            try:
+        try:
+            if self.queue is not None:
                 self.queue.load(found.part(QUEUE))
-            except ValueError as error:
-                raise ValueError(f"the queue in {found.path} does not match this run: {error}") from error
+            if self.bank is not None:
+                for tile in self.bank.shards.tiles_of(group.rank()):
+                    self.bank.load(tile, found.part(f"{BANK}.{tile:06d}"))
+        except ValueError as error:
+            what = "queue" if self.bank is None else "bank"
+            raise ValueError(f"the {what} in {found.path} does not match this run: {error}") from error
 
 
 def make_relational(config: Config, index: ShardIndex, device: torch.device) -> RelationalField | None:
@@ -191,4 +220,5 @@ def make_relational(config: Config, index: ShardIndex, device: torch.device) -> 
     relation = next((relation for relation in relations if relation is not None), None)
     if relation is None or relation.teacher == "snapshot":
         return None
-    return RelationalField(relation, config.encoder.embedding_dim, bool(index.classes), device)
+    samples = index.split(config.data.split).samples
+    return RelationalField(relation, samples, config.encoder.embedding_dim, bool(index.classes), device)

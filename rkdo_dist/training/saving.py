@@ -29,8 +29,12 @@ def save(job: Job, journal: Journal) -> bool:
     state = job.step.strategy.state()  # collective: shards are gathered
     what = f"saving the checkpoint of step {job.position}"
     building = group.on_main(lambda: checkpoint.begin(job.run.checkpoints, job.position), what)
+    everyones = Path(group.from_rank_zero(str(building)))
+    if job.relational is not None:
+        relational = job.relational
+        group.together(lambda: relational.write_parts(everyones), what)
     if job.persistent is not None:
-        persistent, everyones = job.persistent, Path(group.from_rank_zero(str(building)))
+        persistent = job.persistent
         persistent.store.finish()
         group.together(lambda: persistent.write_parts(everyones), what)
         shown = persistent.snapshot(job.position)
@@ -40,8 +44,6 @@ def save(job: Job, journal: Journal) -> bool:
         assert building is not None
         if job.average is not None:
             checkpoint.write_part(building, checkpoint.AVERAGE, job.average.model.state_dict())
-        if job.relational is not None:
-            job.relational.write_part(building)
         if job.temperature is not None:
             checkpoint.write_part(building, TEMPERATURE, job.temperature.tensors())
         extra = {
