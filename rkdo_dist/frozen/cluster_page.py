@@ -13,14 +13,14 @@ from PIL import Image
 
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.source import open_source
-from rkdo_dist.evaluate import maps
 from rkdo_dist.frozen.features import Features
+from rkdo_dist.frozen.mapping import tsne
 from rkdo_dist.studies import html, plots
 from rkdo_dist.studies.field_figure import pictures_of
 from rkdo_dist.studies.html import Element, figure, image, section, tag
 from rkdo_dist.studies.sheets import number
 
-MAPPED = 1000  # samples of the map, evenly spaced
+MAPPED = 500  # samples of the map, evenly spaced
 SHOWN, EXAMPLES = 40, 8  # clusters with examples, the largest; examples of each
 
 Array = NDArray[Any]
@@ -75,7 +75,9 @@ def map_figure(found: Clustering) -> Any:
     chosen = np.unique(np.linspace(0, len(found.values) - 1, MAPPED).astype(int))
     if len(chosen) < 8:
         return None
-    plane = maps.tsne(found.values[chosen])
+    plane = tsne(found.values[chosen])
+    if not np.isfinite(plane).all():
+        return None
     parts = [("cluster", found.assignments[chosen])]
     if len(found.data.known()):
         parts.append(("label", found.data.labels[chosen]))  # type: ignore[index]

@@ -105,11 +105,23 @@ def draw_map(path: Path, out: Path, recipe: MapRecipe, *, array: str = "features
     _write(out, data, chosen, recipe, found)
 
 
+def tsne(x: Array, iterations: int = 500) -> Array:
+    """An exact t-SNE map (n, 2) of (n, f) features, n >= 8, for illustration; also where scikit-learn's tree fails."""
+    perplexity, kernel = min(maps.PERPLEXITY, (len(x) - 1) / 3), sne.Kernel()
+    p = sne.supervisor(torch.from_numpy(x), perplexity, kernel)
+    return np.asarray(sne.fit(p, _start(x), kernel, iterations))
+
+
+def _start(x: Array) -> torch.Tensor:
+    """Where maps begin, as scikit-learn's do: the plane of the principal components, made small."""
+    plane, _ = maps.principal_components(x)
+    return torch.from_numpy(plane / max(plane[:, 0].std(), 1e-300) * 1e-4).float()
+
+
 def _maps(x: Array, recipe: MapRecipe) -> list[dict[str, Any]]:
     """For each coupling its map (n, 2) and scores."""
     kernel = sne.Kernel(recipe.affinity, recipe.normaliser, recipe.freedom)
-    plane, _ = maps.principal_components(x)
-    start = torch.from_numpy(plane / max(plane[:, 0].std(), 1e-300) * 1e-4).float()
+    start = _start(x)
     first = sne.supervisor(torch.from_numpy(x), recipe.perplexity, kernel)
     judged = np.unique(np.linspace(0, len(x) - 1, JUDGED).astype(int))
     found = []
