@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rkdo_dist.export.pretrained import PretrainedEncoder, load_encoder
     from rkdo_dist.interface import Run, train
-    from rkdo_dist.losses import FieldInputError, IConLoss, InfoNCELoss, RKDOLoss, SupervisedLoss
+    from rkdo_dist.losses import FieldInputError, FieldLoss, IConLoss, InfoNCELoss, RKDOLoss, SupervisedLoss
     from rkdo_dist.training.callbacks import Callback
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Callback",
     "FieldInputError",
+    "FieldLoss",
     "IConLoss",
     "InfoNCELoss",
     "PretrainedEncoder",

@@ -109,6 +109,11 @@ def train(
     """
     _refuse_imported_again()
     _refuse_missing_ranks()
+    for argument, value in (("settings", settings), ("metrics", metrics)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{argument} must be a mapping by name, got {type(value).__name__}")
+    if not isinstance(callbacks, Sequence):
+        raise ConfigError(f"callbacks must be a list, got {type(callbacks).__name__}")
     loaded, name = _configuration(config, settings)
     overrides, backbone, open_index = {}, None, None
     if isinstance(encoder, nn.Module):

@@ -226,6 +226,9 @@ class Misspelt:
     ("given", "said"),
     [
         ({"callbacks": [Misspelt()]}, "Misspelt has on_steps, which nothing calls; did you mean on_step?"),
+        ({"callbacks": Misspelt()}, "callbacks must be a list, got Misspelt"),
+        ({"metrics": [mean_norm]}, "metrics must be a mapping by name, got list"),
+        ({"data": {}}, "has no split 'train'"),
         ({"callbacks": [5]}, "int has none of on_step"),
         ({"callbacks": [Recorder]}, r"give an object, Recorder\(\)"),
         ({"metrics": {"nmi": mean_norm}}, "nmi is a score of every evaluation"),
