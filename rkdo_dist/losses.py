@@ -28,6 +28,7 @@ from rkdo_dist.exchange.inputs import Shares, check_inputs
 from rkdo_dist.field.affinity import Affinity
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import COOLING, COUPLING, DEPTH, PRESETS
+from rkdo_dist.field.supervisors import Supervisor
 from rkdo_dist.field.tiled import FieldRows, add_through_pool, computing_dtype, field_normaliser
 
 EXCHANGES = ("gather", "ring", "local")
@@ -94,6 +95,7 @@ class FieldLoss(nn.Module):
         temperature: Tensor | None = None,
         extra_columns: Tensor | None = None,
         parts: bool = False,
+        supervisor: Supervisor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Mean over this rank's rows of their losses against all columns.
 
@@ -108,6 +110,8 @@ class FieldLoss(nn.Module):
             extra_columns: (m, d) more columns that are nobody's positive: hard negatives, or a queue (detached). Those
                 of all ranks are columns of every row. For pairing="cross" that is not symmetric; not on a ring.
             parts: whether to return the parts of the loss as well.
+            supervisor: p of this rank's rows, uniform share included, for an objective whose supervisor is "rows"
+                (`field.supervisors.Listed`); None: the identity.
 
         Returns:
             The loss, a scalar in the computing precision; with parts=True also a dictionary of scalars without
@@ -124,7 +128,7 @@ class FieldLoss(nn.Module):
         """
         # Through a wrapper that keeps the compiler out, so that compiling a step need not compile this.
         run = _uncompiled if torch.compiler.is_compiling() else FieldLoss._forward
-        return run(self, u, v, labels, temperature, extra_columns, parts)
+        return run(self, u, v, labels, temperature, extra_columns, parts, supervisor)
 
     def _forward(
         self,
@@ -134,6 +138,7 @@ class FieldLoss(nn.Module):
         temperature: Tensor | None,
         extra: Tensor | None,
         parts: bool,
+        supervisor: Supervisor | None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         tau = self.temperature if temperature is None else temperature
         objective = self.objective
@@ -153,7 +158,8 @@ class FieldLoss(nn.Module):
         if objective.needs_labels and labels is not None:
             labels = _all_labels(labels, columns, shares)
         wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, v, extra, tau))
-        loss, values = _FieldFunction.apply(u, v, extra, tau, _Call(objective, columns, shares, labels, parts, wanted))
+        call = _Call(objective, columns, shares, labels, supervisor, parts, wanted)
+        loss, values = _FieldFunction.apply(u, v, extra, tau, call)
         if not parts:
             return loss
         return loss, dict(zip(objective.part_names, values.unbind(), strict=True))
@@ -357,6 +363,7 @@ class _Call:
         columns: how columns travel.
         shares: every rank's rows and extra columns.
         labels: of all columns, for objectives that need them.
+        supervisor: of this rank's rows, where it is given.
         parts: whether the parts are asked for.
         differentiable: whether a backward pass may follow.
     """
@@ -365,6 +372,7 @@ class _Call:
     columns: Columns
     shares: Shares
     labels: Tensor | None
+    supervisor: Supervisor | None
     parts: bool
     differentiable: bool
 
@@ -396,6 +404,7 @@ class _Call:
             block,
             self.labels,
             self.parts,
+            self.supervisor,
             temperature=temperature,
             pooled=None if pooled is None else columns.of_all(pooled).sum(0),
         )

@@ -15,7 +15,7 @@ from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field import recursion
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows, identity, initial, of_both_views
-from rkdo_dist.training.averaged import averaged_field_of_rows
+from rkdo_dist.training.averaged import averaged_field, averaged_persistent_field
 from rkdo_dist.training.exact import exact_field
 from rkdo_dist.training.persistent import PersistentField
 from rkdo_dist.training.strategy import as_points, of_points
@@ -54,6 +54,9 @@ def objectives() -> list[Objective]:
             made += [
                 Objective.of("rkdo", depth=2, coupling=0.3, supervisor_grad=g, **options) for g in ("flow", "stop")
             ]
+    for affinity in ("gaussian", "student", "clusters"):
+        options = {"supervisor": "rows", "affinity": affinity, "debias": 0.2}
+        made += [Objective.of("rkdo", depth=2, **options), Objective.of("infonce", pairing="joint", **options)]
     return made
 
 
@@ -73,7 +76,7 @@ def dense(objective: Objective, p_of_batch: Tensor, u: Tensor, v: Tensor) -> Res
             excluded = torch.zeros_like(p, dtype=torch.bool)
             excluded[:, piece.excluded * b : (piece.excluded + 1) * b] = torch.eye(b, dtype=torch.bool)
             p = p.masked_fill(excluded, 0)
-        similarity = sides[piece.rows] @ columns.T
+        similarity = objective.affinity.logits(sides[piece.rows], columns, objective.column_count(b))
         if objective.recursion == "in_batch":
             arguments = (objective.temperatures, objective.couplings, excluded, objective.supervisor_grad)
             field = recursion.unroll(similarity, p, *arguments)
@@ -103,7 +106,7 @@ def memory_of(rows: Rows, plan: list[Tensor], lane: int | None = None) -> Persis
     return PersistentField(store, "batch", 0.1, lambda k: plan[k] if k < len(plan) else None, torch.device("cpu"), lane)
 
 
-def one_step(memory: PersistentField, objective: Objective, rank: int, world: int, step: int, exact: bool) -> Result:
+def one_step(memory: PersistentField, objective: Objective, rank: int, world: int, step: int, way: str) -> Result:
     """A step as a strategy takes it; the gradients of this rank's samples."""
     lanes: list[Any] = lanes_of(rank, world, step)
     b = BATCH // world
@@ -112,11 +115,16 @@ def one_step(memory: PersistentField, objective: Objective, rank: int, world: in
     count = BATCH * (2 if points else 1)
     if points:
         lanes, objective = as_points(lanes, objective)
-    if exact:
+    if way == "exact":
         field = exact_field(lanes, objective, rank * len(lanes), memory)
         means = {x: float(group.all_gather_rows(v).sum()) / count for x, v in field.sums.items()}
     else:
-        field = averaged_field_of_rows(lanes, objective, memory)
+        persists = objective.recursion == "persistent"
+        field = (
+            averaged_persistent_field(lanes, objective, memory)
+            if persists
+            else averaged_field(lanes, objective, way, rows=memory)
+        )
         means = {x: float(group.all_gather_rows(v).mean()) for x, v in field.sums.items()}
         scale = 1 / world  # the wrapper averages gradients over ranks
         field = dataclasses.replace(field, gradients=[(u * scale, v * scale) for u, v in field.gradients])
@@ -132,9 +140,9 @@ def fixed_rows(rank: int, world: int) -> list[Result]:
     torch.set_num_threads(1)
     plan = batches(1)
     return [
-        one_step(memory_of(rows_of_all(), plan), objective, rank, world, 0, exact)
+        one_step(memory_of(rows_of_all(), plan), objective, rank, world, 0, way)
         for objective in objectives()
-        for exact in (True, False)
+        for way in WAYS
     ]
 
 
@@ -160,35 +168,41 @@ def test_fixed_rows_equal_the_dense_formula(world: int) -> None:
     parts = [fixed_rows(0, 1)] if world == 1 else run_ranks(fixed_rows, world)
     for k, objective in enumerate(objectives()):
         expected = dense(objective, p, *views(0))
-        for way in (0, 1):
-            assert agree(gathered(parts, 2 * k + way), expected), (objective, way)
+        for way in range(len(WAYS)):
+            assert agree(gathered(parts, len(WAYS) * k + way), expected), (objective, WAYS[way])
         wrong = dense(objective, torch.eye(BATCH, dtype=torch.float64), *views(0))
-        assert not agree(gathered(parts, 2 * k), wrong)  # the control: rows that are not used
+        assert not agree(gathered(parts, len(WAYS) * k), wrong)  # the control: rows that are not used
 
 
+WAYS = ("exact", "gather", "ring")
 STEPS, ALPHA, TAU = 6, 0.3, 0.4
 STARTS = {
-    "identity": (False, 0.0),
-    "neighbours": (True, 0.0),
-    "debiased": (True, 0.2),
+    "identity": (False, 0.0, "cosine"),
+    "neighbours": (True, 0.0, "student"),
+    "debiased": (True, 0.2, "cosine"),
 }
 
 
 def first_rows(start: str) -> Rows:
     """What persistent rows over both views begin with; K = 2 N, so that nothing is ever folded."""
-    given, debias = STARTS[start]
+    given, debias, _ = STARTS[start]
     everyone = torch.arange(N)
     rows = rows_of_all() if given else identity(everyone, N, 1, torch.float64)
     return initial(of_both_views(rows, everyone), debias, 2 * N - 1)
 
 
-def persistent_rows(rank: int, world: int, exact: bool) -> list[list[Any]]:
+def persistent(start: str) -> Objective:
+    options: dict[str, Any] = {"coupling": ALPHA, "temperature": TAU, "cooling": 0.0, "affinity": STARTS[start][2]}
+    return Objective.of("persistent", pairing="joint", **options)
+
+
+def persistent_rows(rank: int, world: int, way: str) -> list[list[Any]]:
     torch.set_num_threads(1)
     found = []
     for start in STARTS:
         memory = memory_of(first_rows(start), batches(STEPS), MICRO)
-        objective = Objective.of("persistent", coupling=ALPHA, temperature=TAU, cooling=0.0, pairing="joint")
-        results: list[Any] = [one_step(memory, objective, rank, world, step, exact) for step in range(STEPS)]
+        objective = persistent(start)
+        results: list[Any] = [one_step(memory, objective, rank, world, step, way) for step in range(STEPS)]
         memory.store.finish()
         own = torch.arange(memory.store.first, memory.store.stop)
         found.append([*results, memory.store.rows.dense(own).numpy()])
@@ -197,7 +211,7 @@ def persistent_rows(rank: int, world: int, exact: bool) -> list[list[Any]]:
 
 def by_the_papers_equations(start: str) -> tuple[list[Result], np.ndarray]:
     """Equations 1 to 4 with k != i over the 2 N points; point 2 i + w is view w of sample i."""
-    given, debias = STARTS[start]
+    given, debias, _ = STARTS[start]
     p = np.zeros((2 * N, 2 * N))
     rows = rows_of_all().dense().numpy() if given else np.eye(N)
     for i in range(N):
@@ -212,7 +226,8 @@ def by_the_papers_equations(start: str) -> tuple[list[Result], np.ndarray]:
         u, v = (x.clone().requires_grad_() for x in views(step))
         points = np.concatenate([2 * samples.numpy(), 2 * samples.numpy() + 1])
         x = torch.cat([u, v])
-        logits = (x @ x.T / TAU).masked_fill(torch.eye(2 * BATCH, dtype=torch.bool), -torch.inf)
+        logits = persistent(start).affinity.logits(x, x, 2 * BATCH - 1)
+        logits = (logits / TAU).masked_fill(torch.eye(2 * BATCH, dtype=torch.bool), -torch.inf)
         log_q = torch.log_softmax(logits, 1)
         inside = p[np.ix_(points, points)]
         mass = inside.sum(1, keepdims=True)
@@ -226,9 +241,9 @@ def by_the_papers_equations(start: str) -> tuple[list[Result], np.ndarray]:
     return results, p
 
 
-@pytest.mark.parametrize(("world", "exact"), [(1, True), (2, False), (4, True)])
-def test_persistent_rows_with_joint_pairing_are_the_papers_equations(world: int, exact: bool) -> None:
-    parts = [persistent_rows(0, 1, exact)] if world == 1 else run_ranks(persistent_rows, world, exact)
+@pytest.mark.parametrize(("world", "way"), [(1, "exact"), (2, "gather"), (4, "exact")])
+def test_persistent_rows_with_joint_pairing_are_the_papers_equations(world: int, way: str) -> None:
+    parts = [persistent_rows(0, 1, way)] if world == 1 else run_ranks(persistent_rows, world, way)
     for k, start in enumerate(STARTS):
         expected, rows = by_the_papers_equations(start)
         for step, result in enumerate(expected):
@@ -250,7 +265,7 @@ def test_stored_rows_without_their_own_point_sum_to_one_and_never_hold_it() -> N
     memory = memory_of(rows, batches(3), MICRO)
     objective = Objective.of("persistent", coupling=0.5, temperature=TAU, pairing="joint")
     for step in range(3):
-        one_step(memory, objective, 0, 1, step, True)
+        one_step(memory, objective, 0, 1, step, "exact")
     moved = memory.store.rows
     assert (moved.dense(own).sum(1) - 1).abs().max() < 1e-12
     assert not (moved.columns == own[:, None]).any()

@@ -204,7 +204,6 @@ def test_mistakes_in_files_and_settings(small: list[str], features: Path, tmp_pa
         ([f"field.supervisor={features}"], ["pixels.npz has no row"]),
         (["field.supervisor=neighbors"], ["field.supervisor must be identity, labels, neighbours", "'neighbors'"]),
         (["field.walk=2"], ["field.walk=2", "field.supervisor=neighbours"]),
-        ([*knn, "run.reduction=ring"], ["field.supervisor=neighbours", "run.reduction", "field.delivery=sampled"]),
         ([*knn, "data.on_corrupt=skip"], ["data.on_corrupt=abort", "field.delivery=sampled"]),
         (["field.delivery=sampled", "field.recursion=persistent"], ["field.delivery=sampled", "move at every step"]),
         (["field.supervisor=labels", "field.recursion=persistent"], ["field.supervisor=labels", "as its class"]),

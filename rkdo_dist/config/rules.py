@@ -153,17 +153,11 @@ def _check_supervisor(config: Config) -> None:
                 f"field.delivery=sampled needs one supervisor, but field.objective={field.objective} and "
                 f"field.switch_to={field.switch_to} have different ones: set field.supervisor"
             )
-    elif given not in (None, "identity", "labels"):  # rows of the samples of a batch
-        if config.run.reduction == "ring":
-            raise ConfigError(
-                f"field.supervisor={given}, restricted to the batch, needs run.reduction=exact or fast, got ring: "
-                "or use field.delivery=sampled"
-            )
-        if config.data.on_corrupt == "skip":
-            raise ConfigError(
-                f"field.supervisor={given}, restricted to the batch, needs data.on_corrupt=abort, got skip, since a "
-                "sample that takes another's place may be in the batch twice: or use field.delivery=sampled"
-            )
+    elif given not in (None, "identity", "labels") and config.data.on_corrupt == "skip":
+        raise ConfigError(
+            f"field.supervisor={given}, restricted to the batch, needs data.on_corrupt=abort, got skip, since a sample "
+            "that takes another's place may be in the batch twice: or use field.delivery=sampled"
+        )
     if field.coupling_every > 1 and field.recursion != "persistent":
         raise ConfigError(
             f"field.coupling_every={field.coupling_every} is for rows that live across steps: add "

@@ -177,7 +177,7 @@ class FieldRows:
         block: samples in a block of columns; B if there is one block.
         labels: (B,) integers, for objectives that need them.
         parts: whether `parts` will be asked for.
-        supervisor: see `value_and_gradient`; columns must then come in one block.
+        supervisor: see `value_and_gradient`.
         temperature: whether `temperature_gradient` will be asked for.
         pooled: `Affinity.pool` of the columns of the whole global batch, (V, d) in the views `objective.column_views`.
 

@@ -63,15 +63,16 @@ class Averaged(Strategy):
         """The field loss, formed on all local rows at once."""
         if objective.recursion == "persistent" and objective.pairing == "joint":
             return of_points(self.field(*as_points(lanes, objective), at))
-        if self.persistent is not None and objective.supervisor == "rows":
-            return averaged_field_of_rows(lanes, objective, self.persistent, self.learns_temperature)
+        rows = self.persistent if objective.supervisor == "rows" else None
+        if rows is not None and objective.recursion == "persistent":
+            return averaged_persistent_field(lanes, objective, rows, self.learns_temperature)
         relational = self.relational_for(objective)
         if relational is not None:
             gradients, found = relational.field(lanes, objective, GatheredColumns(), merged=True)
             b, like = sum(len(u) for u, _ in lanes), lanes[0][0].dtype
             gradients = [((u / b).to(like), (v / b).to(like)) for u, v in gradients]
             return LossAndGradient(gradients, {name: x / b for name, x in found.items()})
-        return averaged_field(lanes, objective, self._exchange, labels, self.learns_temperature)
+        return averaged_field(lanes, objective, self._exchange, labels, self.learns_temperature, rows)
 
     def mean(self, sums: Tensor) -> Tensor:
         """Mean of the ranks' means."""
@@ -111,6 +112,7 @@ def averaged_field(
     exchange: str,
     labels: Tensor | None = None,
     temperature: bool = False,
+    rows: PersistentField | None = None,
 ) -> LossAndGradient:
     """Loss and embedding gradients of all local rows at once (collective).
 
@@ -122,6 +124,7 @@ def averaged_field(
         exchange: how columns travel, "gather" or "ring".
         labels: (b,) of this rank's samples, in lane order, for objectives that need them.
         temperature: whether to give the derivative by tau0 too.
+        rows: of all samples, fixed, for an objective whose supervisor is "rows".
 
     Returns:
         `sums` are means over the rank's rows, (1,).
@@ -129,7 +132,8 @@ def averaged_field(
     u, v = (torch.cat([pair[k] for pair in lanes]).requires_grad_() for k in (0, 1))
     loss_of = FieldLoss(objective, exchange=exchange, validate=False)  # ranks agree, and facts tell what is not finite
     tau = u.new_tensor(objective.temperature, dtype=torch.float64).requires_grad_() if temperature else None
-    loss, parts = loss_of(u, v, labels, temperature=tau, parts=True)
+    supervisor = None if rows is None else Restricted.cat(rows.supervisors(lanes, objective))
+    loss, parts = loss_of(u, v, labels, temperature=tau, parts=True, supervisor=supervisor)
     by = (u, v) if tau is None else (u, v, tau)
     du, dv, *slope = torch.autograd.grad(loss, by, materialize_grads=True)
     sizes = [len(pair[0]) for pair in lanes]
@@ -137,33 +141,31 @@ def averaged_field(
     sums = {name: x.detach()[None] for name, x in {"loss": loss, **parts}.items()}
     if slope:
         sums["temperature_slope"] = slope[0][None]
+    if rows is not None:
+        sums |= {name: x.sum()[None] / len(u) for name, x in rows.report(objective).items()}
     if labels is None:
         return LossAndGradient(gradients, sums)
     everyones = group.all_gather_rows(labels)
     return LossAndGradient(gradients, sums, {"ideal": objective.at_ideal(len(everyones), everyones)})
 
 
-def averaged_field_of_rows(
+def averaged_persistent_field(
     lanes: Sequence[Pair], objective: Objective, persistent: PersistentField, temperature: bool = False
 ) -> LossAndGradient:
-    """`averaged_field` with rows of all samples as supervisors; columns are gathered."""
+    """`averaged_field` with persistent rows as supervisors, which then recur; columns are gathered."""
     supervisor = Restricted.cat(persistent.supervisors(lanes, objective))
     u, v = (torch.cat([pair[k] for pair in lanes]) for k in (0, 1))
-    columns, b, both = GatheredColumns(), len(u), objective.column_views == "uv"
-    everyone = columns.gather(torch.stack([u, v]) if both else v[None])
-    of, normaliser = (objective, u, v, everyone[0], everyone[-1], group.rank() * b), None
+    columns, b = GatheredColumns(), len(u)
+    everyone = columns.gather(v[None])[0]
+    of, normaliser = (objective, u, v, everyone, everyone, group.rank() * b), None
     if objective.normaliser == "field":
-        normaliser = field_normaliser(
-            group.all_gather_rows(log_sum(*of)[None]), everyone.shape[1] * len(objective.slices)
-        )
+        normaliser = field_normaliser(group.all_gather_rows(log_sum(*of)[None]), len(everyone))
     result = value_and_gradient(*of, supervisor=supervisor, temperature=temperature, log_normaliser=normaliser)
     assert result.columns_v is not None
-    found = [result.columns_v] if result.columns_u is None else [result.columns_u, result.columns_v]
-    home = columns.send_home(torch.stack(found))
-    rows_u = result.rows_u if result.columns_u is None else result.rows_u + home[0]
-    recurred = {name: x.sum() for name, x in persistent.recur(lanes, everyone[-1], objective).items()}
+    home = columns.send_home(result.columns_v[None])[0]
+    recurred = {name: x.sum() for name, x in persistent.recur(lanes, everyone, objective).items()}
     slope = {} if result.temperature is None else {"temperature_slope": result.temperature}
     sums = {name: (x / b)[None] for name, x in {"loss": result.loss, **result.parts, **recurred, **slope}.items()}
     sizes = [len(pair[0]) for pair in lanes]
-    du, dv = ((x / b).to(u.dtype).split(sizes) for x in (rows_u, result.rows_v + home[-1]))
+    du, dv = ((x / b).to(u.dtype).split(sizes) for x in (result.rows_u, home))
     return LossAndGradient(list(zip(du, dv, strict=True)), sums)

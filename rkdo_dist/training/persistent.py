@@ -116,9 +116,9 @@ class PersistentField:
             What the rows were before, summed over each lane, float64 (lanes,): see `_report`.
         """
         columns, self._moved = columns.to(computing_dtype(columns.dtype)), None
-        reports = [self._report(i, len(columns), objective) for i in range(len(lanes))]
+        report = self.report(objective)
         if objective.recursion != "persistent":
-            return {name: torch.stack([report[name] for report in reports]) for name in reports[0]}
+            return report
         if self._columns == "bank":
             self.store.refresh(self._samples, columns)
         drifts = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in lanes]
@@ -130,8 +130,11 @@ class PersistentField:
             )
             drifts = [drift.sum() for _, drift in moved]
             self._moved = Rows.cat([rows for rows, _ in moved])
-        for report, drift in zip(reports, drifts, strict=True):
-            report["row_drift"] = drift
+        return report | {"row_drift": torch.stack(drifts)}
+
+    def report(self, objective: Objective) -> dict[str, Tensor]:
+        """What the rows of the step are before they move, summed over each lane, float64 (lanes,): see `_report`."""
+        reports = [self._report(i, len(self._samples), objective) for i in range(len(self._rows))]
         return {name: torch.stack([report[name] for report in reports]) for name in reports[0]}
 
     def commit(self) -> None:
