@@ -51,9 +51,8 @@ def objectives() -> list[Objective]:
         for debias in (0.0, 0.3):
             options: dict[str, Any] = {"supervisor": "rows", "pairing": pairing, "debias": debias, "temperature": 0.4}
             made.append(Objective.of("infonce", **options))
-            made += [
-                Objective.of("rkdo", depth=2, coupling=0.3, supervisor_grad=g, **options) for g in ("flow", "stop")
-            ]
+            for gradient in ("flow", "stop") if pairing == "cross" else ("flow",):
+                made.append(Objective.of("rkdo", depth=2, coupling=0.3, supervisor_grad=gradient, **options))
     for affinity in ("gaussian", "student", "clusters"):
         options = {"supervisor": "rows", "affinity": affinity, "debias": 0.2}
         made += [Objective.of("rkdo", depth=2, **options), Objective.of("infonce", pairing="joint", **options)]
