@@ -16,7 +16,7 @@ from tests.ranks import Ranks
 
 EMA = ["train.ema=0.9"]
 BATCH = ["field.recursion=restart", "field.relation_weight=0.3"]
-SCE = ["field.objective=sce", "field.queue=64", *EMA]
+SCE = ["field.objective=sce", "field.queue=64"]
 # Every kind of teacher, view, columns and loss between them.
 RUNS = {
     "sce": SCE,
@@ -141,7 +141,7 @@ def test_weight_0_is_infonce_bit_for_bit_and_so_is_the_time_before_the_start(sma
     ("words", "text"),
     [
         ("field.recursion=restart field.objective=icon", "field.recursion=restart is a form of field.objective=rkdo"),
-        ("field.objective=sce", "field.teacher=ema needs the average of the weights: set train.ema"),
+        ("field.recursion=restart field.teacher=ema views.teacher=weak", "field.teacher=ema needs the average of the"),
         ("field.recursion=restart field.teacher=ema train.ema=0.9", "needs its view: set views.teacher"),
         ("field.objective=sce train.ema=0.9 train.global_batch=96 train.micro_batch=8", "field.queue=4096 must be a"),
         ("field.objective=sce train.ema=0.9 field.queue=128", "multiple of train.global_batch=256"),

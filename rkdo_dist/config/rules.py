@@ -8,6 +8,7 @@ from rkdo_dist.config.sections import (
     ConfigError,
     TrainConfig,
     affinity_of,
+    decay_of,
     relation_of,
     used_objectives,
 )
@@ -49,7 +50,7 @@ def check(config: Config) -> None:
             f"run.resume={run.resume} is run.dir itself: use run.resume=auto to continue it where it is, "
             "or another run.dir to continue it there"
         )
-    if config.evaluate.weights == "ema" and train.ema is None:
+    if config.evaluate.weights == "ema" and decay_of(config) is None:
         raise ConfigError(
             "evaluate.weights=ema needs an average of the weights: train with train.ema, e.g. train.ema=0.99, "
             "or use evaluate.weights=trained"
@@ -261,7 +262,7 @@ def _check_restart(config: Config) -> None:
             f"field.columns=bank takes all samples into the relation, got field.neighbours={relation.neighbours}: "
             "leave it out, or use field.teacher=snapshot, whose neighbours are of all samples"
         )
-    if relation.teacher == "ema" and train.ema is None:
+    if relation.teacher == "ema" and decay_of(config) is None:
         raise ConfigError("field.teacher=ema needs the average of the weights: set train.ema, e.g. train.ema=0.99")
     if not relation.view:
         raise ConfigError(f"field.teacher={relation.teacher} needs its view: set views.teacher=weak, plain or strong")
@@ -332,9 +333,9 @@ def check_strategy(config: Config, zero_stage: int) -> None:
     Raises:
         ConfigError: saying why not.
     """
-    if config.train.ema is not None and zero_stage == 3:
+    if decay_of(config) is not None and zero_stage == 3:
         raise ConfigError(
-            f"train.ema={config.train.ema} keeps whole weights on every rank, which ZeRO stage 3 shards: use stage 1 "
+            f"train.ema={decay_of(config)} keeps whole weights on every rank, which ZeRO stage 3 shards: use stage 1 "
             "or 2, DDP, or leave train.ema out"
         )
     if zero_stage and any(relation_of(config, name) is not None for name in used_objectives(config)):

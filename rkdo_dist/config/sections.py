@@ -304,7 +304,11 @@ class TrainConfig:
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     warmup_epochs: float | None = setting(None, "the same in epochs, instead of train.warmup_steps", least=0)
     ema: float | None = setting(
-        None, "decay of a moving average of the weights, kept beside the trained ones; null: none", least=0, most=1
+        None,
+        "decay of a moving average of the weights, kept beside the trained ones; null: none, or that of the "
+        "objective's teacher (sce, ressl 0.99; co2 0.999)",
+        least=0,
+        most=1,
     )
     early_stop_slope: float | None = setting(
         None, "end the run when the loss falls by less than this per step (paper, 6.2.4)", least=0
@@ -398,8 +402,16 @@ def flatten(config: Config) -> dict[str, Any]:
     """All values by dotted key, in the order of the sections; what is left to the objective is its own value."""
     flat = {f"{s}.{k}": v for s, values in dataclasses.asdict(config).items() for k, v in values.items()}
     views = {x.view for x in (relation_of(config, name) for name in used_objectives(config)) if x is not None}
+    flat["train.ema"] = decay_of(config)
     flat["views.teacher"] = views.pop() if len(views) == 1 else config.views.teacher
     return flat | {f"field.{name}": config.field.value(name) for name in OWN}
+
+
+def decay_of(config: Config) -> float | None:
+    """Decay of the average of the weights: `train.ema`, else that of an objective's own teacher; None: no average."""
+    relations = (relation_of(config, name) for name in used_objectives(config))
+    own = [x.decay for x in relations if x is not None and x.teacher == "ema" and x.decay is not None]
+    return config.train.ema if config.train.ema is not None or not own else own[0]
 
 
 def used_objectives(config: Config) -> list[str]:

@@ -40,6 +40,7 @@ class Relation:
         mutual: whether two neighbours must be that of each other.
         confidence: of a row, which multiplies its weight: "none", "entropy" of its relation, or "agreement" with the
             row before.
+        decay: of the average that the teacher "ema" is, where `train.ema` does not say it; None: it must.
         every: epochs between snapshots.
         momentum, mean: of the memory of snapshots' rows, see `field.relation.remembered`.
     """
@@ -54,6 +55,7 @@ class Relation:
     neighbours: int = 0
     mutual: bool = False
     confidence: str = "none"
+    decay: float | None = None
     every: int = 5
     momentum: float = 0.0
     mean: str = "arithmetic"
@@ -207,7 +209,7 @@ PRESETS: dict[str, Preset] = {
         recursion="restart",
         temperature=0.1,
         fixes_pairing=True,
-        relation=Relation(0.5, teacher="ema", temperature=0.05, view="weak", columns="queue"),
+        relation=Relation(0.5, teacher="ema", temperature=0.05, view="weak", columns="queue", decay=0.99),
     ),
     "ressl": Preset(
         label="ReSSL",
@@ -216,7 +218,7 @@ PRESETS: dict[str, Preset] = {
         recursion="restart",
         temperature=0.1,
         fixes_pairing=True,
-        relation=Relation(1.0, "apart", "ema", 0.04, "weak", "queue"),
+        relation=Relation(1.0, "apart", "ema", 0.04, "weak", "queue", decay=0.99),
     ),
     "co2": Preset(
         label="CO2",
@@ -225,7 +227,7 @@ PRESETS: dict[str, Preset] = {
         recursion="restart",
         temperature=0.07,
         fixes_pairing=True,
-        relation=Relation(10 / 11, "apart", "ema", 0.04, "strong", "queue", 65536),
+        relation=Relation(10 / 11, "apart", "ema", 0.04, "strong", "queue", 65536, decay=0.999),
     ),
     "snapshot": Preset(
         label="SimCLR, snapshots",

@@ -313,6 +313,7 @@ def build(
     views = parts.make_views(config, index)
     encoder = parts.make_encoder(config, backbone=backbone).to(runtime.device)
     encoder.check_image_size(views.size)
+    decay = configuration.decay_of(config)
     return Job(
         config,
         runtime,
@@ -323,7 +324,7 @@ def build(
         encoder,
         parts.make_optimizer(config, encoder),
         views,
-        None if config.train.ema is None else WeightAverage(encoder, config.train.ema),
+        None if decay is None else WeightAverage(encoder, decay),
         make_relational(config, index, runtime.device),
         LearnedTemperature(config) if config.field.learn_temperature else None,
         EarlyStop(config.train.early_stop_slope, config.train.early_stop_window),

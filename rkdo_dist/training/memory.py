@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
@@ -93,7 +94,7 @@ def needed(config: Config, runtime: Runtime, index: ShardIndex, shape: StepShape
     if shape.persistent:
         width = shape.dimension if config.field.value("columns") == "bank" else None
         rows = rows_bytes(index.split(config.data.split).samples, config.field.stored, width, runtime.world)
-    averaged = config.train.ema is not None
+    averaged = configuration.decay_of(config) is not None
     return step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows, averaged)
 
 
