@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -181,11 +182,11 @@ def _parsed(override: str) -> tuple[str, Any]:
     """Key and value of "section.key=value"."""
     key, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"override {override!r} is not of the form {_form(key, text)}")
+        raise ConfigError(f"override {brief(override)} is not of the form {_form(key, text)}")
     try:
         return key.strip(), _bounded(text)
     except _INVALID as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {_reason(error)}") from None
+        raise ConfigError(f"override {brief(override)}: the value is not valid YAML: {_reason(error)}") from None
 
 
 def _form(key: str, value: Any) -> str:
@@ -196,7 +197,7 @@ def _form(key: str, value: Any) -> str:
 def _set(tree: dict[Any, Any], key: str, value: Any) -> None:
     section, dot, name = key.partition(".")
     if not dot or not name:
-        raise ConfigError(f"override {key!r} is not of the form {_form(key, value)}")
+        raise ConfigError(f"override {brief(key)} is not of the form {_form(key, value)}")
     if key in FORMER:
         rename(tree, key, value)
         return
@@ -242,7 +243,7 @@ def _section(section: str, kind: type, values: Any) -> Any:
     if values is None:
         values = {}
     if not isinstance(values, Mapping):
-        raise ConfigError(f"section {section!r} must be a mapping of keys to values, got {values!r}")
+        raise ConfigError(f"section {section!r} must be a mapping of keys to values, got {brief(values)}")
     hints = typing.get_type_hints(kind)
     declared = {item.name: item for item in dataclasses.fields(kind)}
     arguments = {}
@@ -255,7 +256,7 @@ def _section(section: str, kind: type, values: Any) -> Any:
         arguments[name] = _coerce(f"{section}.{name}", hints[name], value)
         choices = declared[name].metadata["choices"]
         if choices is not None and arguments[name] not in choices():
-            raise ConfigError(_unknown(f"value {value!r} for {section}.{name}", str(value), choices()))
+            raise ConfigError(_unknown(f"value {brief(value)} for {section}.{name}", str(value), choices()))
         _check_range(f"{section}.{name}", declared[name].metadata, arguments[name])
     return kind(**arguments)
 
@@ -277,6 +278,16 @@ def _check_range(key: str, bounds: Mapping[str, Any], value: Any) -> None:
             raise ConfigError(f"{key} must be {bounds['within']}, got {number}")
 
 
+def brief(value: Any) -> str:
+    """A value as text of at most 80 characters: what is wrong with it must not fill the screen."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _EXAMPLES = {int: "[1, 2]", float: "[0.5, 1.0]"}
 
 
@@ -284,21 +295,23 @@ def _coerce(key: str, kind: Any, value: Any) -> Any:
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in options:
-            raise ConfigError(_unknown(f"value {value!r} for {key}", str(value), [str(o) for o in options]))
+            raise ConfigError(_unknown(f"value {brief(value)} for {key}", str(value), [str(o) for o in options]))
         return value
     if origin in (types.UnionType, typing.Union):
         several = isinstance(value, list | tuple)
         kinds = [o for o in options if o is not type(None) and (typing.get_origin(o) is tuple) == several]
         kinds = [o for o in kinds if (typing.get_origin(o) is Literal) == isinstance(value, str)] or kinds
         kinds = kinds or [o for o in options if o is not type(None)]
-        return None if value is None else _coerce(key, type(value) if type(value) in kinds else kinds[-1], value)
+        if value is None and type(None) in options:
+            return None
+        return _coerce(key, type(value) if type(value) in kinds else kinds[-1], value)
     if origin is tuple and Ellipsis in options:
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ConfigError(f"{key} needs a list, e.g. {_EXAMPLES.get(options[0], '[name]')}, got {value!r}")
+            raise ConfigError(f"{key} needs a list, e.g. {_EXAMPLES.get(options[0], '[name]')}, got {brief(value)}")
         return tuple(_coerce(key, options[0], item) for item in value)
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(options):
-            raise ConfigError(f"{key} needs a list of {len(options)} numbers, got {value!r}")
+            raise ConfigError(f"{key} needs a list of {len(options)} numbers, got {brief(value)}")
         return tuple(_coerce(key, option, item) for option, item in zip(options, value, strict=True))
     return _scalar(key, kind, value)
 
@@ -309,12 +322,18 @@ def _scalar(key: str, kind: type, value: Any) -> Any:
             return float(value)  # YAML reads 1e-3 as text
         except (TypeError, ValueError):
             pass
+        except OverflowError:
+            raise ConfigError(f"{key} must be a number below 1.8e308, got {brief(value)}") from None
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if kind is int and type(value) is int and not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{key} must be a whole number below 2^63, got {brief(value)}")
+    if kind is str and type(value) is str and _NO_TEXT.search(value):
+        raise ConfigError(f"{key} holds characters that no name or address has: {brief(value)}")
     if type(value) is kind:
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{key} must be {names[kind]}, got {value!r} ({type(value).__name__})")
+    raise ConfigError(f"{key} must be {names[kind]}, got {brief(value)} ({type(value).__name__})")
 
 
 def without_secrets(config: Config) -> Config:

@@ -119,7 +119,7 @@ class FieldConfig:
         None, "how a row and that of a new snapshot are put together; null: the objective's own (arithmetic)"
     )
     teacher_temperature: float | None = setting(
-        None, "temperature of the relation; null: the objective's own (0.05; ressl, co2 0.04)", above=0
+        None, "temperature of the relation; null: the objective's own (0.05; ressl, co2 0.04)", least=1e-4, most=1e4
     )
     neighbours: int | None = setting(
         None,
@@ -138,9 +138,9 @@ class FieldConfig:
         "unit norm; or the chance to share a cluster (embeddings are then logits of encoder.embedding_dim clusters); "
         f"null: the objective's own ({presets.own('affinity')})",
     )
-    sigma: float = setting(presets.SIGMA, "width of field.affinity=gaussian", above=0)
+    sigma: float = setting(presets.SIGMA, "width of field.affinity=gaussian", least=1e-4, most=1e4)
     degrees_of_freedom: float = setting(
-        presets.DEGREES_OF_FREEDOM, "of field.affinity=student: 2 as in t-SimCLR, 1 as in t-SNE", above=0
+        presets.DEGREES_OF_FREEDOM, "of field.affinity=student: 2 as in t-SimCLR, 1 as in t-SNE", least=1e-2, most=1e6
     )
     learned_share: float | None = setting(
         None,
@@ -153,7 +153,7 @@ class FieldConfig:
     )
     stored: int = setting(256, "entries of a persistent row, or of a walk's, that are stored", least=1)
     store: Literal["device", "host"] = setting("device", "where persistent rows are kept", free=True)
-    depth: int = setting(presets.DEPTH, "levels D of the recursion inside a step", "at least 1")
+    depth: int = setting(presets.DEPTH, "levels D of the recursion inside a step", least=1, most=100)
     coupling: float = setting(
         presets.COUPLING, "coupling alpha: how much of the learned row a row takes on", "in [0, 1]"
     )
@@ -166,7 +166,10 @@ class FieldConfig:
         1, "persistent rows move in every K-th epoch alone; in the others q is fitted", least=1
     )
     temperature: float | None = setting(
-        None, f"temperature tau of the softmax; null: the objective's own ({presets.own('temperature')})", "above 0"
+        None,
+        f"temperature tau of the softmax; null: the objective's own ({presets.own('temperature')})",
+        least=1e-4,
+        most=1e4,
     )
     learn_temperature: bool = setting(
         False, f"train tau with the encoder, from field.temperature on and never below {LEAST_TEMPERATURE}"
@@ -217,9 +220,9 @@ class DataConfig:
     shards: str = setting("", "directory or address of shards with index.json: a source of that kind", free=True)
     allow_remote: bool = setting(False, "follow an index on this machine to shards elsewhere", free=True)
     split: str = setting("train", "split to train on")
-    image_size: int | None = setting(None, "side of the square images; null: that of the shards", "at least 1")
-    shuffle_buffer: int = setting(2048, "most samples that are mixed with each other", least=1)
-    workers: int = setting(1, "loader workers of each process", least=0, free=True)
+    image_size: int | None = setting(None, "side of the square images; null: that of the shards", least=1, most=1 << 14)
+    shuffle_buffer: int = setting(2048, "most samples that are mixed with each other", least=1, most=1 << 40)
+    workers: int = setting(1, "loader workers of each process", least=0, most=1024, free=True)
     on_corrupt: Literal["abort", "skip"] = setting(
         "abort", "stop at damaged samples, or replace them, alike on any number of processes, and count them"
     )
@@ -248,8 +251,12 @@ class ViewsConfig:
         "what a teacher (field.teacher) sees: a view like the others, crop and flip alone, or the central square; "
         "null: the objective's own (sce, ressl weak; co2 strong)",
     )
-    mean: float | tuple[float, ...] = setting(0.5, "what is subtracted from pixels in [0, 1], or one for each channel")
-    std: float | tuple[float, ...] = setting(0.5, "what pixels are divided by, or one for each channel", "above 0")
+    mean: float | tuple[float, ...] = setting(
+        0.5, "what is subtracted from pixels in [0, 1], or one for each channel", least=-1000, most=1000
+    )
+    std: float | tuple[float, ...] = setting(
+        0.5, "what pixels are divided by, or one for each channel", least=1e-3, most=1000
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +268,11 @@ class EncoderConfig:
     )
     stem: Literal["imagenet", "cifar"] = setting("imagenet", "a ResNet's first layers, for large or for small images")
     head: Literal["released", "paper"] = setting("released", "projection head, without or with batch norm")
-    embedding_dim: int = setting(64, "width d of the embeddings", "at least 1")
-    head_width: int | None = setting(None, "width of the head's hidden layers (none: the features')", "at least 1")
-    head_depth: int = setting(2, "linear layers of the head", "at least 1")
+    embedding_dim: int = setting(64, "width d of the embeddings", least=1, most=1 << 20)
+    head_width: int | None = setting(
+        None, "width of the head's hidden layers (none: the features')", least=1, most=1 << 20
+    )
+    head_depth: int = setting(2, "linear layers of the head", least=1, most=100)
     weights: str = setting(
         "none", "what the backbone begins with: none, DEFAULT (the library's pretrained), a file, hf://OWNER/NAME"
     )
@@ -276,7 +285,7 @@ class EncoderConfig:
 class TrainConfig:
     """One global batch a step, and how many of them."""
 
-    global_batch: int = setting(256, "samples in a step, whatever the machine", least=2)
+    global_batch: int = setting(256, "samples in a step, whatever the machine", least=2, most=1 << 30)
     micro_batch: int | Literal["auto"] = setting(
         64,
         "samples embedded at a time; a divisor of train.global_batch; auto: the largest whose step fits the memory",
@@ -293,13 +302,15 @@ class TrainConfig:
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = setting(
         "adam", "the optimizer (sgd and lars have momentum 0.9, lars the trust coefficient 0.001)"
     )
-    learning_rate: float = setting(1e-3, "the largest learning rate", above=0)
+    learning_rate: float = setting(1e-3, "the largest learning rate", above=0, most=1000)
     scale_lr: Literal["none", "linear", "sqrt"] = setting(
         "none", "multiply train.learning_rate by train.global_batch / 256, or by its square root"
     )
-    weight_decay: float = setting(1e-5, "weight decay", least=0)
+    weight_decay: float = setting(1e-5, "weight decay", least=0, most=1000)
     decay_norms: bool = setting(True, "weight decay of biases and norms too (never with lars)")
-    clip_gradient: float | None = setting(None, "largest norm of the gradient of all weights; null: any", above=0)
+    clip_gradient: float | None = setting(
+        None, "largest norm of the gradient of all weights; null: any", least=1e-9, most=1e9
+    )
     schedule: Literal["constant", "cosine"] = setting("constant", "of the learning rate; cosine ends at 0")
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     warmup_epochs: float | None = setting(None, "the same in epochs, instead of train.warmup_steps", least=0)
@@ -313,7 +324,7 @@ class TrainConfig:
     early_stop_slope: float | None = setting(
         None, "end the run when the loss falls by less than this per step (paper, 6.2.4)", least=0
     )
-    early_stop_window: int = setting(100, "steps over which that slope is taken", least=3)
+    early_stop_window: int = setting(100, "steps over which that slope is taken", least=3, most=1_000_000)
     checkpoint_every: int | None = setting(None, "steps between checkpoints; null: the last alone", least=1, free=True)
     keep_checkpoints: int = setting(2, "checkpoints that are kept", least=1, free=True)
     evaluate_every: int | None = setting(None, "epochs between evaluations", least=1, free=True)
@@ -378,8 +389,10 @@ class RunConfig:
         "sums in a fixed order, with the same bits on 1, 2, 4, ... processes; in the backend's order; or that with "
         "columns passed around a ring, at most two blocks of them at a time",
     )
-    threads: int = setting(1, "CPU threads of each process; on a CPU the arithmetic depends on it", least=1)
-    timeout: int = setting(1800, "seconds after which a silent process counts as lost", least=1, free=True)
+    threads: int = setting(1, "CPU threads of each process; on a CPU the arithmetic depends on it", least=1, most=4096)
+    timeout: int = setting(
+        1800, "seconds after which a silent process counts as lost", least=1, most=10_000_000, free=True
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
         (), "written beside metrics.jsonl", free=True
     )
