@@ -10,10 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
-import traceback
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import NoReturn
 
 VARIABLE = "RKDO_ADDRESSES"  # whole addresses with blanks between them
@@ -72,8 +69,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(shown(message))
-
-
-def traceback_without_secrets(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    """A `sys.excepthook`: messages in a traceback may quote an address."""
-    print(shown("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr, flush=True)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rkdo_dist import __version__
-from rkdo_dist.addresses import Parser, traceback_without_secrets
+from rkdo_dist.addresses import Parser
 from rkdo_dist.export.commands import output_commands
+from rkdo_dist.faults import OUT_OF_MEMORY, fault, out_of_memory
 from rkdo_dist.frozen.commands import frozen_commands
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ _EXTRAS = {  # that bring a module; all others come with "train"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 lost a peer, 2 a mistake in the request, 75 pre-empted, 130 interrupted."""
     if arguments is None:
-        sys.excepthook = traceback_without_secrets
+        sys.excepthook = fault
         _open_closed_streams()
     options = parsed(list(sys.argv[1:] if arguments is None else arguments))
     from rkdo_dist.diagnostics import logger, show_diagnostics
@@ -68,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         extra = _EXTRAS.get(error.name, "train")
         logger.error("this command needs %s, which is not installed: pip install 'rkdo_dist[%s]'", error.name, extra)
         code = USER_ERROR
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         if os.environ.get("RKDO_TRACEBACK") or not _is_users(error):
             raise
-        logger.error("%s", error)
+        logger.error("%s", OUT_OF_MEMORY if out_of_memory(error) else error)
         code = getattr(error, "exit_code", USER_ERROR)
     if arguments is None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C must not change how a finished command ends
@@ -127,7 +128,7 @@ def _is_users(error: BaseException) -> bool:
     """Whether an error speaks to the user (a message of ours) rather than of a fault in the program."""
     from rkdo_dist.exchange.group import RankError
 
-    return isinstance(error, ValueError | OSError | RankError | ArithmeticError)
+    return isinstance(error, ValueError | OSError | RankError | ArithmeticError) or out_of_memory(error)
 
 
 def _console(stderr: bool = False) -> Console:

@@ -23,6 +23,7 @@ FLOORS = {
     "completion": 0,
     "console": 0,
     "diagnostics": 1,
+    "faults": 1,
     "batch_norm": 3,
     "lars": 0,
     "checkpoint": 3,

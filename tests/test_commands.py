@@ -6,10 +6,13 @@ import argparse
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rkdo_dist import cli
+from tests.conftest import ROOT
+from tests.launching import environment
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -48,3 +51,33 @@ def test_settings_may_stand_between_options() -> None:
     for wrong in (["status", "x", "run.seed=1"], ["train", "a.yaml", "--fast"]):
         with pytest.raises(SystemExit):
             cli.parsed(wrong)
+
+
+def failing(error: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`rkdo status x` with a command that fails."""
+    code = f"from rkdo_dist import cli\ndef fails(options): raise {error}\ncli._status = fails; cli.main()"
+    words = [sys.executable, "-c", code, "status", "x"]
+    return subprocess.run(
+        words, capture_output=True, text=True, env={**environment(), **variables}, cwd=ROOT, timeout=120, check=False
+    )
+
+
+def test_a_fault_is_one_line_and_its_traceback_is_in_a_file(tmp_path: Path) -> None:
+    error = "KeyError('http://user:CANARY@example.org/x')"
+    done = failing(error, TMPDIR=str(tmp_path))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    (file,) = tmp_path.glob("rkdo-fault-*.txt")
+    assert "this is a fault of rkdo, please report it: KeyError" in done.stderr
+    assert str(file) in done.stderr
+    written = file.read_text()
+    assert "in fails" in written
+    assert "CANARY" not in written + done.stderr
+    assert "Traceback" in failing(error, RKDO_TRACEBACK="1").stderr
+
+
+@pytest.mark.parametrize("error", ["MemoryError()", 'RuntimeError("[enforce fail] can\'t allocate memory: 1 TB")'])
+def test_too_little_memory_is_one_line_with_what_to_do(error: str) -> None:
+    done = failing(error)
+    assert done.returncode == 2
+    assert "out of memory: lower train.micro_batch" in done.stderr
