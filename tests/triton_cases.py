@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 
+from rkdo_dist.field.affinity import Clusters, Gaussian, Student
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.field.tiled import value_and_gradient
 from rkdo_dist.field.triton_kernels import TritonKernel
@@ -22,6 +23,9 @@ OBJECTIVES = [
     Objective.rkdo(5, (0.0, 1.0, 0.2, 0.5, 0.0), 0.2, 0.5, "joint"),
     Objective.rkdo(2, 1.0, 0.01),
     Objective.rkdo(2, 0.0, 3.0),
+    Objective.rkdo(affinity=Student(2.0), pairing="joint"),
+    Objective.rkdo(affinity=Gaussian(0.3)),
+    Objective.rkdo(affinity=Clusters(0.1), symmetric=True),
 ]
 
 

@@ -7,8 +7,8 @@
   clusters, S the sum of phi over all columns, N the columns that take part (I-Con, Alshammari et al. 2025).
 
 A field is never stored, so l is computed from an inner product x of lifted rows and columns, which matrix products
-make: `lift_rows`, `lift_columns`. Where l is another function of x than a multiple, `link` turns a strip of x into
-logits, and the gradient goes back through its slope. Lifts go back by autograd.
+make: `lift_rows`, `lift_columns`. Where l is another function of x than x itself, `link` turns a strip of x into
+logits, and the gradient goes back through its slope. The way back through the lifts needs the lifted numbers alone.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class Affinity:
     Attributes:
         name: by which it is chosen.
         unit_norm: whether embeddings must have unit norm; l is then bounded.
+        lifts: whether rows and columns are anything else than the embeddings.
         links: whether l is another function of the lifted inner product than that product itself.
         pools: whether the gradient passes through what `pool` sums over all columns.
     """
 
     name: ClassVar[str]
     unit_norm: ClassVar[bool] = False
+    lifts: ClassVar[bool] = True
     links: ClassVar[bool] = False
     pools: ClassVar[bool] = False
 
@@ -55,6 +57,17 @@ class Affinity:
     def lift_columns(self, x: Tensor, pooled: Tensor | None, views: Sequence[int]) -> Tensor:
         """(n, d) to (n, d'), of columns from these of the views that are pooled."""
         return x
+
+    def rows_back(self, lifted: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient with respect to the rows (r, d), from that with respect to the lifted ones (r, d')."""
+        raise NotImplementedError
+
+    def columns_back(
+        self, lifted: Tensor, gradient: Tensor, home: Tensor, pooled: Tensor | None, views: Sequence[int]
+    ) -> Tensor | None:
+        """Add to the columns' gradient `home` (n, d), from that with respect to the lifted ones (n, d'). Both of these
+        are used up. Returns the gradient with respect to the pool of these views (d,), where it `pools`."""
+        raise NotImplementedError
 
     def link(self, x: Tensor, logits: Tensor, taking_part: int, factor: float) -> None:
         """logits (r, n) <- factor l(x) = factor `slope` log(y), where y takes the place of x: dl / dx = slope / y."""
@@ -81,6 +94,7 @@ class Cosine(Affinity):
 
     name = "cosine"
     unit_norm = True
+    lifts = False
 
 
 class _OfDistance(Affinity):
@@ -97,13 +111,25 @@ class _OfDistance(Affinity):
 
     def lift_rows(self, x: Tensor, pooled: Tensor | None) -> Tensor:
         """See `Affinity`: [a, 1, |a|^2] times the factor."""
-        x, squares = _centred(x, pooled)
-        return torch.cat([x, torch.ones_like(squares), squares], 1) * self.factor
+        lifted = _with_square(x, pooled, at=1)
+        return lifted.mul_(self.factor)
 
     def lift_columns(self, x: Tensor, pooled: Tensor | None, views: Sequence[int]) -> Tensor:
         """See `Affinity`: [-2 b, |b|^2, 1]."""
-        x, squares = _centred(x, pooled)
-        return torch.cat([-2 * x, squares, torch.ones_like(squares)], 1)
+        lifted = _with_square(x, pooled, at=0)
+        lifted[:, :-2].mul_(-2)
+        return lifted
+
+    def rows_back(self, lifted: Tensor, gradient: Tensor) -> Tensor:
+        """See `Affinity`."""
+        return torch.addcmul(gradient[:, :-2] * self.factor, lifted[:, :-2], gradient[:, -1:], value=2)
+
+    def columns_back(
+        self, lifted: Tensor, gradient: Tensor, home: Tensor, pooled: Tensor | None, views: Sequence[int]
+    ) -> Tensor | None:
+        """See `Affinity`."""
+        home.add_(gradient[:, :-2], alpha=-2).addcmul_(lifted[:, :-2], gradient[:, -2:-1], value=-1)
+        return None
 
 
 @dataclass(frozen=True)
@@ -199,8 +225,21 @@ class Clusters(Affinity):
 
     def lift_columns(self, x: Tensor, pooled: Tensor | None, views: Sequence[int]) -> Tensor:
         """See `Affinity`: phi / S."""
-        assert pooled is not None
-        return x.softmax(1) / pooled[list(views)].sum(0)
+        return x.softmax(1).div_(_sizes(pooled, views))
+
+    def rows_back(self, lifted: Tensor, gradient: Tensor) -> Tensor:
+        """See `Affinity`: of softmax."""
+        product = lifted * gradient
+        share = product.sum(1, keepdim=True) / max(1 - self.share, torch.finfo(lifted.dtype).tiny)
+        return product.addcmul_(lifted, share, value=-1)
+
+    def columns_back(
+        self, lifted: Tensor, gradient: Tensor, home: Tensor, pooled: Tensor | None, views: Sequence[int]
+    ) -> Tensor | None:
+        """See `Affinity`: of softmax and of the division by S."""
+        sizes, product = _sizes(pooled, views), gradient.mul_(lifted)
+        home.add_(product).addcmul_(lifted.mul_(sizes), product.sum(1, keepdim=True), value=-1)
+        return product.sum(0) / -sizes
 
     def link(self, x: Tensor, logits: Tensor, taking_part: int, factor: float) -> None:
         """See `Affinity`: y = x + s / N. Without a share, chances that are 0 or nearly so count as a very small one."""
@@ -219,11 +258,19 @@ def pulled_back(lift: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -
         return torch.autograd.grad(lift(leaf), leaf, gradient)[0]
 
 
-def _centred(x: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x without the mean of all columns, and its squared norms (n, 1)."""
+def _with_square(x: Tensor, pooled: Tensor | None, at: int) -> Tensor:
+    """x without the mean of all columns, with its squared norm and 1 beside it (n, d + 2); the square is there `at`."""
     assert pooled is not None
-    x = x - pooled.detach().sum(0)
-    return x, (x * x).sum(1, keepdim=True)
+    lifted = x.new_ones(len(x), x.shape[1] + 2)
+    centred = torch.sub(x, pooled.sum(0), out=lifted[:, :-2])
+    torch.sum(centred.square(), 1, out=lifted[:, x.shape[1] + at])
+    return lifted
+
+
+def _sizes(pooled: Tensor | None, views: Sequence[int]) -> Tensor:
+    """Sizes of the clusters in these views (C,)."""
+    assert pooled is not None
+    return pooled[list(views)].sum(0)
 
 
 def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:

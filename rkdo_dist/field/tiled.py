@@ -103,6 +103,7 @@ def value_and_gradient(
             )
         found = torch.zeros_like(columns)
         field.fused(columns, found)
+        field.release()
         if field.pooled_gradient is not None:
             add_through_pool(objective, columns, field.pooled_gradient, found)
         home = dict(zip(objective.column_views, found.unbind(), strict=True))
@@ -182,6 +183,7 @@ class FieldRows:
         pooled: `Affinity.pool` of the columns of the whole global batch, (V, d) in the views `objective.column_views`.
 
     Attributes:
+        gradients: of `loss` with respect to the rows, by view, (b, d) in the computing dtype.
         pooled_gradient: of `loss` with respect to `pooled`, if a gradient passes there; `add_through_pool` uses it up.
         walks: the walks before `differentiate`.
 
@@ -209,14 +211,13 @@ class FieldRows:
             raise ValueError(f"objective {objective.name} needs labels")
         self.objective, self._b, self._first_row, self._block = objective, b, first_row, block
         dtype, device = computing_dtype(rows["u"].dtype), rows["u"].device
-        self._embeddings = {name: x.to(dtype) for name, x in rows.items()}
+        self._rows = {name: x.to(dtype) for name, x in rows.items()}
         self._affinity, self._pooled = objective.affinity, pooled
-        self._rows = {name: self._affinity.lift_rows(x, pooled) for name, x in self._embeddings.items()}
         self._taking_part = objective.column_count(batch)
         self._supervisor = _supervisor(objective, first_row, b, batch, labels, dtype, device, supervisor)
         self._dtype, self._device = dtype, device
         self._sums = self._no_sums()
-        self._gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
+        self.gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
         self.pooled_gradient = torch.zeros_like(pooled) if pooled is not None and self._affinity.pools else None
         self._by_temperature = torch.zeros((), dtype=torch.float64, device=device) if temperature else None
         self._width = block * len(objective.slices[0].columns)
@@ -226,7 +227,8 @@ class FieldRows:
             shape = self._strip_rows, self._width
             self._kernel = _recursive_kernel(objective, self._supervisor, shape, dtype, device, parts)
         else:
-            self._strip_rows = self._panel_rows  # works in the panel, without buffers
+            # works in the panel, without buffers; logits of a link have one of their own
+            self._strip_rows = -(-self._panel_rows // (4 if self._affinity.links else 1))
             self._kernel = FixedKernel(objective, self._supervisor, self._taking_part, dtype)
         self.walks: Sequence[Walk] = self._kernel.walks
 
@@ -278,21 +280,10 @@ class FieldRows:
             else:
                 view = self.objective.column_views.index(piece.columns)
                 flat, flat_home = columns[view], None if home is None else home[view]
-            if self._affinity.unit_norm:
-                self._visit(piece, sums, walk, flat, first_column, flat_home)
-            else:
+            if self._affinity.lifts:
                 self._visit_lifted(piece, sums, walk, flat, first_column, flat_home)
-
-    @property
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients of `loss` with respect to the rows, by view, (b, d) in the computing dtype."""
-        if self._affinity.unit_norm:
-            return self._gradients
-        embeddings, pooled = self._embeddings, self._pooled
-        return {
-            name: pulled_back(lambda x: self._affinity.lift_rows(x, pooled), embeddings[name], gradient)
-            for name, gradient in self._gradients.items()
-        }
+            else:
+                self._visit(piece, sums, walk, flat, first_column, flat_home)
 
     def release(self) -> None:
         """Release the workspace of the visits; a further visit allocates it again."""
@@ -312,54 +303,47 @@ class FieldRows:
 
     def clear_gradients(self) -> None:
         """Forget `gradients`, before "differentiate" visits begin again."""
-        for gradient in self._gradients.values():
+        for gradient in self.gradients.values():
             gradient.zero_()
         for total in (self.pooled_gradient, self._by_temperature):
             if total is not None:
                 total.zero_()
 
     def temperature_gradient(self) -> Tensor:
-        """Derivative of `loss` with respect to tau0, float64 scalar: the loss depends on l / tau0 alone, and without a
-        link on rows / tau0."""
-        if self._affinity.links:
+        """Derivative of `loss` with respect to tau0, float64 scalar: the loss depends on l / tau0 alone, of the cosine
+        on rows / tau0."""
+        if self._affinity.lifts:
             assert self._by_temperature is not None
             return self._by_temperature / -self.objective.temperature
-        inner = [(self._rows[name] * g).sum(dtype=torch.float64) for name, g in self._gradients.items()]
+        inner = [(self._rows[name] * g).sum(dtype=torch.float64) for name, g in self.gradients.items()]
         return torch.stack(inner).sum() / -self.objective.temperature
 
     def _visit_lifted(
         self, piece: Slice, sums: RowSums, walk: Walk, columns: Tensor, first_column: int, home: Tensor | None
     ) -> None:
         """`_visit` with the columns' lift before it, and the way back through the lift after it."""
-        assert self._pooled is not None
         views = [self.objective.column_views.index(name) for name in piece.columns]
-        if home is None:
-            lifted = self._affinity.lift_columns(columns, self._pooled, views)
-            self._visit(piece, sums, walk, lifted, first_column, None)
-            return
-        with torch.enable_grad():
-            leaf, pool = columns.detach().requires_grad_(), self._pooled.detach().requires_grad_(self._affinity.pools)
-            lifted = self._affinity.lift_columns(leaf, pool, views)
-        gradient = torch.zeros_like(lifted)
-        self._visit(piece, sums, walk, lifted.detach(), first_column, gradient)
-        if self.pooled_gradient is None:
-            home += torch.autograd.grad(lifted, leaf, gradient)[0]
-        else:
-            by_columns, by_pool = torch.autograd.grad(lifted, (leaf, pool), gradient)
-            home += by_columns
-            self.pooled_gradient += by_pool
+        lifted = self._affinity.lift_columns(columns, self._pooled, views)
+        gradient = None if home is None else torch.zeros_like(lifted)
+        self._visit(piece, sums, walk, lifted, first_column, gradient)
+        if home is not None and gradient is not None:
+            by_pool = self._affinity.columns_back(lifted, gradient, home, self._pooled, views)
+            if self.pooled_gradient is not None and by_pool is not None:
+                self.pooled_gradient[views] += by_pool
 
     def _visit(
         self, piece: Slice, sums: RowSums, walk: Walk, columns: Tensor, first_column: int, home: Tensor | None
     ) -> None:
         """One visit by lifted columns; `home` gets the gradient with respect to them."""
-        rows, affinity, scale = self._rows[piece.rows], self._affinity, self._kernel.scale
+        affinity, scale = self._affinity, self._kernel.scale
+        rows, gradients = self._rows[piece.rows], self.gradients[piece.rows]
+        by_temperature = self._by_temperature if home is not None and affinity.lifts else None
         workspace = rows.new_empty(self._panel_rows, self._width)
         logits = rows.new_empty(self._strip_rows, self._width) if affinity.links else workspace
         for start in range(0, self._b, self._panel_rows):
             stop = min(start + self._panel_rows, self._b)
-            mine = rows[start:stop] if affinity.links else rows[start:stop] * scale
-            panel = torch.mm(mine, columns.T, out=workspace[: stop - start])
+            mine = affinity.lift_rows(rows[start:stop], self._pooled)
+            panel = torch.mm(mine if affinity.links else mine * scale, columns.T, out=workspace[: stop - start])
             for first in range(start, stop, self._strip_rows):
                 last = min(first + self._strip_rows, stop)
                 place = Place(piece, first, self._first_row + first - first_column, first_column, self._block)
@@ -367,7 +351,7 @@ class FieldRows:
                 if not affinity.links:
                     walk(strip, sums.rows(first, last), place)
                     continue
-                part, by_temperature = logits[: last - first], self._by_temperature if home is not None else None
+                part = logits[: last - first]
                 affinity.link(strip, part, self._taking_part, scale)
                 before = None if by_temperature is None else part.clone()
                 walk(part, sums.rows(first, last), place)
@@ -375,10 +359,17 @@ class FieldRows:
                     by_temperature.add_(before.mul_(part).sum(dtype=torch.float64), alpha=piece.weight)
                 if home is not None:
                     torch.div(part, strip, out=strip)
-            if home is not None:
-                factor = piece.weight * scale * affinity.slope
-                self._gradients[piece.rows][start:stop].addmm_(panel, columns, alpha=factor)
-                home.addmm_(panel.T, rows[start:stop], alpha=factor)
+            if home is None:
+                continue
+            factor = piece.weight * scale * affinity.slope
+            if affinity.lifts:
+                found = torch.mm(panel, columns).mul_(factor)
+                if by_temperature is not None and not affinity.links:
+                    by_temperature.add_((mine * found).sum(dtype=torch.float64))
+                gradients[start:stop] += affinity.rows_back(mine, found)
+            else:
+                gradients[start:stop].addmm_(panel, columns, alpha=factor)
+            home.addmm_(panel.T, mine, alpha=factor)
 
     def _at_uniform(self) -> Tensor:
         """Sum of the row losses if every learned row were uniform: log N - H(p(t)), summed over levels."""
