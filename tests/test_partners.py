@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from rkdo_dist.data import samples
 from rkdo_dist.data.index import DataError, ShardIndex, load_index
 from rkdo_dist.data.order import partner_draws, rank_lanes
-from rkdo_dist.data.partners import Partners
+from rkdo_dist.data.partners import Partners, require_random_access
 from rkdo_dist.data.prepare import prepare
+from rkdo_dist.data.remote import Address
 from rkdo_dist.data.source import open_source
 from rkdo_dist.data.stream import Batch, lane_stream
 from tests.pictures import image_folder
@@ -136,3 +138,10 @@ def test_few_shards_are_open_at_once(index: ShardIndex, monkeypatch: pytest.Monk
     assert both(read(index)) == want
     assert most == 2
     assert all(x._descriptor == -1 for x in opened)  # type: ignore[attr-defined]  # and all are closed in the end
+
+
+def test_shards_that_lie_elsewhere_are_refused(index: ShardIndex) -> None:
+    require_random_access(index)
+    elsewhere = replace(index, address=Address("https://example.org/digits/index.json"))
+    with pytest.raises(DataError, match=r"field.delivery=sampled.*https://example.org/digits.*copy them"):
+        require_random_access(elsewhere)

@@ -124,6 +124,16 @@ def test_rkdo_without_recursion_is_infonce(small: list[str]) -> None:
     assert fingerprint(none, 6) == fingerprint(infonce, 6)
 
 
+def test_labels_supervise_any_objective(small: list[str]) -> None:
+    run = run_of(small)
+    supcon = trained(small, "field.objective=supcon")
+    own = ["field.objective=infonce", "field.supervisor=labels", "field.pairing=joint", "field.temperature=0.1"]
+    assert fingerprint(trained(small, *own, f"run.dir={run}-own"), 6) == fingerprint(supcon, 6)
+    rkdo = trained(small, "field.supervisor=labels", "field.debias=0.1", f"run.dir={run}-rkdo")
+    assert metrics(rkdo)[0]["loss"] != metrics(supcon)[0]["loss"]
+    assert metrics(rkdo)[0]["kl_3"] > 0
+
+
 def test_given_features_are_matched_by_key(small: list[str], features: Path, digits: Path) -> None:
     """The rows in the checkpoint are even over a sample and those nearest to its own pixels."""
     run = trained(small, f"field.features={features}", "field.supervisor=neighbours", "field.neighbours=4")

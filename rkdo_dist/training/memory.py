@@ -19,7 +19,7 @@ from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.training.persistent import rows_bytes
+from rkdo_dist.training.persistent import of_points, rows_bytes
 from rkdo_dist.training.shape import StepShape
 
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
@@ -93,7 +93,8 @@ def needed(config: Config, runtime: Runtime, index: ShardIndex, shape: StepShape
     size, rows = parts.make_views(config, index).size, 0
     if shape.persistent:
         width = shape.dimension if config.field.value("columns") == "bank" else None
-        rows = rows_bytes(index.split(config.data.split).samples, config.field.stored, width, runtime.world)
+        samples = index.split(config.data.split).samples * (2 if of_points(config) else 1)
+        rows = rows_bytes(samples, config.field.stored, width, runtime.world)
     averaged = configuration.decay_of(config) is not None
     return step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows, averaged)
 
