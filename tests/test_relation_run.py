@@ -6,11 +6,13 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.measure.flops import StepFlops, step_flops
+from rkdo_dist.training.relation import Queue
 from tests.jobs import command, metrics, on_ranks, rank_command, run_of, steps, wait_for
 from tests.ranks import Ranks
 
@@ -82,6 +84,17 @@ def test_the_queue_holds_the_keys_of_the_last_steps(small: list[str]) -> None:
     assert last["keys"].norm(dim=1).sub(1).abs().max() < 1e-5
     entropies = [record["relation_entropy"] for record in metrics(run_of(arguments))]
     assert max(entropies[1:]) > entropies[0]  # more keys to be related to
+
+
+def test_a_step_that_is_skipped_leaves_no_key() -> None:
+    queue, ids = Queue(4, 1, torch.device("cpu")), torch.arange(2)
+    for value, moved in ((1.0, True), (2.0, False), (3.0, True), (4.0, False), (5.0, True)):
+        filled = queue.put(torch.full((2, 1), value), ids, ids)
+        assert filled == (2 if value == 1 else 4)
+        if moved:
+            queue.advance(2)
+    assert queue.keys[:, 0].tolist() == [5, 5, 3, 3]
+    assert (queue.place, queue.filled) == (2, 4)
 
 
 def test_killed_runs_continue_bit_for_bit_on_other_numbers_of_processes(small: list[str]) -> None:
@@ -182,7 +195,7 @@ def test_a_checkpoint_without_the_queue_is_refused(small: list[str]) -> None:
 
 
 def test_a_report_shows_what_the_relation_was(small: list[str]) -> None:
-    code, text = command([*small, *SCE, "evaluate.at_end=true"])
+    code, text = command([*small, *SCE])
     assert code == 0, text
     run = run_of(small)
     code, text = command(["report", str(run), "--out", f"{run}.html"])
