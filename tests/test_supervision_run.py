@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from rkdo_dist.data.errors import DataError
+from rkdo_dist.data.given import read_rows
 from rkdo_dist.data.index import load_index
 from rkdo_dist.data.shards import keys_of, labels_of
 from rkdo_dist.data.stream import evaluation_stream
@@ -173,6 +176,18 @@ def test_rows_of_a_file_by_key_and_by_position(small: list[str], digits: Path, t
     second = trained(small, f"field.supervisor={by_key}", "field.objective=rkdo", f"run.dir={run}-keys")
     assert fingerprint(first, 6) == fingerprint(second, 6)
     assert metrics(first)[0]["row_mass"] < 1
+
+
+def test_rows_of_a_parquet_file(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = {"row": ["a", "b", "a"], "column": ["a", "b", "b"], "p": [0.75, 1.0, 0.25]}
+    parquet.write_table(sys.modules["pyarrow"].table(table), tmp_path / "rows.parquet")
+    rows = read_rows(tmp_path / "rows.parquet", 2, lambda: ["a", "b"])
+    assert rows.dense().tolist() == [[0.75, 0.25], [0, 1]]
+    (tmp_path / "text.parquet").write_text("no table")
+    for name, reason in (("text", "magic|minimum|footer"), ("none", "no such file")):
+        with pytest.raises(DataError, match=rf"{name}.parquet cannot be read as a .parquet file: .*({reason})"):
+            read_rows(tmp_path / f"{name}.parquet", 2, list)
 
 
 @pytest.mark.parametrize(("change", "words"), [

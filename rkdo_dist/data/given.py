@@ -134,7 +134,8 @@ def _columns(path: Path, names: Sequence[str]) -> list[np.ndarray]:
             if not missing:
                 return [np.asarray(table[name].to_pylist()) for name in names]
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path} cannot be read as a .parquet file: {error}") from error
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise DataError(f"{path} cannot be read as a .parquet file: {reason}") from error
     elif path.suffix == ".npz":
         with _opened(path) as file:
             missing = [name for name in names if name not in file.files]
