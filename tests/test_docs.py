@@ -81,3 +81,13 @@ def test_settings_that_the_pages_name_exist() -> None:
         if name not in known and not name.endswith((".py", ".md"))
     }
     assert not found
+
+
+def test_the_tests_of_promises_exist_and_run_as_often_as_the_page_says() -> None:
+    rows = re.findall(r"`tests/(\w+\.py)::(\w+)` \| every (change|night)", (ROOT / "docs" / "promises.md").read_text())
+    assert len(rows) > 20
+    for file, name, often in rows:
+        found = re.search(rf"((?:^@.*\n(?:^[ )].*\n)*)*)^def {name}\(", (ROOT / "tests" / file).read_text(), flags=re.M)
+        assert found, f"{file}::{name}"
+        decorated = [line for line in found[1].splitlines() if line.startswith("@pytest.mark.nightly")]
+        assert bool(decorated) == (often == "night"), f"{file}::{name}"
