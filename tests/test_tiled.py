@@ -204,13 +204,14 @@ class _LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("pairing", ["cross", "joint"])
-def test_no_tensor_grows_with_the_square_of_the_batch(pairing: str) -> None:
+@pytest.mark.parametrize("affinity", ["cosine", "gaussian", "student", "clusters"])
+def test_no_tensor_grows_with_the_square_of_the_batch(pairing: str, affinity: str) -> None:
     largest = {}
     patch = with_tiles(1 << 16, 1 << 13, 8)
     for batch in (128, 512):
         u, v = (x.float() for x in fields.embeddings(batch, 8))
         with _LargestTensor() as mode:
-            value_and_gradient(Objective.rkdo(pairing=pairing), u, v, u, v, 0)
+            value_and_gradient(Objective.rkdo(pairing=pairing, affinity=affinity), u, v, u, v, 0)
         largest[batch] = mode.elements
     patch.undo()
     assert largest[512] <= 512**2 / 8
