@@ -37,7 +37,7 @@ def agree(facts: dict[str, Any]) -> None:
         if odd:
             raise group.RankError(
                 f"ranks disagree on {name}: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}{_others(odd)}; "
-                "start all ranks with the same code, configuration and shards"
+                "start all ranks with the same code, configuration and shards, on machines of one kind"
             )
 
 

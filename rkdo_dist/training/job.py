@@ -54,6 +54,7 @@ class Job:
         relational: what a recursion with restart keeps, if it is of that kind.
         temperature: with `field.learn_temperature`.
         launch_before: strategy, precision and reduction of the checkpoint continued from; this launch's if none.
+        arithmetic_before: its `ranks.arithmetic`; empty if none.
         loss_scale: state of the loss scale in that checkpoint.
         position: steps done. With the configuration it is all that is needed to continue.
         saved: position of the newest checkpoint.
@@ -77,6 +78,7 @@ class Job:
     temperature: LearnedTemperature | None
     early_stop: EarlyStop
     launch_before: dict[str, str]
+    arithmetic_before: dict[str, str] = dataclasses.field(default_factory=dict)
     loss_scale: dict[str, float] = dataclasses.field(default_factory=dict)
     position: int = 0
     saved: int = 0

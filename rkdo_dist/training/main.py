@@ -24,6 +24,7 @@ from rkdo_dist.evaluate.probes import check_probes
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree, code_digest
+from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.signals import Stopped, StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory, RunError, read_object
@@ -165,6 +166,9 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
     plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     group.together(lambda: check_probes(config, index), "looking at evaluate.probes")
     agree(job.facts())
+    numbers = arithmetic(rt.device)
+    if rt.reduction == "exact":
+        agree(numbers)  # ranks apply the same update, each by its own arithmetic
     if config.encoder.weights != "none" or is_code(config.encoder.backbone):
         # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.
         agree({"the encoder's weights (digest)": job.encoder.digest()})
@@ -182,6 +186,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
             "world_size": rt.world,
             "device": str(rt.device),
             **rt.launch,
+            "arithmetic": numbers,
             "threads": config.run.threads,
             "image_size": job.views.size,
             "peak_learning_rate": config.train.peak_rate,
@@ -234,6 +239,12 @@ def _remarks(job: Job, plan: EvaluationPlan, config: Config) -> list[str]:
         lines.append(
             f"{rt.strategy} (DeepSpeed) sums gradients in its own order, so run.reduction={rt.reduction} is in effect: "
             "bits depend on the number of processes"
+        )
+    numbers = arithmetic(rt.device)
+    other = ", ".join(f"{k}: {v} -> {numbers.get(k)}" for k, v in job.arithmetic_before.items() if numbers.get(k) != v)
+    if other:
+        lines.append(
+            f"the checkpoint was made by other arithmetic ({other}): the run goes on, but not with the same bits"
         )
     changed = ", ".join(f"{key}: {before[key]} -> {now}" for key, now in rt.launch.items() if before[key] != now)
     if changed:

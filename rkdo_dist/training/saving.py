@@ -14,6 +14,7 @@ from rkdo_dist.diagnostics import logger
 from rkdo_dist.evaluate import probes
 from rkdo_dist.evaluate.evaluation import evaluate_encoder
 from rkdo_dist.exchange import group
+from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training.job import Job
@@ -55,6 +56,7 @@ def save(job: Job, journal: Journal) -> bool:
             **({} if job.snapshots is None else {"snapshots": job.snapshots.state()}),
             "loss_scale": state.loss_scale,
             "launch": job.runtime.launch,
+            "arithmetic": arithmetic(job.runtime.device),
         }
         checkpoint.commit(building, state.model, state.optimizer, extra, keep=job.config.train.keep_checkpoints)
         job.run.saved(job.position)
@@ -93,6 +95,7 @@ def restore(job: Job) -> None:
     if job.snapshots is not None:
         job.snapshots.restore(found.extra.get("snapshots", {}))
     job.loss_scale = found.extra.get("loss_scale", {})
+    job.arithmetic_before = found.extra.get("arithmetic", {})
     job.launch_before = found.extra.get("launch", job.runtime.launch)
 
 
