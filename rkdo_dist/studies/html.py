@@ -94,7 +94,7 @@ def write(path: Path, title: str, *children: Element | None) -> Path:
 
 
 _STYLE = """
-:root { --ink: #1d2326; --soft: #5b6468; --line: #d9dee0; --accent: #1f6f8b; --bad: #c8553d; --good: #6a8d2f; }
+:root { color-scheme: light; --ink: #1d2326; --soft: #5b6468; --line: #d9dee0; --accent: #1f6f8b; --bad: #c8553d; --good: #6a8d2f; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 "Source Sans 3", "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
@@ -116,6 +116,8 @@ thead th { border-bottom: 2px solid var(--ink); font-weight: 600; }
 tbody th { font-weight: 400; }
 figure { margin: 1.2rem 0 1.8rem; }
 figure img { max-width: 100%; height: auto; display: block; }
+@media (max-width: 44rem) { main { padding: 1.2rem .9rem 3rem; } figure .wide img { max-width: none; width: 42rem; } }
+@media print { .wide { overflow: visible; } figure, table { break-inside: avoid; } details > * { display: block; } }
 figcaption { margin-top: .4rem; }
 details summary { cursor: pointer; color: var(--accent); margin: .8rem 0; }
 .text th, .text td { text-align: left; }

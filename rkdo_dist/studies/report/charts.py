@@ -29,7 +29,7 @@ def loss_chart(groups: Sequence[Group]) -> Any | None:
     whole_numbers(own, share)
     own.set(title="Own loss, epoch means (dotted: untrained)", xlabel="step")
     share.set(title="Attained share: untrained 0 %, ideal 100 %", xlabel="step")
-    share.yaxis.set_major_formatter(pyplot().matplotlib.ticker.PercentFormatter(1))
+    share.yaxis.set_major_formatter(pyplot().matplotlib.ticker.PercentFormatter(1, decimals=0))
     legend_below(figure)
     return figure
 

@@ -184,7 +184,8 @@ def _curves(report: _Report) -> Element | None:
     losses, scores = charts.loss_chart(report.groups), charts.score_chart(report.groups)
     if losses is None:
         return None
-    band = "Lines: mean over seeds. Bands: one standard deviation."
+    several = any(len(group.runs) > 1 for group in report.groups)
+    band = "Lines: mean over seeds. Bands: one standard deviation." if several else "One seed: no spread is known."
     drawn = [_picture(losses, "Loss curves", f"Training. Left: values of different functions. {band}")]
     probes = charts.probe_chart(report.groups)
     if probes is not None:
