@@ -94,7 +94,8 @@ def write(path: Path, title: str, *children: Element | None) -> Path:
 
 
 _STYLE = """
-:root { color-scheme: light; --ink: #1d2326; --soft: #5b6468; --line: #d9dee0; --accent: #1f6f8b; --bad: #c8553d; --good: #6a8d2f; }
+:root { color-scheme: light;
+  --ink: #1d2326; --soft: #5b6468; --line: #d9dee0; --accent: #1f6f8b; --bad: #c8553d; --good: #6a8d2f; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 "Source Sans 3", "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
