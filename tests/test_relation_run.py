@@ -160,7 +160,7 @@ def test_weight_0_is_infonce_bit_for_bit_and_so_is_the_time_before_the_start(sma
         ("field.objective=sce train.ema=0.9 field.queue=128", "multiple of train.global_batch=256"),
         ("field.recursion=restart field.relation_weight=1", "field.relation_weight=1 leaves nothing for the other"),
         ("field.recursion=restart field.relation_weight=1.2", "field.relation_weight must be at least 0 and at most 1"),
-        ("field.recursion=restart field.teacher_temperature=0", "field.teacher_temperature must be above 0"),
+        ("field.recursion=restart field.teacher_temperature=0", "field.teacher_temperature must be at least 0.0001"),
         ("field.recursion=restart field.mutual=true", "field.mutual=true needs field.neighbours above 0"),
         ("field.recursion=restart field.columns=bank field.neighbours=5", "field.columns=bank takes all samples"),
         ("field.recursion=restart field.pairing=joint", "needs field.pairing=cross, got joint"),
