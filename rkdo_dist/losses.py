@@ -14,6 +14,7 @@ scales them and sends the columns' share home. On a ring, forward makes the walk
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 
 from rkdo_dist.exchange.columns import GatheredColumns, LocalColumns, RingColumns, UnevenColumns
 from rkdo_dist.exchange.group import Group, world_size
+from rkdo_dist.exchange.inputs import DTYPES, Shares, check_form, check_inputs, kept_temperature
 from rkdo_dist.exchange.inputs import FieldInputError as FieldInputError
-from rkdo_dist.exchange.inputs import Shares, check_inputs
 from rkdo_dist.field.affinity import Affinity
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import COOLING, COUPLING, DEPTH, PRESETS
@@ -45,15 +46,15 @@ class FieldLoss(nn.Module):
         exchange: how columns travel between ranks: "gather" (all on every rank), "ring" (at most two blocks besides
             the rank's own, three walks), "local" (the columns are this rank's samples only).
         group: process group; None is the default group, or one rank without a process group.
-        temperature: a scalar tensor that replaces tau0; an `nn.Parameter` is learned.
-        validate: check every call's inputs and that all ranks agree (one small collective and one host
-            synchronisation). Without, wrong input may give wrong numbers or a rank that waits for ever, and all ranks
-            must have equal numbers of rows and of extra columns.
+        temperature: a scalar tensor that replaces tau0; an `nn.Parameter` is learned, by the mean gradient over ranks.
+        validate: check every call's inputs and that all ranks agree (one small collective, one host synchronisation).
+            Without, a rank checks the form of its own input alone; wrong values give wrong numbers, and ranks that
+            disagree, as in their numbers of rows or extra columns, may be aborted or wait for ever.
         normalise: bring rows to unit norm first, in at least float32; without, they must have it for the cosine.
 
     Inside a `torch.compile`d step the loss is one graph break: it runs as it is between the compiled parts. It may be
     copied, pickled (with the default group) and checkpointed, and works under autocast and DDP, also with static_graph.
-    There is no second derivative; asking for one is an error.
+    There is no second or forward-mode derivative and no transform of torch.func; asking for one is a RuntimeError.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -82,7 +83,7 @@ class FieldLoss(nn.Module):
         self.objective = Objective.of(objective) if isinstance(objective, str) else objective
         self.exchange = exchange
         self.group = group
-        self.temperature = temperature
+        self.temperature = None if temperature is None else kept_temperature(temperature)
         self.validate = validate
         self.normalise = normalise
 
@@ -105,7 +106,7 @@ class FieldLoss(nn.Module):
         Args:
             u, v: this rank's embeddings of view 1 and view 2, (b, d), for the cosine of unit norm; float64 (computed in
                 float64), float32, bfloat16 or float16 (computed in float32, also under autocast).
-            labels: (b,) integers, for objectives whose supervisor is labels.
+            labels: (b,) integers, for objectives whose supervisor is labels; others refuse them.
             temperature: scalar tensor that replaces tau0 in this call (`1 / logit_scale.exp()` in CLIP's terms).
             extra_columns: (m, d) more columns that are nobody's positive: hard negatives, or a queue (detached). Those
                 of all ranks are columns of every row. For pairing="cross" that is not symmetric; not on a ring.
@@ -123,8 +124,7 @@ class FieldLoss(nn.Module):
             FieldInputError: on every rank alike, naming argument and rank: shapes, dtypes or devices that disagree, an
                 empty batch, a global batch of one sample, embeddings that are not finite or, for the cosine, not of
                 unit norm, labels missing or not integers, objectives that differ between ranks (or row counts, on a
-                ring), a temperature <= 0.
-            ValueError: extra columns where they cannot be.
+                ring), temperatures that do, a temperature <= 0, extra columns where they cannot be.
         """
         # Through a wrapper that keeps the compiler out, so that compiling a step need not compile this.
         run = _uncompiled if torch.compiler.is_compiling() else FieldLoss._forward
@@ -140,22 +140,20 @@ class FieldLoss(nn.Module):
         parts: bool,
         supervisor: Supervisor | None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError("the field loss has no torch.func transforms (grad, vmap); field.objectives.dense has")
         tau = self.temperature if temperature is None else temperature
         objective = self.objective
         world = 1 if self.exchange == "local" else world_size(self.group)
-        if extra is not None:
-            self._refuse_extra(objective)
         if self.normalise:
             u, v = _normalised(u), _normalised(v)
             extra = None if extra is None else _normalised(extra)
-        if self.validate:
-            shares = check_inputs(u, v, labels, tau, extra, objective, world, self.group, self.exchange == "ring")
-        else:
-            shares = Shares((len(u),) * world, (0 if extra is None else len(extra),) * world)
+        given, ring = (u, v, labels, tau, extra, objective, world), self.exchange == "ring"
+        shares = check_inputs(*given, self.group, ring) if self.validate else check_form(*given, ring)
         columns = _columns(self.exchange, self.group, shares)
         if tau is not None:
             objective = objective.with_temperature(float(tau.detach()))
-        if objective.needs_labels and labels is not None:
+        if labels is not None:
             labels = _all_labels(labels, columns, shares)
         wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, v, extra, tau))
         call = _Call(objective, columns, shares, labels, supervisor, parts, wanted)
@@ -168,13 +166,17 @@ class FieldLoss(nn.Module):
         """Shown by print()."""
         return f"{self.objective}, exchange={self.exchange!r}"
 
-    def _refuse_extra(self, objective: Objective) -> None:
-        listed = objective.supervisor not in ("identity", "labels")
-        if objective.pairing != "cross" or objective.symmetric or listed or self.exchange == "ring":
-            raise ValueError(
-                "extra_columns go with pairing='cross', symmetric=False, a supervisor that is the identity or labels, "
-                "and exchange='gather' or 'local'"
-            )
+    def __deepcopy__(self, memo: dict[int, Any]) -> FieldLoss:
+        """A copy with the same process group: a group has no copies."""
+        memo[id(self.group)] = self.group
+        other = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError("a loss with a process group of its own cannot be pickled: a group is its process's alone")
+        return self.__dict__
 
 
 # Imports the compiler when it is called, and not before: importing a loss must stay cheap.
@@ -325,10 +327,7 @@ def _split_temperature(temperature: float | Tensor | None) -> tuple[float | None
     """A number for the objective, and the tensor if the temperature is one."""
     if not isinstance(temperature, Tensor):
         return temperature, None
-    if temperature.numel() != 1 or not temperature.is_floating_point():
-        shape = tuple(temperature.shape)
-        raise ValueError(f"temperature must be a number or a floating-point scalar, got {temperature.dtype} {shape}")
-    return float(temperature.detach()), temperature
+    return float(kept_temperature(temperature).detach()), temperature
 
 
 def _columns(exchange: str, group: Group, shares: Shares) -> Columns:
@@ -341,13 +340,15 @@ def _columns(exchange: str, group: Group, shares: Shares) -> Columns:
 
 
 def _normalised(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in DTYPES:
+        return x  # for the checks to refuse, on every rank
     with torch.autocast(x.device.type, enabled=False):
         return nn.functional.normalize(x.to(computing_dtype(x.dtype)), dim=1)
 
 
 def _all_labels(labels: Tensor, columns: Columns, shares: Shares) -> Tensor:
-    """The labels of all columns; an extra column has one that no row has."""
-    block = labels.new_full((shares.columns[columns.rank],), torch.iinfo(labels.dtype).min)
+    """The labels of all columns, int64; an extra column has one that no row has."""
+    block = labels.new_full((shares.columns[columns.rank],), -(2**63), dtype=torch.int64)
     block[: len(labels)] = labels
     if isinstance(columns, RingColumns):
         columns = GatheredColumns(columns.group)
@@ -412,6 +413,10 @@ class _Call:
 
 class _FieldFunction(torch.autograd.Function):
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError("the field loss has no forward-mode derivative; field.objectives.dense has")
+
+    @staticmethod
     def forward(
         ctx: Any, u: Tensor, v: Tensor, extra: Tensor | None, temperature: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor]:
@@ -444,8 +449,10 @@ class _FieldFunction(torch.autograd.Function):
                 found[name] += part[: len(u)]
             more = None if extra is None else home[0, len(u) :].to(extra.dtype)
             slope = None
-            if temperature is not None:
-                slope = (field.temperature_gradient() * scale).to(temperature.dtype).view_as(temperature)
+            if temperature is not None and ctx.needs_input_grad[3]:
+                # Of all ranks, so that a temperature that no wrapper averages is the same everywhere.
+                slopes = call.columns.of_all(field.temperature_gradient() * scale)
+                slope = slopes.mean(0).to(temperature).view_as(temperature)
         return found["u"].to(u.dtype), found["v"].to(v.dtype), more, slope, None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -55,8 +56,9 @@ def test_extra_columns_are_columns_without_rows(loss: Any) -> None:
     assert torch.equal(loss(u, v, extra_columns=extra[:0]), loss(u, v))
 
 
-def test_extra_columns_have_no_label() -> None:
-    u, v, extra, labels = unit(4, 0), unit(4, 1), unit(3, 2), torch.tensor([0, 1, 1, 0])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8])  # the least uint8 is a label itself
+def test_extra_columns_have_no_label(dtype: torch.dtype) -> None:
+    u, v, extra, labels = unit(4, 0), unit(4, 1), unit(3, 2), torch.tensor([0, 1, 1, 0], dtype=dtype)
     loss = SupervisedLoss(0.3, pairing="cross")
     p = torch.cat([(labels[:, None] == labels).double() / 2, torch.zeros(4, 3)], dim=1)
     log_q = torch.log_softmax(u @ torch.cat([v, extra]).T / 0.3, dim=1)
@@ -143,6 +145,42 @@ def test_a_compiled_step_has_one_break_and_the_same_numbers() -> None:
     torch.testing.assert_close([found, *net.gradients()], [expected, *gradients], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("changing", ["parameter", "argument", "progress"])
+def test_a_changing_temperature_never_compiles_a_step_again(changing: str, validate: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    tau = nn.Parameter(torch.tensor(0.5, dtype=torch.float64)) if changing == "parameter" else None
+    clock = "training" if changing == "progress" else "depth"
+    loss, net = RKDOLoss(temperature=tau, cooling=0.4, clock=clock, validate=validate), Net(nn.Identity())
+    x, y = samples(6, 0), samples(6, 1)
+
+    def step(temperature: Tensor | None) -> Tensor:
+        return 2 * loss(net.embed(x), net.embed(y), temperature=temperature)
+
+    torch._dynamo.reset()
+    compiled, values, graphs = torch.compile(step, backend="eager"), [], []
+    for k in range(12):  # more than the compiler's limit of 8
+        if changing == "progress":
+            loss.set_progress(k / 12)
+        given = torch.tensor(0.3 + 0.01 * k, dtype=torch.float64) if changing == "argument" else None
+        values.append(compiled(given).item())
+        assert values[-1] == step(given).item()
+        if tau is not None:
+            tau.data.add_(0.01)
+        if k == 0:
+            counters_before = counters["stats"]["unique_graphs"]
+        graphs.append(counters["stats"]["unique_graphs"] - counters_before)
+    assert len(set(values)) == 12
+    assert graphs == [0] * 12
+
+
+def test_a_whole_graph_is_refused_by_the_compiler() -> None:
+    loss, u, v = InfoNCELoss(), unit(6, 0), unit(6, 1)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"FieldLoss\._forward"):
+        torch.compile(lambda: loss(u, v), backend="eager", fullgraph=True)()
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     net, x, y = Net(RKDOLoss()), samples(6, 0), samples(6, 1)
     net(x, y).backward()
@@ -205,6 +243,46 @@ def test_ranks_of_different_sizes_are_one_global_batch_under_ddp() -> None:
         for answers in per_rank:
             for found, wanted in zip(answers[k][1:], gradients, strict=True):
                 np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-13)
+
+
+def learned(rank: int, world: int) -> list[Any]:
+    """A learned temperature outside DDP and one inside, after ten steps each; what temperatures apart are told; what
+    copies with a group of their own do."""
+    u, v = unit(4 + rank, rank).detach(), unit(4 + rank, 9 + rank).detach()
+    found: list[Any] = []
+    for exchange, wrapped in (("gather", False), ("gather", True), ("ring", False), ("local", False)):
+        mine = slice(4) if exchange == "ring" else slice(None)
+        loss = InfoNCELoss(nn.Parameter(torch.tensor(0.5, dtype=torch.float64)), exchange=exchange)
+        optimizer = torch.optim.SGD(loss.parameters(), lr=0.05)
+        step = DistributedDataParallel(loss) if wrapped else loss
+        for _ in range(10):
+            optimizer.zero_grad()
+            step(u[mine], v[mine]).backward()
+            optimizer.step()
+        found.append(loss.temperature.item())
+    for apart in (
+        {"temperature": torch.tensor(0.5 + rank / 100)},
+        {"temperature": torch.tensor(0.5, requires_grad=rank == 1)},
+    ):
+        with pytest.raises(ValueError) as caught:
+            InfoNCELoss()(u, v, **apart)
+        found.append(str(caught.value))
+    loss = InfoNCELoss(group=dist.new_group(list(range(world))))
+    assert torch.equal(copy.deepcopy(loss)(u, v), InfoNCELoss()(u, v))
+    with pytest.raises(TypeError, match="process group of its own cannot be pickled"):
+        pickle.dumps(loss)
+    return found
+
+
+def test_a_learned_temperature_stays_one_on_all_ranks() -> None:
+    first, second = run_ranks(learned, 2)
+    assert first[:3] == second[:3]
+    assert first[0] == pytest.approx(first[1], rel=1e-12)  # DDP changes nothing
+    assert abs(first[0] - 0.5) > 1e-3
+    assert first[3] != second[3]  # local columns exchange nothing: the control that drifts apart
+    assert first[4:] == second[4:]
+    assert "temperature must be equal on all ranks, got rank 0: 0.5, rank 1: 0.51; begin with one value" in first[4]
+    assert "equal use of a learned temperature on all ranks, got rank 0: False, rank 1: True" in first[5]
 
 
 def ring(rank: int, world: int) -> str:

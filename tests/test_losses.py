@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import normalize
 
 from rkdo_dist import FieldInputError, IConLoss, InfoNCELoss, RKDOLoss, SupervisedLoss
@@ -37,8 +38,8 @@ def named() -> list[tuple[FieldLoss, Objective]]:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_losses_equal_the_oracle(exchange: str) -> None:
-    labels = torch.arange(12) % 4
     for loss_fn, objective in named():
+        labels = torch.arange(12) % 4 if objective.needs_labels else None
         loss_fn.exchange = exchange
         u, v = pair()
         loss, parts = loss_fn(u, v, labels, parts=True)
@@ -59,7 +60,8 @@ def test_losses_equal_the_oracle(exchange: str) -> None:
 def test_gradcheck(objective: Objective, exchange: str) -> None:
     if objective.supervisor_grad == "stop":
         return  # not the derivative of any function of u; it is compared with the oracle instead
-    loss_fn, labels = FieldLoss(objective, exchange=exchange, validate=False), torch.arange(5) % 2
+    loss_fn = FieldLoss(objective, exchange=exchange, validate=False)
+    labels = torch.arange(5) % 2 if objective.needs_labels else None
     tau = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
 
     def compute(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
@@ -144,10 +146,29 @@ def test_changing_an_embedding_in_place_before_backward_is_noticed() -> None:
         loss.backward()
 
 
-def test_a_second_derivative_is_refused() -> None:
+def _dual(loss: FieldLoss, u: Tensor, v: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return loss(forward_ad.make_dual(u, v), v)
+
+
+@pytest.mark.parametrize(
+    ("ask", "text"),
+    [
+        (lambda loss, u, v: torch.autograd.grad(loss(u, v), u, create_graph=True), "no second derivative"),
+        (lambda loss, u, v: torch.autograd.functional.hvp(lambda x: loss(x, v), u, u), "no second derivative"),
+        (_dual, "no forward-mode derivative"),
+        (lambda loss, u, v: torch.func.grad(lambda x: loss(x, v))(u), "no torch.func transforms"),
+        (lambda loss, u, v: torch.func.jvp(lambda x: loss(x, v), (u,), (v,)), "no torch.func transforms"),
+        (lambda loss, u, v: torch.vmap(loss)(torch.stack([u, v]), torch.stack([v, u])), "no torch.func transforms"),
+    ],
+)
+@pytest.mark.parametrize("validate", [True, False])
+def test_derivatives_that_are_not_there_are_refused_and_the_dense_formula_has_them(ask, text: str, validate) -> None:
     u, v = pair()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(RKDOLoss()(u, v), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"the field loss has {text}.*field.objectives.dense has"):
+        ask(RKDOLoss(validate=validate), u, v)
+    ask(lambda x, y: dense(Objective.rkdo(), x, y)[0], u, v)
+    assert torch.isfinite(torch.func.functional_call(RKDOLoss(validate=validate), {}, (u, v)))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +189,15 @@ def test_a_second_derivative_is_refused() -> None:
         (lambda u, v: RKDOLoss()(u, torch.full_like(v, torch.nan)), "v has entries that are not finite"),
         (lambda u, v: RKDOLoss()(u, v, temperature=torch.tensor(0.0)), "temperature must be finite and > 0"),
         (lambda u, v: RKDOLoss()(u, v, temperature=torch.tensor(torch.nan)), "temperature must be finite and > 0"),
+        (lambda u, v: RKDOLoss()(u, v, temperature=0.3), "temperature must be a floating-point scalar tensor, got fl"),
+        (lambda u, v: RKDOLoss()(u, v, temperature=torch.ones(2)), "temperature must be a number or"),
+        (lambda u, v: RKDOLoss()(u.to("meta"), v.to("meta")), "are on the device meta and hold no numbers"),
+        (lambda u, v: RKDOLoss(normalise=True)(None, v), "u must be a tensor of embeddings"),
+        (lambda u, v: RKDOLoss()(u, v, torch.arange(12)), "labels are given, but objective rkdo takes none"),
+        (lambda u, v: InfoNCELoss()(u, v, torch.arange(12)), "labels are given, but objective infonce takes none"),
         (lambda u, v: SupervisedLoss()(u, v), "labels are missing"),
+        (lambda u, v: SupervisedLoss()(u, v, [0] * 12), "labels must be"),
+        (lambda u, v: SupervisedLoss()(u, v, torch.arange(12) > 3), "labels must be"),
         (lambda u, v: SupervisedLoss()(u, v, torch.arange(3)), "labels must be"),
         (lambda u, v: SupervisedLoss()(u, v, torch.rand(12)), "labels must be"),
     ],
@@ -178,12 +207,35 @@ def test_bad_input_is_named_with_its_rank(call, text: str) -> None:
         call(*(x.detach() for x in pair()))
 
 
+def test_without_validation_form_is_checked_and_values_are_not() -> None:
+    u, v = (x.detach() for x in pair())
+    loss_fn = InfoNCELoss(validate=False)
+    for call, text in (
+        (lambda: loss_fn(u, v[:3]), "u and v must have the same shape"),
+        (lambda: loss_fn(u, v.float()), "u and v must have the same dtype"),
+        (lambda: loss_fn(u[:1], v[:1]), "one sample"),
+        (lambda: loss_fn(u, v, torch.arange(12)), "labels are given"),
+        (lambda: loss_fn(u, v, temperature=0.3), "temperature must be"),
+        (lambda: InfoNCELoss(symmetric=True, validate=False)(u, v, extra_columns=u), "symmetric=False"),
+    ):
+        with pytest.raises(FieldInputError, match=text):
+            call()
+    wide = torch.nn.functional.cross_entropy(2 * u @ v.T / 0.5, torch.arange(12))  # rows of any length: dot products
+    torch.testing.assert_close(loss_fn(2 * u, v), wide, rtol=1e-12, atol=0)
+    assert torch.isnan(loss_fn(u * torch.nan, v))
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
         (lambda: RKDOLoss(temperature=0.0), "temperature"),
         (lambda: RKDOLoss(temperature=torch.tensor(-0.5)), "temperature"),
         (lambda: RKDOLoss(temperature=torch.ones(2)), "temperature"),
+        (
+            lambda: FieldLoss("rkdo", temperature=torch.ones(2)),
+            "temperature must be a number or a floating-point scalar",
+        ),
+        (lambda: RKDOLoss(temperature=torch.tensor(1.0, requires_grad=True).exp()), "give it to each call"),
         (lambda: RKDOLoss(coupling=1.5), "coupling"),
         (lambda: RKDOLoss(depth=0), "depth"),
         (lambda: RKDOLoss(exchange="post"), "exchange"),

@@ -102,7 +102,7 @@ def loss_flops(objective: Objective, batch: int, width: int) -> tuple[float, flo
     """Operations of the loss over a global batch of embeddings (batch, width): forward, and with its gradients."""
     small = min(batch, _COUNTED_BATCH)
     u, v = (functional.normalize(torch.randn(small, width), dim=1).requires_grad_() for _ in range(2))
-    labels = torch.arange(small) % _LABELS
+    labels = torch.arange(small) % _LABELS if objective.needs_labels else None
     with counter() as forward:
         dense(objective, u, v, labels)
     with counter() as both:
@@ -180,7 +180,7 @@ def _one_step(
     pairs, forward = _timed(lambda: [encoder(lane).chunk(2) for lane in lanes], device)
     u, v = (torch.cat([pair[k] for pair in pairs]) for k in (0, 1))
     leaves = [x.detach().requires_grad_() for x in (u, v)]
-    labels = torch.arange(len(u), device=device) % _LABELS
+    labels = torch.arange(len(u), device=device) % _LABELS if loss_fn.objective.needs_labels else None
     gradients, loss = _timed(lambda: torch.autograd.grad(_value(loss_fn(*leaves, labels)), leaves), device)
     _, backward = _timed(lambda: torch.autograd.backward([u, v], gradients), device)
     return forward, loss, backward
