@@ -315,10 +315,12 @@ def unit_norm(config: Config) -> bool:
 def relation_at(config: Config, name: str, progress: float, epochs: float | None = None) -> Relation | None:
     """The relation of a preset at a share `progress` of the training done (arguments as `make_objective`)."""
     relation = configuration.relation_of(config, name)
-    whole = config.train.epochs if epochs is None else epochs
-    if relation is None or round(progress * whole, 9) >= config.field.relation_start_epoch:
-        return relation
-    return dataclasses.replace(relation, weight=0.0)
+    if relation is None:
+        return None
+    f, whole = config.field, config.train.epochs if epochs is None else epochs
+    done, start = min(whole, round(progress * whole, 9)), min(f.relation_start_epoch, whole)
+    weight = coupling(f.relation_schedule, relation.weight, f.relation_end, done, whole, start)
+    return dataclasses.replace(relation, weight=weight)
 
 
 def supervisor_of(config: Config) -> str:

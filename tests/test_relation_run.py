@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rkdo_dist import checkpoint
+from rkdo_dist import checkpoint, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.measure.flops import StepFlops, step_flops
@@ -145,6 +145,21 @@ def test_weight_0_is_infonce_bit_for_bit_and_so_is_the_time_before_the_start(sma
     for mine, wanted in zip(metrics(run_of(late))[:4], theirs, strict=False):
         assert mine["positive_mass"] == pytest.approx(wanted["positive_mass"], rel=1e-5)
     assert metrics(run_of(late))[2]["loss"] == theirs[2]["loss"]
+
+
+def test_the_share_of_a_relation_follows_its_schedule() -> None:
+    given = ["field.recursion=restart", "field.relation_weight=0.4", "field.relation_end=0.2", "train.epochs=4"]
+    given += ["field.relation_start_epoch=2"]
+    for schedule, wanted in (
+        ("constant", [0, 0, 0.4, 0.4, 0.4]),
+        ("linear", [0, 0, 0.4, 0.3, 0.2]),
+        ("cosine", [0, 0, 0.4, 0.3, 0.2]),
+        ("step", [0, 0, 0.4, 0.2, 0.2]),
+    ):
+        config = configuration.change(Config(), [*given, f"field.relation_schedule={schedule}"])
+        found = [parts.relation_at(config, "restart", epoch / 4) for epoch in range(5)]
+        assert [relation.weight for relation in found if relation is not None] == pytest.approx(wanted)
+        assert configuration.follows_length(config) == (schedule != "constant")
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A new setting is one more thing for everybody to know: is there none that it could replace, or a value that fits all?
 SETTINGS = {
     "field": "objective supervisor delivery features walk recursion columns queue relation relation_weight "
-    "relation_start_epoch teacher snapshot_every relation_momentum relation_mean teacher_temperature "
-    "neighbours mutual confidence affinity sigma degrees_of_freedom learned_share normaliser stored store "
-    "depth coupling coupling_schedule coupling_end coupling_start_epoch coupling_every temperature "
+    "relation_schedule relation_end relation_start_epoch teacher snapshot_every relation_momentum relation_mean "
+    "teacher_temperature neighbours mutual confidence affinity sigma degrees_of_freedom learned_share normaliser "
+    "stored store depth coupling coupling_schedule coupling_end coupling_start_epoch coupling_every temperature "
     "learn_temperature cooling clock pairing supervisor_grad debias switch_to switch_at",
     "data": "source shards allow_remote split image_size shuffle_buffer workers on_corrupt",
     "views": "crop_scale flip jitter grayscale blur solarize teacher mean std",

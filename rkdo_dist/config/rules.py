@@ -241,6 +241,10 @@ def _check_restart(config: Config) -> None:
         raise ConfigError(
             f"field.relation_start_epoch must lie in [0, train.epochs={train.epochs}], got {field.relation_start_epoch}"
         )
+    if not 0 <= field.relation_end < 1 and (relation.form == "mixed" or field.relation_end != 1):
+        raise ConfigError(
+            f"field.relation_end must lie in [0, 1), or be 1 with field.relation=apart, got {field.relation_end}"
+        )
     if relation.teacher == "snapshot":
         _check_snapshot(relation)
         return

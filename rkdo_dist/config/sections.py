@@ -105,6 +105,12 @@ class FieldConfig:
         least=0,
         most=1,
     )
+    relation_schedule: Literal["constant", "linear", "cosine", "step"] = setting(
+        "constant", "how that share goes from field.relation_weight to field.relation_end, from its start epoch on"
+    )
+    relation_end: float = setting(
+        0.0, "share of the relation at the end, unless the schedule is constant", least=0, most=1
+    )
     relation_start_epoch: float = setting(0.0, "epoch before which the relation's share is 0", least=0)
     teacher: Literal["student", "ema", "snapshot"] | None = setting(
         None,
@@ -483,5 +489,6 @@ def follows_length(config: Config) -> bool:
         config.train.schedule != "constant"
         or cools
         or field.coupling_schedule != "constant"
+        or field.relation_schedule != "constant"
         or field.switch_to != "none"
     )

@@ -9,6 +9,7 @@ the newest snapshot and what is told of it are in the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rkdo_dist import config as configuration
+from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import labels_of
@@ -36,6 +38,7 @@ class Snapshots:
 
     Args:
         relation: its teacher is "snapshot".
+        weight: returns the relation's share a at an epoch.
         start: the first epoch that has one.
         index, split, size: the training samples, and the side of their images.
         views: of which the plain one is embedded.
@@ -50,6 +53,7 @@ class Snapshots:
     def __init__(
         self,
         relation: Relation,
+        weight: Callable[[int], float],
         start: int,
         stored: int,
         runtime: Runtime,
@@ -59,6 +63,7 @@ class Snapshots:
         views: Views,
     ) -> None:
         self.relation, self.stored, self._start, self._runtime = relation, stored, start, runtime
+        self._weight = weight
         self._index, self._split, self._size, self._views = index, split, size, views
         self._samples = index.split(split).samples
         self.taken, self.facts = -1, dict[str, float]()
@@ -90,7 +95,7 @@ class Snapshots:
             confidence = torch.where(mass.sum(1) > 0, overlap, 1.0)
         elif relation.confidence == "entropy":
             confidence = None
-        rows, a = supervising(r, own, relation.weight, confidence, n)
+        rows, a = supervising(r, own, self._weight(epoch), confidence, n)
         store.rows.columns.copy_(rows.columns)
         store.rows.probabilities.copy_(rows.probabilities)
         store.rows.rest.zero_()
@@ -127,8 +132,8 @@ def make_snapshots(config: Config, runtime: Runtime, index: ShardIndex, views: V
     Raises:
         ConfigError: for more neighbours than there are.
     """
-    relations = (configuration.relation_of(config, name) for name in configuration.used_objectives(config))
-    relation = next((r for r in relations if r is not None and r.teacher == "snapshot"), None)
+    relations = {name: configuration.relation_of(config, name) for name in configuration.used_objectives(config)}
+    name, relation = next(((k, r) for k, r in relations.items() if r and r.teacher == "snapshot"), ("", None))
     if relation is None:
         return None
     split, samples = config.data.split, index.split(config.data.split).samples
@@ -139,4 +144,10 @@ def make_snapshots(config: Config, runtime: Runtime, index: ShardIndex, views: V
     remembers = relation.momentum > 0 and relation.mean == "arithmetic"
     stored = min(max(config.field.stored, relation.neighbours), samples - 1) if remembers else relation.neighbours
     start = -int(-config.field.relation_start_epoch // 1)
-    return Snapshots(relation, start, stored, runtime, index, split, config.data.image_size, views)
+
+    def weight(epoch: int) -> float:
+        found = parts.relation_at(config, name, epoch / config.train.epochs)
+        assert found is not None
+        return found.weight
+
+    return Snapshots(relation, weight, start, stored, runtime, index, split, config.data.image_size, views)
