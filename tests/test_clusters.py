@@ -376,7 +376,7 @@ def test_mistakes_are_one_line(tmp_path: Path, arrays: dict[str, Any], more: lis
         ("f.npz", b"not a zip", "cannot be read as an .npz"),
         ("f", b"text", "is not an .npz, .parquet, .safetensors or idx file"),
         ("f", idx(np.zeros((4, 3), np.uint8))[:-1], "is cut off or too long"),
-        ("f.gz", gzip.compress(idx(np.zeros((4, 3), np.uint8)))[:-9], "cannot be read"),
+        ("f.gz", gzip.compress(idx(np.zeros((4, 3), np.uint8)), mtime=0)[:-9], "cannot be read"),
         ("f.safetensors", b"0", "cannot be read as a .safetensors"),
         ("", b"", "is not there, or not a file"),
     ],
