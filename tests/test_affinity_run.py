@@ -104,8 +104,8 @@ def test_settings_become_affinities() -> None:
     ("overrides", "text"),
     [
         (["field.affinity=cosinus"], "field.affinity"),
-        (["field.affinity=gaussian", "field.sigma=0"], "field.sigma must be above 0, got 0"),
-        (["field.degrees_of_freedom=-1"], "field.degrees_of_freedom must be above 0, got -1"),
+        (["field.affinity=gaussian", "field.sigma=0"], "field.sigma must be at least 0.0001 and at most 10000, got 0"),
+        (["field.degrees_of_freedom=-1"], "field.degrees_of_freedom must be at least 0.01 and at most 1e\\+06, got -1"),
         (["field.learned_share=2"], "field.learned_share must be at least 0 and at most 1, got 2"),
         (["field.objective=clusters", "encoder.embedding_dim=1"], "encoder.embedding_dim=1 is the number of clusters"),
         (["field.switch_to=t-simclr"], "have different affinities .cosine, student.*: set field.affinity"),
