@@ -166,7 +166,7 @@ def test_the_recursion_study_asks_for_settings_that_exist(name: str, rows: str, 
     study = Sweep(configuration.load(config), (axis,), options.seeds, options.out, options.metric[0])
     fields = [study.config(combination, seed).field for combination in study.combinations() for seed in study.seeds]
     assert fields[0].objective == "infonce"  # what all others are tested against
-    assert {(f.objective, f.recursion, f.columns) for f in fields} == {
+    assert {(f.objective, f.recursion, f.value("columns")) for f in fields} == {
         ("infonce", "in_batch", "batch"),
         ("icon", "in_batch", "batch"),
         ("rkdo", "in_batch", "batch"),

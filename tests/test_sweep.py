@@ -200,7 +200,7 @@ def test_a_sweep_runs_what_is_missing_only(small: list[str], tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--vary", "field.depth=1,0"], "field.depth=0: field.depth must be a whole number >= 1"),
+        (["--vary", "field.depth=1,0"], "field.depth=0: field.depth must be at least 1"),
         (["--vary", "field.dept=1,2"], "field.dept"),
         (["--vary", "field.depth=1", "--vary", "field.depth=2"], "twice"),
         (["--vary", "field.depth=1,2", "--seeds", "1,1"], "--seeds"),

@@ -10,6 +10,7 @@ of bytes, whatever algorithm the backend chooses:
 | `reduce_scatter`, `all_to_all` | all it brings: W shares | (W - 1) / W payload |
 | `all_reduce` | the tensor | 2 (W - 1) / W payload (reduce-scatter and all-gather) |
 | `gather` | its own share | (W - 1) / W payload, mean over ranks |
+| `broadcast` | the tensor | (W - 1) / W payload, mean over ranks |
 | `send` | the tensor | payload |
 | `objects` | not known: torch pickles them; only calls are counted | - |
 
@@ -73,7 +74,7 @@ def sent_bytes(operation: str, payload: int, world: int) -> float:
     """Bytes that a rank sends for a payload on `world` ranks, by the table of this module."""
     if operation == "all_gather":
         return float((world - 1) * payload)
-    if operation in ("reduce_scatter", "all_to_all", "gather"):
+    if operation in ("reduce_scatter", "all_to_all", "gather", "broadcast"):
         return (world - 1) * payload / world
     if operation == "all_reduce":
         return 2 * (world - 1) * payload / world
@@ -109,6 +110,7 @@ _COLLECTIVES: tuple[tuple[Any, str, str, Callable[..., int]], ...] = (
     (dist, "all_to_all_single", "all_to_all", lambda out, own, *_, **__: size(own)),
     (dist, "all_reduce", "all_reduce", lambda tensor, **_: size(tensor)),
     (dist, "gather", "gather", lambda tensor, *_, **__: size(tensor)),
+    (dist, "broadcast", "broadcast", lambda tensor, *_, **__: size(tensor)),
     (dist, "barrier", "all_reduce", lambda *_, **__: 0),
     (dist, "all_gather_object", "objects", lambda *_, **__: 0),
     (dist, "batch_isend_irecv", "send", lambda both: sum(size(p.tensor) for p in both if p.op is dist.isend)),
