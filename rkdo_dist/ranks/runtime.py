@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import os
 import warnings
@@ -287,6 +288,7 @@ class _Membership:
         if group.is_distributed() and not self._others_group:
             self._backends.append(torch.distributed.get_backend())
             self._store = self._store or distributed_c10d._get_default_store()
+            gc.collect()  # what the step's graphs hold of the group, while Python can still let it go
             torch.distributed.destroy_process_group()
         if not self._others_state:
             AcceleratorState._reset_state(reset_partial_state=True)
