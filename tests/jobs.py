@@ -9,12 +9,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rkdo_dist import cli
-from tests.ranks import run_ranks
+from tests.ranks import Ranks, run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("seconds", "pairs_per_second")
@@ -45,6 +45,16 @@ def rank_command(rank: int, world: int, arguments: list[str]) -> tuple[int, str]
 def on_ranks(world: int, arguments: list[str], timeout: float = 120) -> list[tuple[int, str]]:
     """Run `rkdo` on forked ranks of one gloo group."""
     return run_ranks(rank_command, world, arguments, timeout=timeout)
+
+
+def kill_and_resume(arguments: list[str], goals: Sequence[tuple[int, int]]) -> None:
+    """Start a run, resumed each time, on as many ranks as each goal says, and kill all ranks after its step."""
+    words = [*arguments, "run.resume=auto", "run.timeout=20"]
+    for world, goal in goals:
+        with Ranks(rank_command, world, (words,), timeout=60) as ranks:
+            wait_for(lambda goal=goal: steps(run_of(arguments)) >= goal, ranks.running)  # type: ignore[misc]
+            ranks.kill(range(world))
+            ranks.answers()
 
 
 def launch(ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:

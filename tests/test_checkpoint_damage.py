@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from rkdo_dist import checkpoint
 from rkdo_dist.checkpoint import CheckpointError, CheckpointWarning, store
 from tests.checkpoints import in_memory, quietly, whole, write
+from tests.disks import small_disk
 
 
 @pytest.fixture
@@ -227,32 +228,23 @@ def test_any_failing_call_is_explained_and_the_last_good_one_stays(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    try:
-        done = subprocess.run(mount, capture_output=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        pytest.skip("there is no mount here")
-    if done.returncode:
-        pytest.skip("mounting a small disk needs more rights")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True, timeout=20)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "256k") as place:
+        yield place
 
 
-def test_a_disk_that_is_really_full_or_read_only(small_disk: Path) -> None:
-    write(small_disk, 1)
+def test_a_disk_that_is_really_full_or_read_only(disk: Path) -> None:
+    write(disk, 1)
     with pytest.raises(CheckpointError, match="No space left on device; free some space"):
-        checkpoint.save(small_disk, 2, {"w": torch.zeros(100_000)})
-    assert whole(quietly(small_disk), 1)
-    assert sorted(os.listdir(small_disk)) == ["1", "latest"]
-    write(small_disk, 2)
-    assert whole(quietly(small_disk), 2)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, timeout=20)
+        checkpoint.save(disk, 2, {"w": torch.zeros(100_000)})
+    assert whole(quietly(disk), 1)
+    assert sorted(os.listdir(disk)) == ["1", "latest"]
+    write(disk, 2)
+    assert whole(quietly(disk), 2)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, timeout=20)
     with pytest.raises(CheckpointError, match="Read-only file system; choose a directory"):
-        write(small_disk, 3)
-    assert whole(quietly(small_disk), 2)
+        write(disk, 3)
+    assert whole(quietly(disk), 2)
 
 
 def test_a_directory_that_is_a_file(tmp_path: Path) -> None:

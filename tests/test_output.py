@@ -17,6 +17,7 @@ import yaml
 import rkdo_dist
 from rkdo_dist.diagnostics import lasting_output
 from tests.conftest import FORTY, ROOT
+from tests.disks import small_disk
 from tests.jobs import command, fingerprint, metrics, run_of
 from tests.launching import environment
 
@@ -55,17 +56,8 @@ def test_a_run_goes_on_without_anybody_who_reads(small: list[str], reference: Pa
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(mount, capture_output=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        pytest.skip("there is no mount here")
-    if done.returncode:
-        pytest.skip("mounting a small disk needs more rights")
-    yield place
-    subprocess.run(["umount", str(place)], check=True, timeout=20)
+    with small_disk(tmp_path / "disk", "8m") as place:
+        yield place
 
 
 def test_a_full_disk_under_the_journal(small: list[str], disk: Path, straight: Path) -> None:

@@ -19,8 +19,7 @@ from rkdo_dist.data.prepare import prepare
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import field_figure
-from tests.jobs import command, metrics, on_ranks, rank_command, run_of, steps, wait_for
-from tests.ranks import Ranks
+from tests.jobs import command, kill_and_resume, metrics, on_ranks, run_of
 
 DIAGNOSTICS = ("row_positive", "row_entropy", "row_stored", "row_mass", "row_drift", "p_positive")
 # Two epochs of three steps: batches of neighbouring epochs overlap.
@@ -62,12 +61,7 @@ def test_killed_runs_continue_bit_for_bit_on_other_numbers_of_processes(small: l
     run = run_of(arguments)
     straight = [*arguments, f"run.dir={run}-straight"]
     assert command(straight)[0] == 0
-    for world, goal in ((2, 1), (4, 3), (1, 4)):
-        words = [*arguments, "run.resume=auto", "run.timeout=20"]
-        with Ranks(rank_command, world, (words,), timeout=60) as ranks:
-            wait_for(lambda goal=goal: steps(run) >= goal, ranks.running)
-            ranks.kill(range(world))
-            ranks.answers()
+    kill_and_resume(arguments, [(2, 1), (4, 3), (1, 4)])
     answers = on_ranks(2, [*arguments, "run.resume=auto"])
     assert [code for code, _ in answers] == [0, 0], answers
     assert everything(run, 6) == everything(run_of(straight), 6)

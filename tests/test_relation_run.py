@@ -13,8 +13,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.measure.flops import StepFlops, step_flops
 from rkdo_dist.training.relation import Queue
-from tests.jobs import command, metrics, on_ranks, rank_command, run_of, steps, wait_for
-from tests.ranks import Ranks
+from tests.jobs import command, kill_and_resume, metrics, on_ranks, run_of
 
 EMA = ["train.ema=0.9"]
 BATCH = ["field.recursion=restart", "field.relation_weight=0.3"]
@@ -102,12 +101,7 @@ def test_killed_runs_continue_bit_for_bit_on_other_numbers_of_processes(small: l
     run = run_of(arguments)
     straight = [*arguments, f"run.dir={run}-straight"]
     assert command(straight)[0] == 0
-    for world, goal in ((2, 1), (1, 4)):
-        words = [*arguments, "run.resume=auto", "run.timeout=20"]
-        with Ranks(rank_command, world, (words,), timeout=60) as ranks:
-            wait_for(lambda goal=goal: steps(run) >= goal, ranks.running)
-            ranks.kill(range(world))
-            ranks.answers()
+    kill_and_resume(arguments, [(2, 1), (1, 4)])
     answers = on_ranks(4, [*arguments, "run.resume=auto"])
     assert [code for code, _ in answers] == [0] * 4, answers
     assert everything(run, 6) == everything(run_of(straight), 6)

@@ -18,8 +18,7 @@ from rkdo_dist.data.index import load_index
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.exchange.store import Shards
 from rkdo_dist.field import neighbours, relation, snapshot
-from tests.jobs import command, metrics, on_ranks, rank_command, run_of, steps, wait_for
-from tests.ranks import Ranks
+from tests.jobs import command, kill_and_resume, metrics, on_ranks, run_of
 
 N, K, TAU = 30, 6, 0.1
 # Epochs of two steps; the first snapshot at epoch 1, the next at epoch 3.
@@ -177,12 +176,7 @@ def test_one_run_on_any_number_of_processes_also_if_it_is_killed(small: list[str
     if confidence == "entropy":
         assert [code for code, _ in on_ranks(2, [*words, "data.workers=1"])] == [0, 0]
     else:
-        for world, goal in ((2, 3), (1, 6)):
-            again = [*words, "run.resume=auto", "run.timeout=20"]
-            with Ranks(rank_command, world, (again,), timeout=60) as ranks:
-                wait_for(lambda goal=goal: steps(run) >= goal, ranks.running)
-                ranks.kill(range(world))
-                ranks.answers()
+        kill_and_resume(words, [(2, 3), (1, 6)])
         answers = on_ranks(4, [*words, "run.resume=auto"])
         assert [code for code, _ in answers] == [0] * 4, answers
     assert everything(run, 8) == everything(run_of(straight), 8)

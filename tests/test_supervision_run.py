@@ -15,9 +15,8 @@ from rkdo_dist.data.index import load_index
 from rkdo_dist.data.shards import keys_of, labels_of
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.field.neighbours import nearest
-from tests.jobs import command, fingerprint, metrics, on_ranks, rank_command, run_of, steps, wait_for
+from tests.jobs import command, fingerprint, kill_and_resume, metrics, on_ranks, run_of
 from tests.pictures import image_folder
-from tests.ranks import Ranks
 from tests.test_persistent_run import everything
 
 TWO = ["train.epochs=2", "train.batches_per_epoch=3"]
@@ -80,12 +79,7 @@ def test_killed_runs_continue_bit_for_bit_on_other_numbers_of_processes(small: l
     arguments = [*small, *TWO, *NEIGHBOURS, f"field.delivery={delivery}", "train.checkpoint_every=1"]
     run = run_of(arguments)
     straight = trained(arguments, f"run.dir={run}-straight")
-    for world, goal in ((2, 2), (1, 4)):  # inside both epochs
-        words = [*arguments, "run.resume=auto", "run.timeout=20"]
-        with Ranks(rank_command, world, (words,), timeout=60) as ranks:
-            wait_for(lambda goal=goal: steps(run) >= goal, ranks.running)
-            ranks.kill(range(world))
-            ranks.answers()
+    kill_and_resume(arguments, [(2, 2), (1, 4)])  # inside both epochs
     trained(arguments, "run.resume=auto", "data.workers=1")
     assert everything(run, 6) == everything(straight, 6)
     assert metrics(run) == metrics(straight)
@@ -100,12 +94,7 @@ def test_persistent_rows_of_both_views_from_a_configuration(small: list[str]) ->
     straight = trained(arguments, f"run.dir={run}-straight")
     drifts = [record["row_drift"] > 0 for record in metrics(straight)]
     assert drifts == [False, False, True, True] * 2
-    for world, goal in ((4, 5),):
-        words = [*arguments, "run.resume=auto", "run.timeout=20"]
-        with Ranks(rank_command, world, (words,), timeout=60) as ranks:
-            wait_for(lambda goal=goal: steps(run) >= goal, ranks.running)
-            ranks.kill(range(world))
-            ranks.answers()
+    kill_and_resume(arguments, [(4, 5)])
     trained(arguments, "run.resume=auto")
     assert everything(run, 8) == everything(straight, 8)
     assert metrics(run) == metrics(straight)
