@@ -62,15 +62,17 @@ def script(shell: str, commands: Commands) -> str:
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
 
 
+def _choices(commands: Commands, with_option: bool) -> list[tuple[str, str]]:
+    """ "command option" and its words, of options or (the option is then empty) of arguments."""
+    chosen = (item for item in commands.choices.items() if bool(item[0][1]) == with_option)
+    return [(f"{name} {option}", " ".join(found)) for (name, option), found in chosen]
+
+
 def _bash(commands: Commands) -> str:
     options = "\n".join(f'    {name}) words="{" ".join(found)}" ;;' for name, found in commands.options.items())
     values = "\n".join(f'    {key}) words="{" ".join(found)}" ;;' for key, found in commands.values.items())
     of_options, of_arguments = (
-        "\n".join(
-            f'    "{name} {option}") words="{" ".join(found)}" ;;'
-            for (name, option), found in commands.choices.items()
-            if bool(option) == with_option
-        )
+        "\n".join(f'    "{place}") words="{found}" ;;' for place, found in _choices(commands, with_option))
         for with_option in (True, False)
     )
     return f"""\
@@ -128,11 +130,7 @@ def _zsh(commands: Commands) -> str:
     options = "\n".join(f"    {name}) options=({_described(found)}) ;;" for name, found in commands.options.items())
     values = "\n".join(f"    {key}) found=({' '.join(found)}) ;;" for key, found in commands.values.items())
     of_options, of_arguments = (
-        "\n".join(
-            f"    '{name} {option}') found=({' '.join(found)}) ;;"
-            for (name, option), found in commands.choices.items()
-            if bool(option) == with_option
-        )
+        "\n".join(f"    '{place}') found=({found}) ;;" for place, found in _choices(commands, with_option))
         for with_option in (True, False)
     )
     return f"""\

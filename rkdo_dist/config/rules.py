@@ -241,10 +241,8 @@ def _check_restart(config: Config) -> None:
         raise ConfigError(
             f"field.relation_start_epoch must lie in [0, train.epochs={train.epochs}], got {field.relation_start_epoch}"
         )
-    if not 0 <= field.relation_end < 1 and (relation.form == "mixed" or field.relation_end != 1):
-        raise ConfigError(
-            f"field.relation_end must lie in [0, 1), or be 1 with field.relation=apart, got {field.relation_end}"
-        )
+    if relation.form == "mixed" and field.relation_end == 1:
+        raise ConfigError("field.relation_end=1 leaves nothing for the other view: choose an end below 1")
     if relation.teacher == "snapshot":
         _check_snapshot(relation)
         return

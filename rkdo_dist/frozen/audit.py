@@ -32,10 +32,10 @@ from rkdo_dist.frozen.rows import Teachers, grade, own_class_share
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.rundir import RunDirectory, RunError
+from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import audit as shown
 from rkdo_dist.studies import plots, sheets
-from rkdo_dist.training.saving import newest_checkpoint
+from rkdo_dist.training.saving import own_checkpoint
 
 SIZES, WALKS = (10, 20, 50), (2, 3)
 _SAMPLES = 21  # the stream of draws of the samples
@@ -93,11 +93,7 @@ def audit(directory: Path, out: Path | None, recipe: AuditRecipe, overrides: Seq
         agree({"audit": repr(recipe)})
         group.on_main(lambda: _check_out(out), "looking at --out")
         encoder = parts.make_encoder(config, pretrained=False, code=code).to(rt.device)
-        found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
-        if found is None:
-            raise RunError(f"{run.path} has no checkpoint yet: train it first")
-        group.together(lambda: run.refuse_foreign(found, config), "comparing the checkpoint with config.yaml")
-        agree({"step of the checkpoint": found.step})
+        found = own_checkpoint(run, config, rt)
         encoder.load_state_dict(group.together(lambda: found.weights(recipe.weights), "looking for the weights"))
         encoder.eval()
         n = group.together(lambda: index.split(config.data.split).samples, "looking up the split")

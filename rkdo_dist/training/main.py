@@ -27,13 +27,13 @@ from rkdo_dist.ranks.agreement import agree, code_digest
 from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.signals import Stopped, StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
-from rkdo_dist.rundir import RunDirectory, RunError, read_object
+from rkdo_dist.rundir import RunDirectory, read_object
 from rkdo_dist.training import callbacks, loop, tracking
 from rkdo_dist.training.callbacks import Callbacks
 from rkdo_dist.training.job import Job, build
 from rkdo_dist.training.journal import Journal
 from rkdo_dist.training.micro_batch import resolved
-from rkdo_dist.training.saving import newest_checkpoint, restore
+from rkdo_dist.training.saving import own_checkpoint, restore
 
 RUNS = Path("runs")  # where runs go whose configuration does not say
 
@@ -279,10 +279,6 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
         rt, index = around.runtime, around.index
         group.on_main(run.lock, f"locking {run.path}")
         encoder = parts.make_encoder(config, pretrained=False, code=code).to(rt.device)
-        found = group.together(lambda: newest_checkpoint(run, rt), "loading the checkpoint")
-        if found is None:
-            raise RunError(f"{run.path} has no checkpoint yet: train it first")
-        group.together(lambda: run.refuse_foreign(found, config), "comparing the checkpoint with config.yaml")
-        agree({"step of the checkpoint": found.step})
+        found = own_checkpoint(run, config, rt)
         encoder.load_state_dict(found.weights(config.evaluate.weights))
         evaluate_encoder(config, rt, index, run, encoder, found.step, Console(stderr=True) if rt.is_main else None)

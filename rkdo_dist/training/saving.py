@@ -10,13 +10,15 @@ from typing import Any
 
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
+from rkdo_dist.config import Config
 from rkdo_dist.diagnostics import logger
 from rkdo_dist.evaluate import probes
 from rkdo_dist.evaluate.evaluation import evaluate_encoder
 from rkdo_dist.exchange import group
+from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.training.job import Job
 from rkdo_dist.training.journal import Journal
 from rkdo_dist.training.temperature import PART as TEMPERATURE
@@ -107,6 +109,20 @@ def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpo
     if runtime.is_main:
         for warning in said:
             logger.warning("%s", warning.message)
+    return found
+
+
+def own_checkpoint(run: RunDirectory, config: Config, runtime: Runtime) -> checkpoint.Checkpoint:
+    """The newest checkpoint of a run that is to be looked at, not continued; the same on every rank (collective).
+
+    Raises:
+        RunError: if there is none, or it is not this run's own.
+    """
+    found = group.together(lambda: newest_checkpoint(run, runtime), "loading the checkpoint")
+    if found is None:
+        raise RunError(f"{run.path} has no checkpoint yet: train it first")
+    group.together(lambda: run.refuse_foreign(found, config), "comparing the checkpoint with config.yaml")
+    agree({"step of the checkpoint": found.step})
     return found
 
 
