@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rkdo_dist.field.presets import PRESETS
 from rkdo_dist.history import attained_share
 from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.studies.palette import of_objective
 from rkdo_dist.studies.report.groups import overview, read_groups
 from rkdo_dist.studies.runner import Planned, complete
 from tests.jobs import command
@@ -61,7 +61,7 @@ def test_a_persistent_run_is_called_what_it_is(tmp_path: Path) -> None:
     ]
     groups, _ = read_groups(paths)
     assert [group.label for group in groups] == ["RKDO", "RKDO, persistent"]
-    assert [group.colour for group in groups] == [PRESETS["rkdo"].colour, PRESETS["persistent"].colour]
+    assert [group.style for group in groups] == [of_objective("rkdo"), of_objective("persistent")]
     rows = {row[0]: row[1:] for row in overview(groups).rows}
     assert rows["linear accuracy (embedding)"] == ["0.2000", "0.3000"]
 

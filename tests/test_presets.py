@@ -22,6 +22,7 @@ from rkdo_dist.field import presets, supervisors
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.field.presets import PRESETS, Preset
 from rkdo_dist.losses import FieldLoss
+from rkdo_dist.studies.palette import of_objective
 from rkdo_dist.studies.report.groups import read_groups
 from tests import fields
 from tests.jobs import command, fingerprint, metrics, on_ranks
@@ -47,9 +48,7 @@ def test_presets_are_what_they_are_called() -> None:
         *("rkdo", "icon", "infonce", "simclr", "clip", "supcon", "sne", "t-simclr", "clusters", "sce", "ressl", "co2"),
         "snapshot",
     ]
-    assert (
-        len({preset.colour for preset in PRESETS.values()}) == len({p.label for p in PRESETS.values()}) == len(PRESETS)
-    )
+    assert len({of_objective(name) for name in PRESETS}) == len({p.label for p in PRESETS.values()}) == len(PRESETS)
     u, v = fields.embeddings(8, 4)
     labels = torch.arange(8) % 3
     for name, like in (
@@ -131,7 +130,7 @@ def test_a_report_calls_runs_what_they_are(tmp_path: Path) -> None:
         folders.append(Path(config.run.dir))
     groups, _ = read_groups(folders)
     assert [group.label for group in groups] == list(wanted)
-    assert [group.colour for group in groups] == [PRESETS[name].colour for name in ("rkdo", "persistent", "supcon")]
+    assert [group.style for group in groups] == [of_objective(name) for name in ("rkdo", "persistent", "supcon")]
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

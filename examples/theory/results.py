@@ -14,7 +14,8 @@ from examples.theory import statements
 from examples.theory.conditions import FALSE, Finding
 from examples.theory.statements import Tally
 from rkdo_dist.files import write_atomic
-from rkdo_dist.studies.plots import colour, panels, save
+from rkdo_dist.studies.palette import DARK, style
+from rkdo_dist.studies.plots import panels, save
 
 
 def statement_table(tallies: list[Tally]) -> Table:
@@ -82,11 +83,15 @@ def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
 
 def figure() -> Any:
     """Bound against measurement, four panels."""
-    drawing, axes = panels(2, 2, (11.5, 8.4))
+    drawing, axes = panels(2, 2, (11.5, 9.4))
     for draw, panel in zip((_lemma_panel, _theorem_panel, _capacity_panel, _error_panel), axes, strict=True):
         draw(panel)
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.17), handlelength=3.2)  # hides nothing
     return drawing
+
+
+def _bound(panel: Any, x: Any, y: Any, label: str, line: str = "--") -> None:
+    panel.plot(x, y, color=DARK, linestyle=line, linewidth=1.2, label=label)
 
 
 def _lemma_panel(panel: Any) -> None:
@@ -96,9 +101,10 @@ def _lemma_panel(panel: Any) -> None:
         p, q = draw.dirichlet(np.full(16, a), 32), draw.dirichlet(np.full(16, b), 32)
         first = statements.loss(p, q)
         shares = [statements.loss(statements.supervisor(p, q, alpha), q) / first for alpha in alphas]
-        panel.plot(alphas, shares, color=colour(number), label=f"p from Dirichlet({a:g}), q from Dirichlet({b:g})")
-    panel.plot(alphas, 1 - alphas, "k--", linewidth=1, label="bound: 1 - alpha")
-    panel.plot(alphas, (1 - alphas) ** 2, "k:", linewidth=1, label="(1 - alpha)$^2$: p close to q")
+        label = f"p from Dirichlet({a:g}), q from Dirichlet({b:g})"
+        panel.plot(alphas, shares, **style(number).curve, markevery=(2 * number, 8), label=label)
+    _bound(panel, alphas, 1 - alphas, "bound: 1 - alpha")
+    _bound(panel, alphas, (1 - alphas) ** 2, "(1 - alpha)$^2$: p close to q", ":")
     panel.set(xlabel="alpha", ylabel="loss after the supervisor's step / before", title="Lemma 1")
 
 
@@ -109,18 +115,14 @@ def _theorem_panel(panel: Any) -> None:
     for number, family in enumerate(statements.families(draw, p.shape)):
         trace = statements.recurse(p, family.member(draw, p.shape), family.fit, alpha, steps[-1])
         losses = np.array(trace.losses) / trace.losses[0]
-        losses[losses < 1e-16] = np.nan  # 0 has no place on this axis
-        panel.plot(steps, losses, "o-", markersize=3.5, color=colour(number), label=family.name + _ended(losses))
+        shown = losses[losses >= 1e-16]  # 0 has no place on this axis
+        ended = ": 0 from t = 1, not drawn" if len(shown) == 1 else ""
+        size = {"markersize": 11.0 - 2 * number, "fillstyle": "none"}  # lines that coincide are all seen
+        panel.plot(steps[: len(shown)], shown, **{**style(number).curve, **size}, label=family.name + ended)
     frozen = statements.recurse(p, draw.dirichlet(np.ones(16), 16), None, alpha, steps[-1])
-    panel.plot(
-        steps, np.array(frozen.losses) / frozen.losses[0], "s-", markersize=3.5, color=colour(5), label="q never fitted"
-    )
-    panel.plot(steps, (1 - alpha) ** steps, "k--", linewidth=1, label="bound: (1 - alpha)$^t$")
+    panel.plot(steps, np.array(frozen.losses) / frozen.losses[0], **style(4).curve, label="q never fitted")
+    _bound(panel, steps, (1 - alpha) ** steps, "bound: (1 - alpha)$^t$")
     panel.set(yscale="log", xlabel="t", ylabel="L(t) / L(0)", title="Theorem 3, one-hot p(0), alpha = 1/2")
-
-
-def _ended(losses: Any) -> str:
-    return ": 0 from t = 1" if np.isnan(losses[1]) else ""
 
 
 def _capacity_panel(panel: Any) -> None:
@@ -129,12 +131,13 @@ def _capacity_panel(panel: Any) -> None:
     family = statements.blocks(4)
     trace = statements.recurse(p, family.member(draw, p.shape), family.fit, 0.3, 15)
     steps = range(len(trace.losses))
-    panel.plot(steps, trace.losses, "o-", markersize=3.5, label="L(t)")
-    floor = statements.loss(p, family.fit(p))
-    panel.plot(steps, [0.7**t * trace.losses[0] for t in steps], "k--", linewidth=1, label="(1 - alpha)$^t$ L(0)")
-    panel.plot(steps, trace.static, "^-", markersize=3.5, color=colour(3), label="loss against p(0)")
-    panel.axhline(floor, color=colour(2), linestyle=":", label="L* of p(0): L(t) goes through it")
-    panel.set(xlabel="t", ylabel="loss", title="Eq. 14: rows constant on blocks of 4, alpha = 0.3", ylim=(0, None))
+    panel.plot(steps, trace.losses, **style(0).curve, label="L(t)")
+    panel.plot(steps, trace.static, **style(1).curve, label="loss against p(0)")
+    _bound(panel, steps, [0.7**t * trace.losses[0] for t in steps], "(1 - alpha)$^t$ L(0)")
+    _bound(panel, (0, steps[-1]), [statements.loss(p, family.fit(p))] * 2, "L* of p(0): L(t) goes through it", ":")
+    top = panel.get_ylim()[1]
+    panel.set(xlabel="t", ylabel="loss (nats)", title="Eq. 14: rows constant on blocks of 4, alpha = 0.3")
+    panel.set_ylim(-0.03 * top, top)  # a marker at 0 is whole
 
 
 def _error_panel(panel: Any) -> None:
@@ -148,7 +151,10 @@ def _error_panel(panel: Any) -> None:
         bounds = [losses[0]]
         for t, before in enumerate(losses[:-1], start=1):
             bounds.append(0.5 * before + error(t))
-        panel.plot(range(1, len(losses)), losses[1:], color=colour(number), label=name)
-        panel.plot(range(1, len(losses)), bounds[1:], color=colour(number), linestyle="--", linewidth=1)
-    panel.plot([], [], "k--", linewidth=1, label="bound of the step (eq. 15)")
-    panel.set(xscale="log", yscale="log", xlabel="t", ylabel="L(t)", title="Eq. 15: errors met exactly, alpha = 1/2")
+        look = {**style(number).curve, "linestyle": "-", "markevery": 0.08}
+        panel.plot(range(1, len(losses)), losses[1:], **look, label=name)
+        panel.plot(range(1, len(losses)), bounds[1:], color=style(number).colour, linestyle="--", linewidth=1)
+    panel.plot([], [], color=DARK, linestyle="--", linewidth=1, label="bound of the step (eq. 15)")
+    panel.set(
+        xscale="log", yscale="log", xlabel="t", ylabel="L(t) (nats)", title="Eq. 15: errors met exactly, alpha = 1/2"
+    )

@@ -89,7 +89,6 @@ class Preset:
     Attributes:
         label: its name in reports and figures.
         title: one line for help.
-        colour: in figures, "#rrggbb".
         supervisor: who supervises, p(0): "identity" (the other view), "labels" (all samples of the same label), "rows"
             (rows that are given), or the name of a function in `field.supervisors.LISTED`.
         recursion: how p recurs, one of `RECURSIONS`.
@@ -104,7 +103,6 @@ class Preset:
 
     label: str
     title: str
-    colour: str
     supervisor: str = "identity"
     recursion: str = "none"
     affinity: str = "cosine"
@@ -121,13 +119,11 @@ PRESETS: dict[str, Preset] = {
     "rkdo": Preset(
         label="RKDO",
         title="the other view supervises, and p recurs within the step",
-        colour="#1f5fa8",
         recursion="in_batch",
     ),
     "persistent": Preset(
         label="RKDO, persistent",
         title="rows of p live across training steps",
-        colour="#7b4fa3",
         supervisor="rows",
         recursion="persistent",
         fixes_pairing=True,
@@ -136,7 +132,6 @@ PRESETS: dict[str, Preset] = {
     "restart": Preset(
         label="RKDO, restart",
         title="the other view shares p with a relation that a teacher sees",
-        colour="#3d3d8f",
         temperature=0.1,
         recursion="restart",
         fixes_pairing=True,
@@ -146,25 +141,21 @@ PRESETS: dict[str, Preset] = {
     "icon": Preset(
         label="I-Con",
         title="the other view supervises, with a uniform share",
-        colour="#c8541e",
         debias=0.2,
     ),
     "infonce": Preset(
         label="InfoNCE",
         title="the other view supervises",
-        colour="#4a8c3f",
     ),
     "simclr": Preset(
         label="SimCLR",
         title="InfoNCE over the columns of both views (NT-Xent)",
-        colour="#2b8f8f",
         pairing="joint",
         fixes_pairing=True,
     ),
     "clip": Preset(
         label="CLIP",
         title="InfoNCE in both directions",
-        colour="#9a7d1e",
         temperature=0.07,
         pairing="symmetric",
         fixes_pairing=True,
@@ -172,7 +163,6 @@ PRESETS: dict[str, Preset] = {
     "supcon": Preset(
         label="SupCon",
         title="samples of the same label supervise, over the columns of both views",
-        colour="#b0305c",
         supervisor="labels",
         temperature=0.1,
         pairing="joint",
@@ -181,14 +171,12 @@ PRESETS: dict[str, Preset] = {
     "sne": Preset(
         label="SNE",
         title="the other view supervises, closeness is a gaussian of the distance",
-        colour="#5b6fd6",
         affinity="gaussian",
         temperature=PLAIN_TEMPERATURE,
     ),
     "t-simclr": Preset(
         label="t-SimCLR",
         title="SimCLR whose closeness is Student's t of the distance",
-        colour="#1b9e6b",
         affinity="student",
         temperature=PLAIN_TEMPERATURE,
         pairing="joint",
@@ -197,7 +185,6 @@ PRESETS: dict[str, Preset] = {
     "clusters": Preset(
         label="InfoNCE clusters",
         title="the other view supervises, closeness is to share clusters; both with a uniform share",
-        colour="#d08a1d",
         affinity="clusters",
         temperature=PLAIN_TEMPERATURE,
         debias=0.2,
@@ -205,7 +192,6 @@ PRESETS: dict[str, Preset] = {
     "sce": Preset(
         label="SCE",
         title="the other view, and the relation of an averaged teacher's key to a queue (Denize et al. 2023)",
-        colour="#6a3d9a",
         recursion="restart",
         temperature=0.1,
         fixes_pairing=True,
@@ -214,7 +200,6 @@ PRESETS: dict[str, Preset] = {
     "ressl": Preset(
         label="ReSSL",
         title="that relation alone (Zheng et al. 2021)",
-        colour="#a6761d",
         recursion="restart",
         temperature=0.1,
         fixes_pairing=True,
@@ -223,7 +208,6 @@ PRESETS: dict[str, Preset] = {
     "co2": Preset(
         label="CO2",
         title="InfoNCE over a queue, and ten times that relation (Wei et al. 2020)",
-        colour="#66a61e",
         recursion="restart",
         temperature=0.07,
         fixes_pairing=True,
@@ -232,7 +216,6 @@ PRESETS: dict[str, Preset] = {
     "snapshot": Preset(
         label="SimCLR, snapshots",
         title="SimCLR whose second views may be those of mutual neighbours at the last snapshot",
-        colour="#d95f0e",
         recursion="restart",
         temperature=0.2,
         pairing="joint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,7 @@ def map_figure(found: Clustering) -> Any:
     for panel, (name, groups) in zip(axes, parts, strict=True):
         panel.set_title(f"by {name}")
         plots.bare(panel)
-        for one in np.unique(groups):
-            here = plane[groups == one]
-            shade, marker = (plots.GREY, ".") if one < 0 else (plots.colour(one), plots.marker(one))
-            panel.scatter(here[:, 0], here[:, 1], s=9, color=shade, marker=marker, linewidths=0)
-            if one >= 0:
-                text = _class_name(found.data, one) if name == "label" else str(one)
-                plots.named(panel, np.median(here, axis=0), text)
+        plots.clouds(panel, plane, groups, partial(_class_name, found.data) if name == "label" else str)
     return drawn
 
 

@@ -23,6 +23,7 @@ from rkdo_dist.files import write_atomic
 from rkdo_dist.frozen import sne
 from rkdo_dist.frozen.features import Features, read_features
 from rkdo_dist.studies import plots, sheets
+from rkdo_dist.studies.palette import style
 from rkdo_dist.training.memory import available_bytes
 
 JUDGED, NEIGHBOURS = 2000, 5  # samples of the trustworthiness, evenly spaced; its neighbours
@@ -188,12 +189,7 @@ def map_figure(plane: Array, labels: Array | None, classes: Sequence[str]) -> An
     """A matplotlib figure of the map, coloured by label where there are labels."""
     drawn, (panel,) = plots.panels(1, 1, (6.4, 5.6))
     groups = np.full(len(plane), -1) if labels is None else labels
-    for one in np.unique(groups):
-        here = plane[groups == one]
-        shade, marker = (plots.GREY, ".") if one < 0 else (plots.colour(one), plots.marker(one))
-        panel.scatter(here[:, 0], here[:, 1], s=9, color=shade, marker=marker, linewidths=0)
-        if one >= 0:
-            plots.named(panel, np.median(here, axis=0), classes[one] if one < len(classes) else str(one))
+    plots.clouds(panel, plane, groups, lambda one: classes[one] if one < len(classes) else str(one))
     plots.bare(panel)
     return drawn
 
@@ -203,13 +199,13 @@ def couplings_figure(found: Sequence[dict[str, Any]]) -> Any:
     found = sorted(found, key=lambda one: one["coupling"])
     drawn, (left, right) = plots.panels(1, 2, (8.4, 3.4))
     x, ticks = range(len(found)), [f"{one['coupling']:g}" for one in found]
-    left.plot(x, [one["kl"] for one in found], "-o", color=plots.BAD, markersize=4, label="KL to p(0)")
-    left.plot(x, [one["own_loss"] for one in found], "-s", color=plots.GREY, markersize=4, label="own loss")
+    left.plot(x, [one["kl"] for one in found], **style(0).curve, label="KL to p(0)")
+    left.plot(x, [one["own_loss"] for one in found], **style(1).curve, label="own loss")
     left.set_title("Own loss, and loss against p(0)")
     left.set_ylabel("nats")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
-    right.plot(x, [one["trustworthiness"] for one in found], "-o", color=plots.colour(0), markersize=4)
+    right.plot(x, [one["trustworthiness"] for one in found], **style(2).curve)
     right.set_title("Trustworthiness of the map")
     for panel in (left, right):
         panel.set_xticks(list(x), ticks)

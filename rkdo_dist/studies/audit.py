@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist.studies import plots
+from rkdo_dist.studies.palette import GREY, style
 from rkdo_dist.studies.sheets import Sheet, number
 
 FILE = "audit.json"
@@ -100,12 +101,10 @@ def figure(audit: dict[str, Any]) -> Any:
     if audit["best"] is None:
         return None
     drawn, (left, right) = plots.panels(1, 2, (10.5, 4.2))
-    shades = {"plain": plots.colour(0), "weak": plots.colour(2), "strong": plots.colour(1)}
-    for view, shade in shades.items():
+    looks = {view: style(n) for n, view in enumerate(("plain", "strong", "weak"))}
+    for view, look in looks.items():
         line = [row for row in audit["rows"] if row["group"] == "view" and row["view"] == view]
-        left.plot(
-            [row["temperature"] for row in line], [row["precision"] for row in line], "-o", color=shade, label=view
-        )
+        left.plot([row["temperature"] for row in line], [row["precision"] for row in line], **look.curve, label=view)
     left.set_xscale("log")
     ticks = sorted({row["temperature"] for row in audit["rows"] if row["group"] == "view"})
     left.set_xticks(ticks, [f"{tau:g}" for tau in ticks], minor=False)
@@ -119,7 +118,7 @@ def figure(audit: dict[str, Any]) -> Any:
         places,
         [0 if row["precision"] is None else row["precision"] for row in others],
         xerr=[0 if row["error"] is None else row["error"] for row in others],
-        color=[shades[row["view"]] for row in others],
+        color=[looks[row["view"]].colour for row in others],
         height=0.7,
         error_kw={"elinewidth": 0.8},
     )
@@ -127,8 +126,8 @@ def figure(audit: dict[str, Any]) -> Any:
     right.invert_yaxis()
     right.set_title(f"Other rows (temperature {audit['temperature']:g})")
     right.set_xlabel("mass on the sample's own class")
-    left.axhline(audit["base"], color=plots.GREY, linestyle=":", label="uniform rows")
-    right.axvline(audit["base"], color=plots.GREY, linestyle=":")
+    left.axhline(audit["base"], color=GREY, linestyle=":", label="uniform rows")
+    right.axvline(audit["base"], color=GREY, linestyle=":")
     top = max(row["precision"] for row in audit["rows"] if row["precision"] is not None)
     if not math.isclose(top, 0):
         left.set_ylim(0, 1.1 * top)

@@ -15,7 +15,8 @@ from rkdo_dist.data.order import Window
 from rkdo_dist.data.samples import Cursor, Reading
 from rkdo_dist.parts import open_index
 from rkdo_dist.rundir import RunDirectory, RunError
-from rkdo_dist.studies.plots import DARK, GOOD, GREY, colour, pyplot, save
+from rkdo_dist.studies.palette import DARK, GOOD, GREY, style
+from rkdo_dist.studies.plots import pyplot, save
 
 SHOWN_ROWS, SHOWN_STEPS, SHOWN_NEIGHBOURS = 3, 5, 6
 CURVES = {
@@ -137,7 +138,8 @@ def write_figure(path: Path, out: Path) -> list[Path]:
 def _draw_curves(panels: Any, shown: Evolution) -> None:
     left, right = panels
     for number, (key, label) in enumerate(CURVES.items()):
-        left.plot(*shown.curves[key], color=colour(number), label=label, linewidth=1.2)
+        every = max(1, len(shown.curves[key][0]) // 12)
+        left.plot(*shown.curves[key], **style(number).curve, markevery=every, label=label)
     left.set(xlabel="step", ylim=(-0.02, 1.02), title="rows of the batch, means")
     left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)  # hides no curve
     right.plot(*shown.curves["row_entropy"], color=DARK, linewidth=1.2)

@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rkdo_dist.field.presets import PRESETS
 from rkdo_dist.studies import plots, published
+from rkdo_dist.studies.palette import DARK, of_objective, style
 from rkdo_dist.studies.paper import NAMES, OBJECTIVES, Results
-from rkdo_dist.studies.plots import DARK, band, colour, save, seeds, whole_numbers
+from rkdo_dist.studies.plots import band, save, seeds, whole_numbers
 from rkdo_dist.studies.sheets import mean_sd
 
-_PAPER = {"color": "#555555", "fmt": "D", "markersize": 5, "capsize": 4, "linewidth": 1.2, "zorder": 5}
-_COLOURS = {name: PRESETS[name].colour for name in OBJECTIVES}
-_DATASET_COLOURS = {name: colour(number) for number, name in enumerate(published.DATASETS)}
+_PAPER = {"color": DARK, "fmt": "D", "markersize": 5, "capsize": 4, "linewidth": 1.2, "zorder": 5}
+_STYLES = {name: of_objective(name) for name in OBJECTIVES}
+_HERE = style(2)  # what belongs to neither objective
 
 
 def all_figures(results: Results, folder: Path) -> list[Path]:
@@ -76,9 +76,9 @@ def _improvement(results: Results) -> Any:
     for dataset, panel in zip(results.request.datasets, panels, strict=True):
         for x, count in enumerate(epochs):
             cell = results.loss(dataset, count)
-            _bar(panel, x, _lower(cell.rkdo, cell.icon), _DATASET_COLOURS[dataset], "here")
+            _bar(panel, x, _lower(cell.rkdo, cell.icon), _HERE.colour, "here")
             if cell.published is not None:
-                panel.plot(x, cell.published.percent, "D", color="#555555", markersize=6, label="published", zorder=5)
+                panel.plot(x, cell.published.percent, "D", color=DARK, markersize=6, label="published", zorder=5)
         _at_uniform(panel, results, dataset)
         panel.set(xticks=range(len(epochs)), xticklabels=[str(e) for e in epochs], xlabel="epochs", ylim=(0, 36))
         _legend(panel, above=0.15)
@@ -110,10 +110,10 @@ def _improvement_by_epoch(results: Results) -> Any:
         points = {epoch: results.loss(dataset, epoch) for epoch in range(1, results.longest(dataset) + 1)}
         lower = {epoch: _lower(cell.rkdo, cell.icon) for epoch, cell in points.items()}
         start = {} if before is None else {0: [before]}
-        band(panel, {**start, **lower}, _DATASET_COLOURS[dataset], "here")
+        band(panel, {**start, **lower}, _HERE, "here")
         for count in published.EPOCHS:
             percent = published.TABLE_1[dataset, count].percent
-            panel.plot(count, percent, "D", color="#555555", markersize=6, label="published", zorder=5)
+            panel.plot(count, percent, "D", color=DARK, markersize=6, label="published", zorder=5)
         panel.set(xlabel="epoch (0: before training)", ylim=(0, 36))
         whole_numbers(panel)
         _legend(panel, above=0.15)
@@ -127,7 +127,7 @@ def _early_against_late(results: Results) -> Any:
         cell = results.score(dataset, 2, "linear_accuracy", later=5)
         rows = {"rkdo": published.TABLE_2[dataset, 2].rkdo, "icon": published.TABLE_2[dataset, 5].icon}
         for x, objective in enumerate(OBJECTIVES):
-            _bar(panel, x, getattr(cell, objective), _COLOURS[objective], None)
+            _bar(panel, x, getattr(cell, objective), _STYLES[objective].colour, None)
             _marker(panel, x, rows[objective], "published")
         panel.set(xticks=(0, 1), xticklabels=("RKDO, 2 epochs", "I-Con, 5 epochs"), xlim=(-0.6, 1.6), ylim=(0, None))
         _legend(panel, above=0.12)
@@ -141,7 +141,7 @@ def _early_learning(results: Results) -> Any:
         for x, epochs in enumerate((1, 2)):
             cell = results.score(dataset, epochs, "linear_accuracy")
             for offset, objective in ((-0.2, "rkdo"), (0.2, "icon")):
-                _bar(panel, x + offset, getattr(cell, objective), _COLOURS[objective], NAMES[objective])
+                _bar(panel, x + offset, getattr(cell, objective), _STYLES[objective].colour, NAMES[objective])
                 row = published.TABLE_2[dataset, epochs]
                 _marker(panel, x + offset, getattr(row, objective), "published")
         panel.set(xticks=(0, 1), xticklabels=("1 epoch", "2 epochs"), xlim=(-0.6, 1.6), ylim=(0, None))
@@ -154,16 +154,16 @@ def _losses(results: Results) -> Any:
     figure, panels = _panels(results, "Figure 5: loss across training durations", "mean loss of the epoch")
     for dataset, panel in zip(results.request.datasets, panels, strict=True):
         cells = {epoch: results.loss(dataset, epoch) for epoch in range(1, results.longest(dataset) + 1)}
-        for objective, line in (("rkdo", "-"), ("icon", "--")):
+        for objective in OBJECTIVES:
             points = {epoch: getattr(cell, objective) for epoch, cell in cells.items()}
-            band(panel, points, _COLOURS[objective], f"{NAMES[objective]} here", line)
+            band(panel, points, _STYLES[objective], f"{NAMES[objective]} here")
             for count in published.EPOCHS:
                 _marker(panel, count, getattr(published.TABLE_1[dataset, count], objective), "published")
         values = results.at_uniform(dataset)
         for objective, value in zip(OBJECTIVES, values or (), strict=False):
             panel.axhline(
                 value,
-                color=_COLOURS[objective],
+                color=_STYLES[objective].colour,
                 linestyle=":",
                 linewidth=1.2,
                 label=f"{NAMES[objective]} before training",

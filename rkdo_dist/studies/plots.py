@@ -1,17 +1,18 @@
-"""Common parts of figures: matplotlib without a display, one style, one set of colours, bands over seeds, files."""
+"""Common parts of figures: matplotlib without a display, one style, bands over seeds, maps, legends, files."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rkdo_dist.studies.palette import GREY, Style, style
 from rkdo_dist.studies.sheets import mean_sd
 
-# For things without a colour of their own; objectives have theirs in `field.presets`.
-PALETTE = ("#1f5fa8", "#c8541e", "#4a8c3f", "#7b4fa3", "#b8860b", "#4d4d4d", "#b0305c", "#2b8f8f")
-DARK, GREY, GOOD, BAD = "#222222", "#9aa5b1", "#4a8c3f", "#b5473c"
+_LETTERS, _KEY = 72, 9  # of a line of a legend; that the key of an entry takes
 _STYLE = {
     "svg.hashsalt": "rkdo",  # the same file for the same figure
     "font.size": 9.5,
@@ -45,16 +46,6 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -
     return figure, list(axes.flat)
 
 
-def colour(number: int) -> str:
-    """The colour of the n-th item of a figure."""
-    return PALETTE[number % len(PALETTE)]
-
-
-def marker(number: int) -> str:
-    """A marker that tells the n-th item from an earlier one of the same colour."""
-    return "osD^vP"[number // len(PALETTE) % 6]
-
-
 def named(panel: Any, place: Sequence[float], text: str) -> None:
     """A name over a group of points."""
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
@@ -69,8 +60,25 @@ def bare(panel: Any) -> None:
     panel.spines[:].set_visible(False)
 
 
-def band(panel: Any, values: Mapping[Any, Sequence[float]], colour: str, label: str, line: str = "-") -> None:
-    """The mean over seeds as a line, one standard deviation as a band.
+def clouds(panel: Any, plane: Any, groups: Any, name: Callable[[int], str] | None = None, size: float = 11) -> None:
+    """Points of a map by group, each group with a colour and a marker of its own; -1 is none, in grey.
+
+    Args:
+        plane: (n, 2).
+        groups: (n,) whole numbers.
+        name: of a group, written over its points.
+    """
+    for one in sorted(set(groups.tolist())):
+        here = plane[groups == one]
+        look = Style(GREY, ".", "-") if one < 0 else style(one)
+        panel.scatter(here[:, 0], here[:, 1], s=size, color=look.colour, marker=look.marker, linewidths=0)
+    if name is not None:
+        for one in sorted(set(groups[groups >= 0].tolist())):
+            named(panel, np.median(plane[groups == one], axis=0), name(one))
+
+
+def band(panel: Any, values: Mapping[Any, Sequence[float]], look: Style, label: str) -> None:
+    """The mean over seeds as a line, one standard deviation as a band; no band where there is one seed.
 
     Args:
         values: by position, one for each seed that has one there.
@@ -79,27 +87,41 @@ def band(panel: Any, values: Mapping[Any, Sequence[float]], colour: str, label: 
     if not found:
         return
     x, means, sds = (list(column) for column in zip(*found, strict=True))
-    panel.plot(
-        x, means, line, marker="o" if len(x) < 25 else None, markersize=3.5, color=colour, label=label or "_nolegend_"
-    )
-    low, high = ([m + sign * (0 if s != s else s) for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
-    panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    every = max(1, len(x) // 12)  # markers tell lines apart, and do not hide them
+    panel.plot(x, means, **look.curve, markevery=every, label=label or "_nolegend_")
+    if any(sd == sd for sd in sds):
+        low, high = ([m + sign * (0 if s != s else s) for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
+        panel.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0)
 
 
 def whole_numbers(*axes: Any) -> None:
-    """Ticks at whole steps or epochs only."""
+    """Ticks at whole steps or epochs only; a single one stands between its neighbours."""
     for panel in axes:
         panel.xaxis.get_major_locator().set_params(integer=True)
+        low, high = panel.dataLim.intervalx
+        if low == high:
+            panel.set_xlim(low - 1, high + 1)
 
 
-def legend_below(figure: Any, columns: int = 4) -> None:
-    """One legend for all panels, each label once, below them."""
+def calm(*axes: Any, least: float = 0.1) -> None:
+    """Values that hardly differ look as if they hardly differ: an axis spans `least` of its largest value or more."""
+    for panel in axes:
+        low, high = panel.get_ylim()
+        missing = least * max(abs(low), abs(high)) - (high - low)
+        if missing > 0:
+            panel.set_ylim(low - missing / 2, high + missing / 2)
+
+
+def legend_below(figure: Any) -> None:
+    """One legend for all panels, each label once, below them; as many in a line as a narrow screen has room for."""
     entries: dict[str, Any] = {}
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False)
+        columns = max(1, min(len(entries), _LETTERS // (_KEY + max(map(len, entries)))))
+        shown = {"ncols": columns, "frameon": False, "handlelength": 3.2}
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", **shown)
 
 
 def encoded(figure: Any, kind: str) -> bytes:

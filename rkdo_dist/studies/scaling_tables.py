@@ -7,7 +7,8 @@ from typing import Any
 
 from rkdo_dist.measure.scaling import Row, Study
 from rkdo_dist.studies import html
-from rkdo_dist.studies.plots import BAD, DARK, colour, encoded, pyplot
+from rkdo_dist.studies.palette import BAD, DARK, style
+from rkdo_dist.studies.plots import encoded, pyplot
 from rkdo_dist.studies.sheets import Sheet
 
 _SHORT = {"forward/backward": "fwd/bwd", "optimizer": "optim."}
@@ -69,11 +70,11 @@ def figure(study: Study) -> Any:
     drawn, axes = pyplot().subplot_mosaic(layout, figsize=(12.5, 7.2), layout="constrained")
     ways = {way: [row for row in study.rows if row.way == way] for way in dict.fromkeys(r.way for r in study.rows)}
     for number, (way, rows) in enumerate(ways.items()):
-        style: dict[str, Any] = {"marker": "o", "color": colour(number), "label": way}
+        look: dict[str, Any] = {**style(number).curve, "label": way}
         x = [row.world for row in rows]
-        axes["speed"].plot(x, [row.speed for row in rows], **style)
-        axes["efficiency"].plot(x, [100 * row.efficiency for row in rows], **style)
-        axes["memory"].plot(x, [row.peak / 1e6 for row in rows], **style)
+        axes["speed"].plot(x, [row.speed for row in rows], **look)
+        axes["efficiency"].plot(x, [100 * row.efficiency for row in rows], **look)
+        axes["memory"].plot(x, [row.peak / 1e6 for row in rows], **look)
     _by_size(study, axes)
     _by_point(study, axes)
     return drawn
@@ -107,7 +108,7 @@ def _by_point(study: Study, axes: dict[str, Any]) -> None:
     bottom = [0.0] * len(labels)
     for number, name in enumerate(dict.fromkeys(name for row in study.rows for name in row.phases)):
         heights = [1e3 * row.phases.get(name, 0.0) for row in study.rows]
-        axes["phases"].bar(labels, heights, bottom=bottom, color=colour(number), label=name, width=0.6)
+        axes["phases"].bar(labels, heights, bottom=bottom, color=style(number).colour, label=name, width=0.6)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes["phases"].set(title="Where the time of a step goes (way, processes)", ylabel="ms per step")
     axes["phases"].set_ylim(0, 1.25 * max(bottom))
@@ -116,8 +117,8 @@ def _by_point(study: Study, axes: dict[str, Any]) -> None:
     labels = [f"{row.way}\n{row.world}" for row in sending]
     columns = [_columns(row) / 1e6 for row in sending]
     rest = [sum(row.sent.values()) / 1e6 - some for row, some in zip(sending, columns, strict=True)]
-    axes["bytes"].bar(labels, columns, color=colour(0), label="columns and their gradients", width=0.6)
-    axes["bytes"].bar(labels, rest, bottom=columns, color=colour(1), label="everything else", width=0.6)
+    axes["bytes"].bar(labels, columns, color=style(0).colour, label="columns and their gradients", width=0.6)
+    axes["bytes"].bar(labels, rest, bottom=columns, color=style(1).colour, label="everything else", width=0.6)
     axes["bytes"].set(title="Sent by a process in a step", ylabel="MB")
     if sending:
         axes["bytes"].set_ylim(0, 1.45 * max(sum(row.sent.values()) / 1e6 for row in sending))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist.studies.grid import Axis, Row, Sweep
-from rkdo_dist.studies.plots import PALETTE, band, panels, save, seeds
+from rkdo_dist.studies.palette import GREY, style
+from rkdo_dist.studies.plots import band, panels, save, seeds
 from rkdo_dist.studies.sheets import mean_sd
 
 ATTAINED = "attained"
@@ -31,7 +32,7 @@ def figures(asked: Sweep, rows: list[Row], folder: Path, title: str) -> list[Pat
 
 def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
     """Mean over seeds, its standard deviation as a band, every run as a dot."""
-    axis, shade = asked.axes[0], PALETTE[0]
+    axis, shade = asked.axes[0], style(0).colour
     positions, numeric = _positions(axis)
     figure, axes = panels(1, len(names), (5.4 * len(names), 4.2))
     figure.suptitle(title)
@@ -40,7 +41,7 @@ def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
         for x, values in points.items():
             panel.plot([x] * len(values), values, ".", color=shade, alpha=0.5)
         if numeric:
-            band(panel, points, shade, "")
+            band(panel, points, style(0), "")
         else:  # names have no order: no line and no band from one to the next
             means, sds = zip(*(mean_sd(values) for values in points.values()), strict=True)
             errors = [0.0 if sd != sd else sd for sd in sds]
@@ -108,7 +109,7 @@ def _write_in(panel: Any, image: Any, place: tuple[int, int], values: list[float
     """The number in its cell, in a colour that can be read on it."""
     mean, sd = mean_sd(values)
     if mean != mean:
-        panel.text(*place, "-", ha="center", va="center", color="#555555")
+        panel.text(*place, "-", ha="center", va="center", color=GREY)
         return
     bright = sum(image.cmap(image.norm(mean))[:3]) > 1.5
     text = f"{mean:.3f}" if sd != sd else f"{mean:.3f}\n± {sd:.3f}"

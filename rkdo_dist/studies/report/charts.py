@@ -21,11 +21,11 @@ def loss_chart(groups: Sequence[Group]) -> Any | None:
         return None
     figure, (own, share) = panels(1, 2, (11.5, 3.9))
     for group in groups:
-        band(own, group.curve(lambda run: {e.steps: e.loss for e in run.epochs}), group.colour, group.label)
-        band(share, group.curve(lambda run: {e.steps: e.attained for e in run.epochs}), group.colour, group.label)
+        band(own, group.curve(lambda run: {e.steps: e.loss for e in run.epochs}), group.style, group.label)
+        band(share, group.curve(lambda run: {e.steps: e.attained for e in run.epochs}), group.style, group.label)
         first = next((run.epochs[0] for run in group.runs if run.epochs), None)
         if first is not None:
-            own.axhline(first.at_uniform, color=group.colour, linestyle=":", linewidth=1)
+            own.axhline(first.at_uniform, color=group.style.colour, linestyle=":", linewidth=1)
     whole_numbers(own, share)
     own.set(title="Own loss, epoch means (dotted: untrained)", xlabel="step")
     share.set(title="Attained share: untrained 0 %, ideal 100 %", xlabel="step")
@@ -57,7 +57,7 @@ def score_chart(groups: Sequence[Group]) -> Any | None:
     figure, axes = panels(rows, 3, (11.5, 3.3 * rows + 0.5))
     for panel, name in zip(axes, names, strict=False):
         for group in groups:
-            band(panel, group.scores(name), group.colour, group.label)
+            band(panel, group.scores(name), group.style, group.label)
         panel.set(title=COMMON[name], xlabel="step")
         whole_numbers(panel)
     for panel in axes[len(names) :]:
@@ -79,7 +79,7 @@ def probe_chart(groups: Sequence[Group]) -> Any | None:
     figure, axes = panels(1, len(shown), (5.75 * len(shown), 3.8))
     for panel, (title, found) in zip(axes, shown.items(), strict=True):
         for group, curve in zip(groups, found, strict=True):
-            band(panel, curve, group.colour, group.label)
+            band(panel, curve, group.style, group.label)
         panel.set(title=title, xlabel="step")
         whole_numbers(panel)
     legend_below(figure)
@@ -98,7 +98,7 @@ def resource_chart(groups: Sequence[Group], flops: Mapping[int, float], name: st
     figure, (by_step, by_flops, by_second) = panels(1, 3, (11.5, 3.8))
     for group in groups:
         means = {step: mean_sd(values)[0] for step, values in group.scores(name).items()}
-        style: dict[str, Any] = {"color": group.colour, "marker": "o", "markersize": 4, "label": group.label}
+        style: dict[str, Any] = {**group.style.curve, "label": group.label}
         by_step.plot(list(means), list(means.values()), **style)
         if group.number in flops:
             by_flops.plot([step * flops[group.number] / 1e12 for step in means], list(means.values()), **style)

@@ -12,7 +12,7 @@ from rkdo_dist.config import Config
 from rkdo_dist.field.presets import PRESETS, named
 from rkdo_dist.history import Epoch, History
 from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES, RunDirectory
-from rkdo_dist.studies.plots import colour
+from rkdo_dist.studies import palette
 from rkdo_dist.studies.sheets import Sheet, mean_sd, number, of_values
 
 
@@ -23,12 +23,12 @@ class Group:
     Attributes:
         label: the objective, and what else tells the groups apart.
         number: position.
-        colour: the objective's own one, unless several groups have that objective.
+        style: the objective's own one, unless several groups have that objective.
     """
 
     label: str
     number: int
-    colour: str
+    style: palette.Style
     runs: list[History]
 
     @property
@@ -91,11 +91,11 @@ def read_groups(directories: Sequence[Path]) -> tuple[list[Group], list[str]]:
     kept = [sorted(same, key=lambda run: run.seed) for same in found.values()]
     labels = _labels([same[0].config for same in kept])
     kinds = [_kind(same[0].config) for same in kept]
-    shades = [PRESETS[kind].colour if kind in PRESETS else colour(number) for number, kind in enumerate(kinds)]
-    if len(set(shades)) < len(shades):
-        shades = [colour(number) for number in range(len(kept))]
-    numbered = enumerate(zip(labels, shades, kept, strict=True))
-    return [Group(label, number, shade, same) for number, (label, shade, same) in numbered], remarks
+    styles = [palette.of_objective(kind) for kind in kinds if kind in PRESETS]
+    if len(set(styles)) < len(kept):
+        styles = [palette.style(number) for number in range(len(kept))]
+    numbered = enumerate(zip(labels, styles, kept, strict=True))
+    return [Group(label, number, style, same) for number, (label, style, same) in numbered], remarks
 
 
 def _kind(config: Config) -> str:

@@ -182,7 +182,7 @@ def embedding_map(seen: Seen) -> Any:
             panel.scatter(*points[some].T, s=11, color=colour, label=_name(seen, label), linewidths=0, alpha=0.85)
         panel.set(title=title, xticks=[], yticks=[])
     if len(np.unique(seen.labels)) <= 20:
-        legend_below(drawing, columns=10)
+        legend_below(drawing)
     return drawing
 
 

@@ -1,0 +1,52 @@
+"""The project's one palette. Colours differ for colour-blind eyes too, and none is ever the only sign.
+
+Every pair of colours is told apart with red, green or blue cones missing, and every one stands out from white paper
+(`tests/test_figures.py` computes both). What has a number has a colour, a marker and a line.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from rkdo_dist.field.presets import PRESETS
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c25b94", "#333333", "#3f9bdc", "#7a4b00", "#5b2a86")
+MARKERS = "os^DvPX*"
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (4, 1.2, 1, 1.2)), (0, (2, 1)))
+DARK, GREY = "#222222", "#76808a"  # what is compared with; what is aside
+GOOD, BAD = COLOURS[2], COLOURS[1]
+FIELD = "magma"  # of maps of numbers, dark for little
+_FIRST = ("rkdo", "icon", "infonce")  # objectives that are seen together most
+
+
+class Style(NamedTuple):
+    """How one item of a figure is drawn."""
+
+    colour: str
+    marker: str
+    line: Any
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """Options of points, for `plot` and `errorbar`."""
+        return {"color": self.colour, "marker": self.marker}
+
+    @property
+    def curve(self) -> dict[str, Any]:
+        """Options of points with a line through them."""
+        return {**self.points, "linestyle": self.line, "markersize": 4.5}
+
+
+def style(number: int) -> Style:
+    """Of the n-th item of a figure: no two of the first 64 are alike."""
+    turn, place = divmod(number, len(COLOURS))
+    return Style(COLOURS[place], MARKERS[(place + turn) % len(MARKERS)], LINES[(place + turn) % len(LINES)])
+
+
+def of_objective(name: str) -> Style:
+    """Of an objective, the same in every figure.
+
+    Args:
+        name: a key of `field.presets.PRESETS`.
+    """
+    return style([*_FIRST, *(other for other in PRESETS if other not in _FIRST)].index(name))
