@@ -241,7 +241,7 @@ def test_listed_columns_equal_the_oracle(
     pairing: str,
     exchange: str,
 ) -> None:
-    monkeypatch.setitem(PRESETS, "deep", Preset("", "", "", "next_sample", recursion))
+    monkeypatch.setitem(PRESETS, "deep", Preset("", "", "next_sample", recursion))
     objective = Objective.of("deep", temperature=tau, pairing=pairing, debias=debias)
     u, v = (x.requires_grad_() for x in fields.embeddings(10, 5))
     loss, found = FieldLoss(objective, exchange=exchange)(u, v, parts=True)
