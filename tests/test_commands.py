@@ -55,7 +55,8 @@ def test_settings_may_stand_between_options() -> None:
 
 def failing(error: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """`rkdo status x` with a command that fails."""
-    code = f"from rkdo_dist import cli\ndef fails(options): raise {error}\ncli._status = fails; cli.main()"
+    code = "from rkdo_dist import cli\nfrom rkdo_dist.commands import runs\n"
+    code += f"def fails(options): raise {error}\nruns._status = fails; cli.main()"
     words = [sys.executable, "-c", code, "status", "x"]
     return subprocess.run(
         words, capture_output=True, text=True, env={**environment(), **variables}, cwd=ROOT, timeout=120, check=False

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rkdo_dist import cli
+from rkdo_dist.commands import runs
 from tests.jobs import command
 
 
@@ -71,7 +72,7 @@ def test_a_missing_library_names_its_extra(
     def missing(options: object) -> int:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
-    monkeypatch.setattr(cli, "_status", missing)
+    monkeypatch.setattr(runs, "_status", missing)
     code, text = command(["status", str(tmp_path)])
     assert code == 2
     assert f"pip install 'rkdo_dist[{extra}]'" in text

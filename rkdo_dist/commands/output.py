@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-# A command's name, what it runs, what it does, an example -> its parser's add_argument.
-Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], Callable[..., argparse.Action]]
+from rkdo_dist.commands.arguments import Command
 
 
 def output_commands(command: Command) -> None:

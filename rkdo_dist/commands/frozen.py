@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], Callable[..., argparse.Action]]
+from rkdo_dist.commands.arguments import Add, Command
 
 _FEATURES = "an .npz, .parquet or .safetensors, such as `rkdo embed` writes, or an idx file (MNIST's format)"
 
@@ -77,7 +76,7 @@ def _shares(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"needs numbers with commas, e.g. 0,0.01,0.1; got {text!r}") from None
 
 
-def _add_features(add: Callable[..., argparse.Action]) -> None:
+def _add_features(add: Add) -> None:
     add("features", type=Path, metavar="FEATURES", help=_FEATURES)
     add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
     add("--array", default="features", metavar="NAME", help="the array to take, such as embeddings (default features)")

@@ -1,0 +1,1 @@
+"""The commands, by groups: arguments, help and calls."""

@@ -1,0 +1,59 @@
+"""What the commands of several groups share: types, arguments, the configuration asked for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rkdo_dist.config import Config
+
+Run = Callable[[argparse.Namespace], int]
+Add = Callable[..., argparse.Action]  # a parser's add_argument
+Command = Callable[[str, Run, str, str], Add]  # name, what it runs, what it does, an example
+CONFIG = "a YAML file, such as configs/digits-rkdo.yaml"
+WAYS = "values of run.reduction: some of exact, fast, ring (default: as the configuration says)"
+
+
+def add_config(add: Add) -> None:
+    """The arguments CONFIG and KEY=VALUE."""
+    add("config", metavar="CONFIG", help=CONFIG)
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.epochs=5 run.dir=runs/five")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Words with commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs whole numbers with commas, e.g. 1,2,4; got {text!r}") from None
+
+
+def configuration_of(options: argparse.Namespace, relaunch: bool = True) -> Config:
+    """The configuration asked for, checked as far as it can be without data; then all ranks that were promised."""
+    from rkdo_dist import config
+
+    loaded = config.load(options.config, options.overrides)
+    from rkdo_dist import parts  # torch: after a misspelt key has been named
+
+    parts.check(loaded)
+    if relaunch:
+        from rkdo_dist.ranks.relaunch import with_all_ranks
+
+        with_all_ranks(options.words)
+    return loaded
+
+
+def terminal(stderr: bool = False) -> Console:
+    """Where tables and progress go."""
+    from rich.console import Console
+
+    return Console(stderr=stderr)
