@@ -239,8 +239,10 @@ def test_jpeg_is_noted(tmp_path: Path, digits: Path) -> None:
     assert paper.data_note("cifar10", load_index(digits)) == ""
 
 
-def test_a_run_gets_its_own_accelerator_and_nothing_of_a_launcher() -> None:
-    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1", "ACCELERATE_MIXED_PRECISION": "no", "HOME": "/h"}
+def test_a_run_gets_its_own_accelerator_and_of_a_launcher_the_precision_alone() -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1", "ACCELERATE_USE_DEEPSPEED": "true", "HOME": "/h"}
     assert runner.environment(launched, 3, 0) == {"HOME": "/h"}
+    bf16 = {runner.PRECISION: "bf16"}
+    assert runner.environment(launched | bf16, 3, 0) == {"HOME": "/h"} | bf16
     assert runner.environment({}, 5, 4)["CUDA_VISIBLE_DEVICES"] == "1"
     assert runner.environment({"CUDA_VISIBLE_DEVICES": "2,7"}, 1, 2)["CUDA_VISIBLE_DEVICES"] == "7"

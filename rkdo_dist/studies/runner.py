@@ -30,6 +30,7 @@ from rkdo_dist.rundir import RunDirectory, RunError
 
 _POLL = 0.3  # seconds between looks at the processes
 # What a launcher has set for this process would make the runs believe that they are its ranks.
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # of every run, where it is set
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -233,7 +234,7 @@ def start(words: list[str], variables: Mapping[str, str], log: IO[str]) -> subpr
 
 
 def environment(variables: Mapping[str, str], place: int, count: int) -> dict[str, str]:
-    """A run's environment: nothing of a launcher, and with several accelerators its own one, in turn.
+    """A run's environment: nothing of a launcher but the precision, and with several accelerators its own one, in turn.
 
     Args:
         variables: this process's environment.
@@ -241,7 +242,7 @@ def environment(variables: Mapping[str, str], place: int, count: int) -> dict[st
         count: accelerators of this machine.
     """
     foreign = ("ACCELERATE_", "TORCHELASTIC_")
-    kept = {k: v for k, v in variables.items() if k not in _LAUNCHER and not k.startswith(foreign)}
+    kept = {k: v for k, v in variables.items() if k not in _LAUNCHER and (k == PRECISION or not k.startswith(foreign))}
     if count > 1:
         visible = variables.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
         kept["CUDA_VISIBLE_DEVICES"] = visible[place % len(visible)]
