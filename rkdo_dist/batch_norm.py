@@ -39,7 +39,7 @@ class BatchStatistics:
             with statistics.collecting():
                 out = module(x)
             sums.append(statistics.take())       # then add up over lanes, in lane order
-        statistics.update(tree_sum(sums))        # once per step, the same on every rank
+        statistics.update(tree_sum(torch.stack(sums)))  # once per step, the same on every rank
         for each lane, when activations were not kept:
             with statistics.discarding():
                 module(x)                        # the repeated forward leaves no trace

@@ -12,10 +12,10 @@ from rkdo_dist.exchange import group
 from tests.ranks import RankFailed, exact_all_reduce, run_ranks
 
 
-def lane_parts(lanes: int, shape: tuple[int, ...] = (37,), seed: int = 0) -> list[torch.Tensor]:
+def lane_parts(lanes: int, shape: tuple[int, ...] = (37,), seed: int = 0) -> torch.Tensor:
     """Float32 numbers of very different sizes, so that another order of summation shows."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) * 10.0 ** (lane % 5) for lane in range(lanes)]
+    return torch.stack([torch.randn(shape, generator=generator) * 10.0 ** (lane % 5) for lane in range(lanes)])
 
 
 @settings(deadline=None, max_examples=50)
@@ -28,7 +28,11 @@ def test_shares_are_subtrees(exponent: int, odd: int, seed: int) -> None:
         share = lanes // world
         parts = lane_parts(lanes, seed=seed)
         sums = [group.tree_sum(parts[r * share : (r + 1) * share]) for r in range(world)]
-        assert torch.equal(group.tree_sum(sums), whole)
+        assert torch.equal(group.tree_sum(torch.stack(sums)), whole)
+    one_by_one: group.TreeSum[torch.Tensor] = group.TreeSum(lanes)
+    for part in lane_parts(lanes, seed=seed):
+        one_by_one.add(part)
+    assert torch.equal(one_by_one.total(), whole)
     assert torch.allclose(whole.double(), sum(p.double() for p in lane_parts(lanes, seed=seed)), rtol=1e-4, atol=1e-1)
 
 
@@ -48,6 +52,8 @@ def test_a_sum_counts_its_parts() -> None:
         tree.total()
     with pytest.raises(ValueError, match="at least one"):
         group.TreeSum(0)
+    with pytest.raises(ValueError, match="at least one"):
+        group.tree_sum(torch.ones(0, 3))
 
 
 def _reduce(rank: int, world: int, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

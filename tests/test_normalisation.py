@@ -37,7 +37,7 @@ def step(module: nn.Module, statistics: BatchStatistics, lanes: list[Tensor]) ->
         with statistics.collecting():
             module(lane)
         sums.append(statistics.take())
-    statistics.update(tree_sum(sums))
+    statistics.update(tree_sum(torch.stack(sums)))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 1.0, None])
@@ -110,7 +110,7 @@ def run_rank(rank: int, world: int) -> list[np.ndarray]:
             with statistics.collecting():
                 module(lane)
             sums.append(statistics.take())
-        statistics.update(exact_all_reduce(tree_sum(sums)))
+        statistics.update(exact_all_reduce(tree_sum(torch.stack(sums))))
     return [b.numpy() for b in module.buffers()]
 
 
@@ -155,7 +155,7 @@ def test_activations_of_all_lanes_can_be_kept_for_the_backward() -> None:
         with statistics.collecting():
             outputs.append(module(lane))
             sums.append(statistics.take())
-    statistics.update(tree_sum(sums))
+    statistics.update(tree_sum(torch.stack(sums)))
     sum((o * o.detach().cos()).sum() for o in outputs).backward()
     kept = [p.grad.clone() for p in module.parameters()]
     module.zero_grad()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rkdo_dist.data.order import (
     EpochPlan,
+    GlobalBatches,
     evaluation_blocks,
     hash64,
     permutation,
@@ -85,6 +86,20 @@ def test_seek_equals_the_sequence_read_from_its_start(plan: EpochPlan) -> None:
         assert len(expected[lane]) == plan.steps * m
         for step in range(plan.steps):
             np.testing.assert_array_equal(plan.micro_batch_ids(step, lane), expected[lane][step * m : (step + 1) * m])
+
+
+@PLANS
+@given(plans(), st.data())
+def test_global_batches_are_those_of_the_lanes(plan: EpochPlan, data: st.DataObject) -> None:
+    """One after another, and in any order, though the windows of earlier steps are kept."""
+    expected = oracle(plan)
+    batches, m, order = GlobalBatches(plan), plan.micro_batch, range(plan.steps)
+    for step in [*order, *data.draw(st.permutations(order))]:
+        np.testing.assert_array_equal(
+            batches.ids(step), np.concatenate([lane[step * m : (step + 1) * m] for lane in expected])
+        )
+    with pytest.raises(ValueError, match=f"step {plan.steps} is not inside"):
+        batches.ids(plan.steps)
 
 
 @PLANS

@@ -39,6 +39,8 @@ def test_every_sample_has_one_owner() -> None:
             for sample, owner in zip(some.tolist(), shards.owners(some).tolist(), strict=True):
                 assert bounds[owner][0] <= sample < bounds[owner][1]
             assert Shards(n, 1).tile == shards.tile  # tiles are a matter of n alone
+            by_rank = [(rank, place) for rank in range(world) for place in range(len(shards.tiles_of(rank)))]
+            assert by_rank == list(zip(*(x.tolist() for x in shards.places()), strict=True))
 
 
 def steps_of(n: int, count: int) -> list[Tensor]:
@@ -103,7 +105,7 @@ def simulate(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
         else:
             field = exact_field(lanes, objective, rank * len(lanes), memory)
             everyone = {name: group.all_gather_rows(x) for name, x in field.sums.items()}
-            means = {name: group.tree_sum([lane.clone() for lane in x]) / BATCH for name, x in everyone.items()}
+            means = {name: group.tree_sum(x.clone()) / BATCH for name, x in everyone.items()}
         memory.commit()
         parts = {name: float(x) for name, x in means.items()}
         results["losses"].append(parts.pop("loss"))

@@ -31,6 +31,7 @@ import numpy as np
 _MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: consecutive states of a stream differ by it
 Words = TypeVar("Words", int, np.ndarray)
+_ENTRIES = 1 << 22  # draws that are sorted at once
 _STREAM_SHARDS, _STREAM_START, _STREAM_WINDOW, _STREAM_SUBSTITUTE, _STREAM_PARTNER = 1, 2, 3, 4, 5
 
 
@@ -188,8 +189,78 @@ class EpochPlan:
         return np.concatenate(parts)[: self.micro_batch]
 
     def global_batch_ids(self, step: int) -> np.ndarray:
-        """The samples of one global batch in order: int64 of shape (L * m,)."""
-        return np.concatenate([self.micro_batch_ids(step, lane) for lane in range(self.lanes)])
+        """The samples of one global batch in order: int64 of shape (L * m,); `GlobalBatches` gives one after another.
+
+        Raises:
+            ValueError: if the step is out of range.
+        """
+        return GlobalBatches(self).ids(step)
+
+
+class GlobalBatches:
+    """Samples of whole global batches, by vector arithmetic over the lanes.
+
+    The order of each lane's window is kept until the lane has left it, so that batches asked for one after another cost
+    one draw of each window: min(N, L * window) numbers of four bytes.
+    """
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self._plan = plan
+        self._first = np.arange(plan.lanes) * (plan.steps * plan.micro_batch)  # place of each lane's first sample
+        # of each lane's window: its places in the sequence, what to add to its order to get samples, the order
+        self._low, self._high, self._base = (np.zeros(plan.lanes, dtype=np.int64) for _ in range(3))
+        self._order = np.zeros((plan.lanes, 0), dtype=np.int32)
+
+    def ids(self, step: int) -> np.ndarray:
+        """The samples of the global batch of a step in order: int64 of shape (L * m,).
+
+        Raises:
+            ValueError: if the step is out of range.
+        """
+        plan = self._plan
+        if not 0 <= step < plan.steps:
+            raise ValueError(f"step {step} is not inside an epoch of {plan.steps} steps")
+        places = (self._first + step * plan.micro_batch)[:, None] + np.arange(plan.micro_batch)
+        ids, done = np.empty_like(places), np.zeros(places.shape, dtype=bool)
+        while not done.all():
+            here = (places >= self._low[:, None]) & (places < self._high[:, None])
+            lanes, columns = np.nonzero(here)
+            ids[here] = self._base[lanes] + self._order[lanes, places[lanes, columns] - self._low[lanes]]
+            done |= here
+            lanes = np.flatnonzero(~done.all(axis=1))
+            if len(lanes):
+                self._draw(lanes, places[lanes, done[lanes].argmin(axis=1)])
+        return ids.reshape(-1)
+
+    def _draw(self, lanes: np.ndarray, places: np.ndarray) -> None:
+        """Put the windows that hold `places` of `lanes` in the place of the lanes' present ones (see `windows`)."""
+        plan, length = self._plan, self._plan.steps * self._plan.micro_batch
+        pieces = np.searchsorted(plan._ends, places, side="right")
+        starts = np.where(pieces > 0, plan._ends[pieces - 1], 0)
+        begin = np.maximum(self._first[lanes], starts)
+        size = np.minimum(self._first[lanes] + length, plan._ends[pieces]) - begin  # of the segment
+        count = -(-size // plan.window)
+        k = ((places - begin + 1) * count - 1) // size  # the window of a segment that holds the place
+        low, high = begin + size * k // count, begin + size * (k + 1) // count
+        self._low[lanes], self._high[lanes] = low, high
+        shards, offsets = plan._pieces[pieces].T
+        self._base[lanes] = plan._bases[shards] + offsets + low - starts
+        state = hash64(_STREAM_WINDOW, plan.seed, plan.epoch)
+        keys = _folded(_folded(np.full(len(lanes), state, dtype=np.uint64), lanes), low)
+        longest = int((high - low).max())
+        if longest > self._order.shape[1]:
+            self._order = np.pad(self._order, ((0, 0), (0, longest - self._order.shape[1])))
+        rows = max(1, _ENTRIES // longest)
+        steps = np.uint64(GOLDEN) * np.arange(1, longest + 1, dtype=np.uint64)
+        for some in (slice(start, start + rows) for start in range(0, len(lanes), rows)):
+            draws = finalised(keys[some, None] + steps)
+            draws[np.arange(longest) >= (high - low)[some, None]] = _MASK  # after the window's own, the sort is stable
+            self._order[lanes[some], :longest] = np.argsort(draws, axis=1, kind="stable")
+
+
+def _folded(states: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """`hash64` of one more word, for many states."""
+    return finalised(states + np.uint64(GOLDEN) + words.astype(np.uint64))
 
 
 def _cut(low: int, high: int, window: int) -> Iterator[tuple[int, int]]:

@@ -59,14 +59,15 @@ class KeyBank:
         of = Queries(everyone, keys.to(self._keys.dtype) / relation.temperature, samples, labels)
         blocks = [(start, min(start + ROWS, len(samples))) for start in range(0, len(samples), ROWS)]
         tiles = [self._tile(number) for number in self.shards.tiles_of(self._rank)]
-        counts = [len(self.shards.tiles_of(rank)) for rank in range(world)]
-        numbers = torch.zeros(max(counts), len(samples), NUMBERS, dtype=torch.float64, device=rows.device)
+        owners, places = self.shards.places()
+        longest = -(-self.shards.tiles // world)  # tiles of a rank
+        numbers = torch.zeros(longest, len(samples), NUMBERS, dtype=torch.float64, device=rows.device)
         for place, tile in enumerate(tiles):
             for start, stop in blocks:
                 numbers[place, start:stop] = visit(of.part(start, stop), tile)
         by_rank = ranks.all_gather_rows(numbers[None])
-        values = combined(torch.cat([x[:n] for x, n in zip(by_rank, counts, strict=True)]), relation, relation.weight)
-        sent = rows.new_zeros(world, max(counts), b, rows.shape[1], dtype=self._keys.dtype)
+        values = combined(by_rank[owners.to(rows.device), places.to(rows.device)], relation, relation.weight)
+        sent = rows.new_zeros(world, longest, b, rows.shape[1], dtype=self._keys.dtype)
         for place, tile in enumerate(tiles):
             found = torch.cat([differentiate(of.part(*x), tile, _part(values, *x), temperature) for x in blocks])
             sent[:, place] = found.view(world, b, -1)
@@ -75,9 +76,8 @@ class KeyBank:
             received = torch.empty_like(sent)
             dist.all_to_all_single(received, sent)
         gradient = torch.zeros_like(received[0, 0])
-        for rank, count in enumerate(counts):
-            for place in range(count):
-                gradient += received[rank, place]
+        for rank, place in zip(owners.tolist(), places.tolist(), strict=True):
+            gradient += received[rank, place]
         here = slice(self._rank * b, (self._rank + 1) * b)
         return {name: part[here] for name, part in values.values.parts.items()}, gradient
 

@@ -61,8 +61,17 @@ class Shards:
 
     def owners(self, samples: Tensor) -> Tensor:
         """The owner of each sample, int64."""
-        starts = [self.own(rank)[0] for rank in range(1, self.world)]
-        return torch.bucketize(samples, torch.tensor(starts, dtype=samples.dtype), right=True)
+        return self._owners_of_tiles(samples // self.tile)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Of every tile its owner, and its place among those of the owner, int64."""
+        tiles = torch.arange(self.tiles)
+        owners = self._owners_of_tiles(tiles)
+        return owners, tiles - owners * self.tiles // self.world
+
+    def _owners_of_tiles(self, tiles: Tensor) -> Tensor:
+        """The last rank r whose first tile, r T // W, is not behind: the largest r with r T < (tile + 1) W."""
+        return ((tiles + 1) * self.world - 1) // self.tiles
 
 
 class Fetch:
@@ -260,10 +269,18 @@ class RowStore:
         if world > 1:
             b = len(found.logits) // world
             everything = [self._exchanged(x) for x in vars(found).values() if isinstance(x, Tensor)]
-            samples, logits, at_stored, peaks, sums = (x.view(world, b, -1) for x in everything)
-            found = Nearest(samples[0], logits[0], at_stored.amax(0), peaks.amax(0), sums.sum(0), found.n)
-            for rank in range(1, world):
-                found.merge(samples[rank], logits[rank])
+            samples, logits, at_stored, peaks, sums = everything
+            arrived = Nearest(samples, logits, at_stored, peaks, sums, found.n)  # b rows of every rank
+            while world > 1:  # the first half of the ranks left takes in what the others have found
+                taking = world // 2 * b
+                part, others = arrived.slice(0, taking), arrived.slice(world * b - taking, world * b)
+                part.merge(others.samples, others.logits)
+                arrived.samples[:taking], arrived.logits[:taking] = part.samples, part.logits
+                world -= world // 2
+            at_stored, peaks, sums = (x.view(self.shards.world, b, -1) for x in (at_stored, peaks, sums))
+            found = Nearest(
+                arrived.samples[:b], arrived.logits[:b], at_stored.amax(0), peaks.amax(0), sums.sum(0), found.n
+            )
         found.sort()
         return found
 

@@ -63,7 +63,7 @@ class Exact(Strategy):
 
     def mean(self, sums: Tensor) -> Tensor:
         """Lanes' sums, added in tree order."""
-        return group.tree_sum([lane.clone() for lane in sums]) / self._batch
+        return group.tree_sum(sums.clone()) / self._batch
 
     def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:
         """One backward pass per lane, added up in lane order."""
@@ -93,8 +93,8 @@ class Exact(Strategy):
         return list(parts)
 
     def _sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
-        local = group.tree_sum([lane.clone() for lane in lanes])
-        return group.tree_sum(group.all_gather_rows(local[None]).unbind(0))
+        local = group.tree_sum(torch.stack(list(lanes)))
+        return group.tree_sum(group.all_gather_rows(local[None]))
 
 
 def exact_field(

@@ -20,7 +20,7 @@ from rkdo_dist import checkpoint, parts
 from rkdo_dist.checkpoint import Checkpoint
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
-from rkdo_dist.data.order import EpochPlan
+from rkdo_dist.data.order import GlobalBatches
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.store import Fetch, RowStore, Shards
 from rkdo_dist.field.affinity import COSINE
@@ -296,16 +296,16 @@ def make_persistent(
         rows = identity(own, samples, 1) if rows is None else rows
         rows = initial(of_both_views(rows, own) if joint else rows, f.debias or 0.0, f.stored)
     steps, total = parts.run_length(config, index)
-    plans: dict[int, EpochPlan] = {}
+    batches: dict[int, GlobalBatches] = {}  # of the epoch
 
     def schedule(step: int) -> torch.Tensor | None:
         epoch, place = divmod(step, steps)
         if step >= total:
             return None
-        if epoch not in plans:
-            plans.clear()
-            plans[epoch] = parts.epoch_plan(config, index, epoch)
-        return torch.from_numpy(plans[epoch].global_batch_ids(place))
+        if epoch not in batches:
+            batches.clear()
+            batches[epoch] = GlobalBatches(parts.epoch_plan(config, index, epoch))
+        return torch.from_numpy(batches[epoch].ids(place))
 
     columns = f.value("columns") or "batch"
     width = config.encoder.embedding_dim if columns == "bank" and persists else None
