@@ -147,7 +147,7 @@ def test_the_four_tables(results: Results, tmp_path: Path) -> None:
         assert (tmp_path / f"{sheet.name}.md").read_text().count("\n| ") == len(sheet.rows) + 2
     assert [len(sheet.rows) for sheet in (first, second, third, fourth)] == [8, 8, 2, 8]
     assert "24.9 % on CIFAR-10" in first.caption
-    assert first.rows[0][2] == "1.9500 ± 0.0158\n1.9384 ± 0.0403\n+0.29 sd"
+    assert first.rows[0][2:5] == ["1.9500 ± 0.0158", "1.9384 ± 0.0403", "+0.29 sd"]
     verdicts = {row["score"]: row["verdict"] for row in fourth.data if row["dataset"] == "CIFAR-10"}
     assert verdicts["NMI"].startswith("I-Con higher by 0.1020")
     assert verdicts["Linear Eval"] == verdicts["ARI"] == "no evidence of a difference"
@@ -226,17 +226,40 @@ def test_missing_data_says_what_to_prepare(tmp_path: Path) -> None:
         assert f"rkdo prepare {name} --out {tmp_path / name}" in " ".join(text.split())
 
 
-def test_jpeg_is_noted(tmp_path: Path, digits: Path) -> None:
+def test_jpeg_is_noted(tmp_path: Path) -> None:
     from tests.pictures import picture
 
+    ten = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     for split in ("train", "test"):
-        for name in ("a", "b"):
+        for name in ten:
             folder = tmp_path / "folder" / split / name
             folder.mkdir(parents=True)
             (folder / "1.jpg").write_bytes(picture(1, kind="JPEG"))
     prepare("imagefolder", tmp_path / "shards", tmp_path / "folder")
-    assert "JPEG" in paper.data_note("cifar10", load_index(tmp_path / "shards"))
-    assert paper.data_note("cifar10", load_index(digits)) == ""
+    index = load_index(tmp_path / "shards")
+    assert "CIFAR-10: images stored as JPEG" in paper.data_note("cifar10", index), "known by its classes"
+    assert paper.data_note("stl10", index).startswith("CIFAR-10: not a data set of the paper"), "not in this place"
+
+
+def test_a_study_on_other_data_calls_them_what_they_are(tmp_path: Path, digits: Path) -> None:
+    """Digits where the command expects CIFAR-10: no table, figure or sentence names it, or its published numbers."""
+    asked = request(tmp_path, datasets=("cifar10",), epochs=(1, 2))
+    for number, seed in enumerate(asked.seeds):
+        for objective in paper.OBJECTIVES:
+            config = paper.paper_config(asked, "cifar10", objective, seed, str(digits))
+            made_up(config, _losses(objective, number)[:2], _scores(objective, number))
+    results = Results(asked)
+    sheets = paper_tables.all_tables(results)
+    shown = [sheet.title + sheet.caption + sheet.markdown() + sheet.csv() for sheet in sheets]
+    shown += [*paper_tables.agreement(results), paper.data_note("cifar10", load_index(digits))]
+    for name in ("_improvement", "_improvement_by_epoch", "_early_against_late", "_early_learning", "_losses"):
+        figure = getattr(paper_figures, name)(results)
+        shown += [text.get_text() for text in figure.findobj(lambda one: hasattr(one, "get_text"))]
+        assert "digits (5 seeds)" in shown
+    text = "\n".join(shown)
+    assert "CIFAR" not in text.upper()
+    assert "1.9384" not in text, "the paper's number for CIFAR-10"
+    assert "24.9 % on digits" in sheets[0].caption
 
 
 def test_a_run_gets_its_own_accelerator_and_of_a_launcher_the_precision_alone() -> None:

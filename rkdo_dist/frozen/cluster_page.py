@@ -86,7 +86,9 @@ def map_figure(found: Clustering) -> Any:
     for panel, (name, groups) in zip(axes, parts, strict=True):
         panel.set_title(f"by {name}")
         plots.bare(panel)
-        plots.clouds(panel, plane, groups, partial(_class_name, found.data) if name == "label" else str)
+        called = partial(_class_name, found.data) if name == "label" else str
+        for place, text in plots.clouds(panel, plane, groups, called):
+            plots.named(panel, place, text)
     return drawn
 
 

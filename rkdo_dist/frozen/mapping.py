@@ -189,7 +189,8 @@ def map_figure(plane: Array, labels: Array | None, classes: Sequence[str]) -> An
     """A matplotlib figure of the map, coloured by label where there are labels."""
     drawn, (panel,) = plots.panels(1, 1, (6.4, 5.6))
     groups = np.full(len(plane), -1) if labels is None else labels
-    plots.clouds(panel, plane, groups, lambda one: classes[one] if one < len(classes) else str(one))
+    for place, text in plots.clouds(panel, plane, groups, lambda one: classes[one] if one < len(classes) else str(one)):
+        plots.named(panel, place, text)
     plots.bare(panel)
     return drawn
 

@@ -15,10 +15,13 @@ from rkdo_dist.data.order import Window
 from rkdo_dist.data.samples import Cursor, Reading
 from rkdo_dist.parts import open_index
 from rkdo_dist.rundir import RunDirectory, RunError
+from rkdo_dist.studies import plots
 from rkdo_dist.studies.palette import DARK, GOOD, GREY, style
-from rkdo_dist.studies.plots import pyplot, save
+from rkdo_dist.studies.plots import pyplot, save, whole_numbers
 
 SHOWN_ROWS, SHOWN_STEPS, SHOWN_NEIGHBOURS = 3, 5, 6
+SAME_CLASS = "\u2713 and a thick frame: the same class"
+_BLOCK, _LINE = 4.6, 0.92  # inches of a sample's block and of a snapshot in it
 CURVES = {
     "row_positive": "mass on the sample itself",
     "p_positive": "the same, restricted to the batch",
@@ -106,55 +109,78 @@ def field_figure(shown: Evolution, title: str) -> Any:
     """A matplotlib figure: curves above; below, a block per sample with a line of neighbours for each snapshot."""
     plt = pyplot()
     wide, high = len(shown.rows), len(shown.steps)
-    figure = plt.figure(figsize=(4.6 * wide, 3.2 + 0.82 * high), layout="constrained")
-    figure.suptitle(title)
-    above, below = figure.subfigures(2, 1, height_ratios=[2.6, 0.82 * high])
-    _draw_curves(above.subplots(1, 2), shown)
-    blocks = np.atleast_1d(below.subfigures(1, wide, wspace=0.03))
-    for block, rows in zip(blocks, shown.rows, strict=True):
-        own = shown.pictures[rows[0]["sample"]]
-        block.suptitle(f"sample {rows[0]['sample']}", fontsize=9)
-        panels = block.subplots(high, SHOWN_NEIGHBOURS + 1, squeeze=False, gridspec_kw={"wspace": 0.05})
-        for line, row, step in zip(panels, rows, shown.steps, strict=True):
-            _draw_image(line[0], own, f"{row['positive']:.2f}", None)
-            line[0].set_ylabel(f"step {step}", fontsize=7)
-            listed = neighbours(row)
-            for k, panel in enumerate(line[1:]):
-                if k < len(listed):
-                    sample, p = listed[k]
-                    _draw_image(panel, shown.pictures[sample], f"{p:.2g}", own.label)
-                else:
-                    panel.axis("off")
+    figure = plt.figure(figsize=(_BLOCK * wide, 3.6 + _LINE * high), layout="constrained")
+    plots.title(figure, title)
+    above, below = figure.subfigures(2, 1, height_ratios=[3.6, _LINE * high])
+    _draw_curves(above, shown, columns=3)
+    for block, rows in zip(np.atleast_1d(below.subfigures(1, wide, wspace=0.03)), shown.rows, strict=True):
+        _draw_rows(block, shown, rows)
     return figure
+
+
+def parts(shown: Evolution) -> list[Any]:
+    """The same as one figure for the curves and one for each sample, for a page that arranges them by its width."""
+    plt = pyplot()
+    figures = [plt.figure(figsize=(8.4, 3.6), layout="constrained")]
+    _draw_curves(figures[0], shown, columns=1)
+    for rows in shown.rows:
+        figures.append(plt.figure(figsize=(_BLOCK, 0.4 + _LINE * len(shown.steps)), layout="constrained"))
+        _draw_rows(figures[-1], shown, rows)
+    return figures
 
 
 def write_figure(path: Path, out: Path) -> list[Path]:
     """Draw a run's rows into `out` as field.png and field.svg."""
     shown = evolution(path)
-    name = f"{path.resolve().name}: rows of the persistent field (green: same class)"
+    name = f"{path.resolve().name}: rows of the persistent field ({SAME_CLASS})"
     return save(field_figure(shown, name), out, "field")
 
 
-def _draw_curves(panels: Any, shown: Evolution) -> None:
-    left, right = panels
+def _draw_curves(figure: Any, shown: Evolution, columns: int) -> None:
+    left, right = figure.subplots(1, 2)
     for number, (key, label) in enumerate(CURVES.items()):
         every = max(1, len(shown.curves[key][0]) // 12)
         left.plot(*shown.curves[key], **style(number).curve, markevery=every, label=label)
-    left.set(xlabel="step", ylim=(-0.02, 1.02), title="rows of the batch, means")
-    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)  # hides no curve
-    right.plot(*shown.curves["row_entropy"], color=DARK, linewidth=1.2)
-    right.set(xlabel="step", title="entropy of the rows (nats)")
+    left.set(xlabel="step", ylabel="share", ylim=(-0.02, 1.02), title="Rows of the batch, means")
+    below = {"loc": "outside lower left", "ncols": columns, "frameon": False, "handlelength": 3}
+    figure.legend(*left.get_legend_handles_labels(), **below)  # hides no curve
+    right.plot(*shown.curves["row_entropy"], **{**style(0).curve, "marker": "None"})
+    right.set(xlabel="step", ylabel="nats", title="Entropy of the rows, mean")
+    whole_numbers(left, right)
+
+
+def _draw_rows(block: Any, shown: Evolution, rows: list[dict[str, Any]]) -> None:
+    """A sample's rows: a line for each snapshot, which says so where there is nothing new in it."""
+    own = shown.pictures[rows[0]["sample"]]
+    block.suptitle(f"sample {rows[0]['sample']}", fontsize=9.5)
+    panels = block.subplots(len(rows), SHOWN_NEIGHBOURS + 1, squeeze=False, gridspec_kw={"wspace": 0.05})
+    before: dict[str, Any] = {}
+    for line, row, step in zip(panels, rows, shown.steps, strict=True):
+        _draw_image(line[0], own, f"{row['positive']:.2f}", None)
+        same = bool(before) and (row["nearest"], row["positive"]) == (before["nearest"], before["positive"])
+        line[0].set_ylabel(f"step {step}" + ("\nas before" if same else ""), fontsize=8)
+        listed, before = neighbours(row), row
+        for k, panel in enumerate(line[1:]):
+            if k < len(listed):
+                sample, p = listed[k]
+                _draw_image(panel, shown.pictures[sample], f"{p:.2g}", own.label)
+            else:
+                panel.axis("off")
+        if not listed:
+            said = line[1].text(0, 0.5, "the sample alone: no neighbour is stored", fontsize=8, va="center")
+            said.set_in_layout(False)  # lies over the empty places
 
 
 def _draw_image(panel: Any, picture: Picture, text: str, label: int | None) -> None:
-    """An image with a number below it, framed by whether its class is `label`."""
+    """An image with a number below it; one of class `label` has a tick before the number and another frame."""
     panel.imshow(picture.image, interpolation="nearest")
     panel.set(xticks=[], yticks=[])
     panel.grid(False)
-    panel.set_xlabel(text, fontsize=6, labelpad=1)
-    frame = DARK if label is None else GOOD if picture.label == label and label >= 0 else GREY
+    same = label is not None and picture.label == label and label >= 0
+    panel.set_xlabel(f"\u2713 {text}" if same else text, fontsize=8, labelpad=3)
+    frame = DARK if label is None else GOOD if same else GREY
     for spine in panel.spines.values():
-        spine.set(visible=True, color=frame, linewidth=1.8)
+        spine.set(visible=True, color=frame, linewidth=2.2 if same else 1.0)
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -12,6 +12,7 @@ from rkdo_dist.field.presets import PRESETS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c25b94", "#333333", "#3f9bdc", "#7a4b00", "#5b2a86")
 MARKERS = "os^DvPX*"
+HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "||")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (4, 1.2, 1, 1.2)), (0, (2, 1)))
 DARK, GREY = "#222222", "#76808a"  # what is compared with; what is aside
 GOOD, BAD = COLOURS[2], COLOURS[1]
@@ -35,6 +36,12 @@ class Style(NamedTuple):
     def curve(self) -> dict[str, Any]:
         """Options of points with a line through them."""
         return {**self.points, "linestyle": self.line, "markersize": 4.5}
+
+    @property
+    def bar(self) -> dict[str, Any]:
+        """Options of bars."""
+        hatch = HATCHES[COLOURS.index(self.colour)]
+        return {"color": self.colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.6}
 
 
 def style(number: int) -> Style:

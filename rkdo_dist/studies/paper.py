@@ -22,7 +22,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.field.presets import PRESETS
 from rkdo_dist.history import History
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.studies import published
+from rkdo_dist.studies import datasets, published
 from rkdo_dist.studies.runner import Planned
 from rkdo_dist.studies.sheets import mean_sd
 from rkdo_dist.studies.statistics import Paired, paired
@@ -110,12 +110,14 @@ def plan(request: Request, dataset: str, shards: str) -> list[Planned]:
 
 
 def data_note(dataset: str, index: ShardIndex) -> str:
-    """Remark on the images; "" if they are the original pixels."""
+    """Remark on the images; "" if they are the original pixels of the paper's data set."""
+    if datasets.known_as(index) != dataset:
+        return f"{datasets.name_of(index)}: not a data set of the paper, so no published numbers stand beside it."
     with tarfile.open(index.file_of(index.split("train").shards[0])) as tar:
         names = (member.name.lower() for member in tar if member.isfile())
         first = next((name for name in names if not name.endswith((".cls", ".json", ".txt"))), "")
     if first.endswith((".jpg", ".jpeg")):
-        title = published.TITLES[dataset]
+        title = datasets.TITLES[dataset]
         return f"{title}: images stored as JPEG, which is lossy; the paper used the original pixels."
     return ""
 
@@ -149,7 +151,7 @@ def locations(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
 def missing(dataset: str, place: str, error: DataError) -> str:
     """Advice on a data set that is missing."""
     return (
-        f"{published.TITLES[dataset]} is left out: {shown(str(error))}\n"
+        f"{datasets.TITLES[dataset]} is left out: {shown(str(error))}\n"
         f"  prepare it with: rkdo prepare {dataset} --out {shown(place)}   (--root DIR if its files are here already), "
         f"or give its directory with --data {dataset}=DIR"
     )
@@ -198,11 +200,16 @@ class Cell:
 
 
 class Results:
-    """Records of the runs of a request."""
+    """Records of the runs of a request.
+
+    Attributes:
+        strangers: data sets that are not those of the paper, which their index tells, with their own names.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.runs: dict[tuple[str, str, int], History] = {}
+        self.strangers: dict[str, str] = {}
         for dataset in request.datasets:
             for objective in OBJECTIVES:
                 for seed in request.seeds:
@@ -211,6 +218,22 @@ class Results:
                         history = RunDirectory(directory).history()
                         if history.epochs:
                             self.runs[dataset, objective, seed] = history
+            first = next((run for (d, _, _), run in self.runs.items() if d == dataset), None)
+            index = None if first is None else datasets.index_of(first.config)
+            if index is not None and datasets.known_as(index) != dataset:
+                self.strangers[dataset] = datasets.name_of(index)
+
+    def title(self, dataset: str) -> str:
+        """What a data set is called."""
+        return self.strangers.get(dataset, datasets.TITLES[dataset])
+
+    def known(self, dataset: str) -> str:
+        """The same for programs: the name in the request, unless the data are others."""
+        return self.strangers.get(dataset, dataset)
+
+    def theirs(self, dataset: str, row: published.Row | None) -> published.Row | None:
+        """Published numbers, unless the data are others."""
+        return None if dataset in self.strangers else row
 
     def of(self, dataset: str, objective: str) -> dict[int, History]:
         """The runs of a data set and objective by seed."""
@@ -271,4 +294,4 @@ class Results:
             if x is not None and y is not None:
                 a.append(float(x))
                 b.append(float(y))
-        return Cell(a, b, row)
+        return Cell(a, b, self.theirs(dataset, row))

@@ -15,10 +15,6 @@ from rkdo_dist.studies.paper import NAMES, OBJECTIVES, Cell, Request, Results
 from rkdo_dist.studies.sheets import Sheet, mean_sd, of_values, spread
 from rkdo_dist.studies.statistics import holm, verdict
 
-_ADJUSTED = (
-    "p-values of the paired t-test over seeds are Holm-adjusted over the table's cells; [95 % bootstrap interval]."
-)
-
 
 def all_tables(results: Results) -> list[Sheet]:
     """The four tables, in the paper's order."""
@@ -36,19 +32,20 @@ def table_1(results: Results) -> Sheet:
         [
             "data set",
             "epochs",
-            *_sides(),
-            "RKDO lower by\nhere\npublished",
-            "attained share\nRKDO\nI-Con",
+            *_heads(),
+            "RKDO lower\nhere",
+            "RKDO lower\npublished",
+            *(f"attained\n{NAMES[objective]}" for objective in OBJECTIVES),
             "the shares differ?",
         ],
         _loss_caption(results),
+        names=2,
     )
     for (dataset, epochs, cell), share, p in zip(cells, shares, _adjusted(shares), strict=True):
-        lower = f"{_percent(cell.percent(True))}\n{_percent(cell.published_percent)}"
-        attained = "\n".join(of_values(getattr(share, o), 1, percent=True) for o in OBJECTIVES)
-        sides = [_side(cell, objective) for objective in OBJECTIVES]
-        sheet.rows.append([_title(dataset), str(epochs), *sides, lower, attained, _verdict(share, p)])
-        row = {"dataset": dataset, "epochs": epochs, **_columns(request, cell)}
+        lower = [_percent(cell.percent(True)), _percent(cell.published_percent)]
+        attained = [of_values(getattr(share, o), 1, percent=True) for o in OBJECTIVES]
+        sheet.rows.append([results.title(dataset), str(epochs), *_sides(cell), *lower, *attained, _verdict(share, p)])
+        row = {"dataset": results.known(dataset), "epochs": epochs, **_columns(request, cell)}
         row |= {"rkdo_lower_percent": cell.percent(True), "published_percent": cell.published_percent}
         ours = {k: v for k, v in _columns(request, share, p).items() if k not in ("protocol", "seeds")}
         ours = {k: v for k, v in ours.items() if "published" not in k and "away" not in k}
@@ -61,7 +58,7 @@ def table_2(results: Results) -> Sheet:
     request = results.request
     places = list(_places(request))
     cells = [results.score(d, e, "linear_accuracy") for d, e in places]
-    labels = [{"data set": _title(d), "epochs": str(e)} for d, e in places]
+    labels = [{"data set": results.title(d), "epochs": str(e)} for d, e in places]
     return _accuracies("table2", f"Table 2: linear evaluation accuracy ({request.said})", request, labels, cells)
 
 
@@ -73,24 +70,36 @@ def table_3(results: Results) -> Sheet:
         f"Table 3: early RKDO, later I-Con, linear evaluation accuracy ({request.said})",
         [
             "data set",
-            "RKDO (early)\nhere\npublished",
-            "I-Con (later)\nhere\npublished",
+            "RKDO, early\nepochs",
+            "RKDO, early\nhere",
+            "RKDO, early\npublished",
+            "I-Con, later\nepochs",
+            "I-Con, later\nhere",
+            "I-Con, later\npublished",
             "difference",
             "evidence?",
-            "published",
+            "the paper reads",
         ],
-        _ADJUSTED + " Fewer steps are a saving only where the accuracies are shown to be alike, which no evidence of a "
-        "difference does not do.",
+        f"{_adjusted_words(request)} Fewer steps are a saving only where the accuracies are shown to be alike, which "
+        "no evidence of a difference does not do.",
     )
     rows = [(d, published.TABLE_3[d]) for d in request.datasets]
     cells = [results.score(d, r.rkdo_epochs, "linear_accuracy", later=r.icon_epochs) for d, r in rows]
     for (dataset, row), cell, p in zip(rows, cells, _adjusted(cells), strict=True):
-        early = f"{of_values(cell.rkdo)} ({row.rkdo_epochs} ep.)\n{spread(*row.rkdo)}"
-        later = f"{of_values(cell.icon)} ({row.icon_epochs} ep.)\n{spread(*row.icon)}"
-        sheet.rows.append([_title(dataset), early, later, _difference(cell), _verdict(cell, p), row.savings])
+        theirs = [spread(*row.rkdo), spread(*row.icon), row.savings]
+        theirs = ["-"] * 3 if dataset in results.strangers else theirs
+        early = [str(row.rkdo_epochs), of_values(cell.rkdo), theirs[0]]
+        later = [str(row.icon_epochs), of_values(cell.icon), theirs[1]]
+        found = [_difference(cell), _verdict(cell, p), theirs[2]]
+        sheet.rows.append([results.title(dataset), *early, *later, *found])
         epochs = {"rkdo_epochs": row.rkdo_epochs, "icon_epochs": row.icon_epochs}
         sheet.data.append(
-            {"dataset": dataset, **epochs, **_columns(request, cell, p), "published_reading": row.savings}
+            {
+                "dataset": results.known(dataset),
+                **epochs,
+                **_columns(request, cell, p),
+                "published_reading": theirs[2],
+            }
         )
     return sheet
 
@@ -100,7 +109,7 @@ def table_4(results: Results) -> Sheet:
     request, epochs = results.request, published.TABLE_4_EPOCHS
     places = [(d, m) for d in request.datasets for m in published.METRICS]
     cells = [results.score(d, epochs, m) for d, m in places]
-    labels = [{"data set": _title(d), "score": published.METRICS[m]} for d, m in places]
+    labels = [{"data set": results.title(d), "score": published.METRICS[m]} for d, m in places]
     return _accuracies("table4", f"Table 4: scores at {epochs} epochs ({request.said})", request, labels, cells)
 
 
@@ -112,42 +121,50 @@ def agreement(results: Results) -> Iterator[str]:
         if away:
             close = sum(abs(a) <= 2 for a in away)
             yield (
-                f"Table 1, {_title(dataset)}: {close} of {len(away)} cells within two published standard deviations "
-                f"(the farthest {max(away, key=abs):+.2f}; protocol {results.request.protocol})"
+                f"Table 1, {results.title(dataset)}: {close} of {len(away)} cells within two published standard "
+                f"deviations (the farthest {max(away, key=abs):+.2f}; protocol {results.request.protocol})"
             )
 
 
 def _accuracies(
     name: str, title: str, request: Request, labels: Sequence[Mapping[str, str]], cells: Sequence[Cell]
 ) -> Sheet:
-    columns = [*labels[0], *_sides(), "RKDO vs I-Con\nhere\npublished", "difference", "evidence?"]
-    sheet = Sheet(name, title, columns, _ADJUSTED)
+    heads = ["RKDO over I-Con\nhere", "RKDO over I-Con\npublished", "difference", "evidence?"]
+    sheet = Sheet(name, title, [*labels[0], *_heads(), *heads], _adjusted_words(request), names=2)
     for label, cell, p in zip(labels, cells, _adjusted(cells), strict=True):
-        relative = f"{_percent(cell.percent(), '+')}\n{_percent(cell.published_percent, '+')}"
-        sides = [_side(cell, objective) for objective in OBJECTIVES]
-        sheet.rows.append([*label.values(), *sides, relative, _difference(cell), _verdict(cell, p)])
+        relative = [_percent(cell.percent(), "+"), _percent(cell.published_percent, "+")]
+        sheet.rows.append([*label.values(), *_sides(cell), *relative, _difference(cell), _verdict(cell, p)])
         names = {key.replace("data set", "dataset"): value for key, value in label.items()}
         percents = {"percent": cell.percent(), "published_percent": cell.published_percent}
         sheet.data.append({**names, **_columns(request, cell, p), **percents})
     return sheet
 
 
+def _adjusted_words(request: Request) -> str:
+    if len(request.seeds) < 2:
+        return "One seed: no spread is known, and nothing can be tested."
+    return (
+        "Mean ± standard deviation over seeds. p-values of the paired t-test over seeds are Holm-adjusted over the "
+        "table's cells; [95 % bootstrap interval]."
+    )
+
+
 def _places(request: Request) -> Iterator[tuple[str, int]]:
     return ((dataset, epochs) for dataset in request.datasets for epochs in request.epochs)
 
 
-def _title(dataset: str) -> str:
-    return published.TITLES[dataset]
+def _heads() -> list[str]:
+    return [f"{NAMES[objective]}\n{what}" for objective in OBJECTIVES for what in ("here", "published", "away")]
 
 
-def _sides() -> list[str]:
-    return [f"{NAMES[objective]}\nhere\npublished\naway" for objective in OBJECTIVES]
-
-
-def _side(cell: Cell, objective: str) -> str:
-    theirs = "-" if cell.published is None else spread(*getattr(cell.published, objective))
-    away = cell.away(objective)
-    return f"{of_values(getattr(cell, objective))}\n{theirs}\n{'-' if math.isnan(away) else f'{away:+.2f} sd'}"
+def _sides(cell: Cell) -> list[str]:
+    """Ours, theirs, and how far away, for both objectives."""
+    found = []
+    for objective in OBJECTIVES:
+        theirs = "-" if cell.published is None else spread(*getattr(cell.published, objective))
+        away = cell.away(objective)
+        found += [of_values(getattr(cell, objective)), theirs, "-" if math.isnan(away) else f"{away:+.2f} sd"]
+    return found
 
 
 def _percent(value: float, sign: str = "") -> str:
@@ -159,7 +176,7 @@ def _difference(cell: Cell) -> str:
     if result is None or result.n < 2:
         return "-" if result is None else f"{result.difference:+.4f}"
     low, high = result.interval
-    return f"{result.difference:+.4f}\n[{low:+.4f}, {high:+.4f}]"
+    return f"{result.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _adjusted(cells: Sequence[Cell]) -> list[float]:
@@ -189,11 +206,11 @@ def _columns(request: Request, cell: Cell, p: float | None = None) -> dict[str, 
 
 def _loss_caption(results: Results) -> str:
     starts = {dataset: results.at_uniform(dataset) for dataset in results.request.datasets}
-    gaps = [f"{100 * (b - a) / b:.1f} % on {_title(d)}" for d, start in starts.items() if start for a, b in [start]]
+    gaps = [f"{100 * (b - a) / b:.1f} % on {results.title(d)}" for d, s in starts.items() if s for a, b in [s]]
     before = (
         f" Before any training RKDO's loss is lower by {', '.join(gaps)}: it is a different function." if gaps else ""
     )
     return (
         f"The two losses cannot be compared.{before} The attained share can: how far a loss has come from its "
-        f"value for an untrained encoder to that for an ideal one. {_ADJUSTED}"
+        f"value for an untrained encoder to that for an ideal one. {_adjusted_words(results.request)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from rkdo_dist.studies.palette import GREY, Style, style
 from rkdo_dist.studies.sheets import mean_sd
 
+_PER_INCH = 11  # letters of a title
 _LETTERS, _KEY = 72, 9  # of a line of a legend; that the key of an entry takes
 _STYLE = {
     "svg.hashsalt": "rkdo",  # the same file for the same figure
@@ -46,6 +48,12 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -
     return figure, list(axes.flat)
 
 
+def title(figure: Any, *lines: str) -> None:
+    """A title over all panels, each line of it broken where the figure ends."""
+    letters = int(_PER_INCH * figure.get_figwidth())
+    figure.suptitle("\n".join("\n".join(textwrap.wrap(line, letters)) for line in lines))
+
+
 def named(panel: Any, place: Sequence[float], text: str) -> None:
     """A name over a group of points."""
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
@@ -60,21 +68,25 @@ def bare(panel: Any) -> None:
     panel.spines[:].set_visible(False)
 
 
-def clouds(panel: Any, plane: Any, groups: Any, name: Callable[[int], str] | None = None, size: float = 11) -> None:
+def clouds(panel: Any, plane: Any, groups: Any, name: Callable[[int], str], size: float = 14) -> list[Any]:
     """Points of a map by group, each group with a colour and a marker of its own; -1 is none, in grey.
 
     Args:
         plane: (n, 2).
         groups: (n,) whole numbers.
-        name: of a group, written over its points.
+        name: of a group.
+
+    Returns:
+        The middle of every group with its name, for `named`.
     """
+    middles = []
     for one in sorted(set(groups.tolist())):
         here = plane[groups == one]
         look = Style(GREY, ".", "-") if one < 0 else style(one)
-        panel.scatter(here[:, 0], here[:, 1], s=size, color=look.colour, marker=look.marker, linewidths=0)
-    if name is not None:
-        for one in sorted(set(groups[groups >= 0].tolist())):
-            named(panel, np.median(plane[groups == one], axis=0), name(one))
+        options = {"color": look.colour, "marker": look.marker, "label": "no label" if one < 0 else name(one)}
+        panel.scatter(here[:, 0], here[:, 1], s=size, linewidths=0, **options)
+        middles += [] if one < 0 else [(np.median(here, axis=0), name(one))]
+    return middles
 
 
 def band(panel: Any, values: Mapping[Any, Sequence[float]], look: Style, label: str) -> None:
@@ -103,13 +115,16 @@ def whole_numbers(*axes: Any) -> None:
             panel.set_xlim(low - 1, high + 1)
 
 
-def calm(*axes: Any, least: float = 0.1) -> None:
-    """Values that hardly differ look as if they hardly differ: an axis spans `least` of its largest value or more."""
+def widened(low: float, high: float, least: float = 0.1) -> tuple[float, float]:
+    """A range that spans `least` of its largest value or more, so that what hardly differs looks as if it did so."""
+    missing = max(0.0, least * max(abs(low), abs(high)) - (high - low))
+    return low - missing / 2, high + missing / 2
+
+
+def calm(*axes: Any, along: str = "y") -> None:
+    """Axes of such a range."""
     for panel in axes:
-        low, high = panel.get_ylim()
-        missing = least * max(abs(low), abs(high)) - (high - low)
-        if missing > 0:
-            panel.set_ylim(low - missing / 2, high + missing / 2)
+        getattr(panel, f"set_{along}lim")(*widened(*getattr(panel, f"get_{along}lim")()))
 
 
 def legend_below(figure: Any) -> None:
@@ -139,6 +154,25 @@ def encoded(figure: Any, kind: str) -> bytes:
         pyplot().close(figure)
 
 
+def pieces(figure: Any, kind: str) -> list[tuple[str, bytes]]:
+    """Each panel, and the legend, as the bytes of a file of its own: a page arranges them by its width. Closed.
+
+    Returns:
+        (title, bytes) by panel; the legend's title is "legend".
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    parts = [(panel.get_title(loc="left"), panel) for panel in figure.axes] + [("legend", it) for it in figure.legends]
+    boxes = [part.get_tightbbox().padded(5).transformed(figure.dpi_scale_trans.inverted()) for _, part in parts]
+    made = []
+    for (title, part), box in zip(parts, boxes, strict=True):
+        for _, other in parts:
+            other.set_visible(other is part)
+        made.append((title, _file(figure, kind, bbox_inches=box)))
+    pyplot().close(figure)
+    return made
+
+
 def save(figure: Any, folder: Path, name: str) -> list[Path]:
     """Save as PNG and SVG (the same bytes for the same figure) and close."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,9 +183,9 @@ def save(figure: Any, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _file(figure: Any, kind: str) -> bytes:
+def _file(figure: Any, kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
-    options: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
+    options |= {"metadata": {"Date": None}} if kind == "svg" else {}
     figure.savefig(out, format=kind, dpi=150, **options)
     return out.getvalue()
 
@@ -159,3 +193,11 @@ def _file(figure: Any, kind: str) -> bytes:
 def seeds(count: int) -> str:
     """ "1 seed", "5 seeds"."""
     return f"{count} seed" if count == 1 else f"{count} seeds"
+
+
+def over(counts: Sequence[int]) -> str:
+    """What points and bands are, of these numbers of seeds: one seed has no spread."""
+    low, high = min(counts), max(counts)
+    if high == 1:
+        return "one seed: no spread is known"
+    return f"mean ± sd over {seeds(high) if low == high else f'{low} to {high} seeds'}"

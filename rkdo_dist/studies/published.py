@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DATASETS = ("cifar10", "cifar100", "stl10")
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10"}
 EPOCHS = (1, 2, 5, 10)
 SEEDS = (42, 123, 456, 789, 101)
 METRICS = {"linear_accuracy": "Linear Eval", "nmi": "NMI", "ari": "ARI", "neighbourhood": "Neighborhood Acc"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from rkdo_dist.measure.scaling import Row, Study
 from rkdo_dist.studies import html
-from rkdo_dist.studies.palette import BAD, DARK, style
+from rkdo_dist.studies.palette import DARK, GREY, style
 from rkdo_dist.studies.plots import encoded, pyplot
 from rkdo_dist.studies.sheets import Sheet
 
@@ -22,10 +22,10 @@ _PHASES = (
 def tables(study: Study) -> list[Sheet]:
     """What was measured; where the time of a step goes and what is sent."""
     heads = ["way", "procs", "batch", "step ms", "pairs/s", "efficiency", "peak MB", "same losses"]
-    measured = Sheet("measured", f"Measured ({study.mode} scaling)", heads)
+    measured = Sheet("measured", f"Measured ({study.mode} scaling)", heads, names=2)
     names = list(dict.fromkeys(name for row in study.rows for name in row.phases))
     heads = ["way", "procs", *(_SHORT.get(name, name) for name in names), "columns", "all sent"]
-    phases = Sheet("phases", "Where the time of a step goes, and what is sent", heads, _PHASES)
+    phases = Sheet("phases", "Where the time of a step goes, and what is sent", heads, _PHASES, names=2)
     for row in study.rows:
         efficiency = "shares cores" if row.oversubscribed else f"{100 * row.efficiency:.0f} %"
         peak = f"{row.peak / 1e6:.0f}"
@@ -67,10 +67,11 @@ def notes(study: Study) -> list[str]:
 def figure(study: Study) -> Any:
     """Throughput, efficiency and memory by size; phases and bytes of every measured point."""
     layout = [["speed", "efficiency", "memory"], ["phases", "phases", "bytes"]]
-    drawn, axes = pyplot().subplot_mosaic(layout, figsize=(12.5, 7.2), layout="constrained")
+    drawn, axes = pyplot().subplot_mosaic(layout, figsize=(12.5, 8.4), layout="constrained")
     ways = {way: [row for row in study.rows if row.way == way] for way in dict.fromkeys(r.way for r in study.rows)}
     for number, (way, rows) in enumerate(ways.items()):
-        look: dict[str, Any] = {**style(number).curve, "label": way}
+        size = {"markersize": 9 - 2 * min(number, 2), "fillstyle": "none"}  # lines that coincide are all seen
+        look: dict[str, Any] = {**style(number).curve, **size, "label": way}
         x = [row.world for row in rows]
         axes["speed"].plot(x, [row.speed for row in rows], **look)
         axes["efficiency"].plot(x, [100 * row.efficiency for row in rows], **look)
@@ -80,11 +81,16 @@ def figure(study: Study) -> Any:
     return drawn
 
 
+def _below(panel: Any, columns: int) -> None:
+    """A legend that hides nothing."""
+    panel.legend(frameon=False, ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.17), handlelength=3)
+
+
 def _by_size(study: Study, axes: dict[str, Any]) -> None:
     worlds, first = sorted({row.world for row in study.rows}), study.rows[0]
     ideal = [first.speed / first.world * world for world in worlds]
-    axes["speed"].plot(worlds, ideal, color=DARK, linestyle=":", linewidth=1, label="ideal")
-    axes["efficiency"].axhline(100, color=DARK, linestyle=":", linewidth=1)
+    axes["speed"].plot(worlds, ideal, color=DARK, linestyle=":", linewidth=1.2, label="ideal")
+    axes["efficiency"].axhline(100, color=DARK, linestyle=":", linewidth=1.2, label="ideal")
     axes["speed"].set(ylabel="pairs per second", title=f"Throughput ({study.mode} scaling)")
     axes["efficiency"].set(ylabel="% of the smallest size", title="Efficiency")
     axes["memory"].set(ylabel="MB", title="Peak memory of a process")
@@ -96,11 +102,9 @@ def _by_size(study: Study, axes: dict[str, Any]) -> None:
         panel.minorticks_off()
         panel.set(xlabel="processes", ylim=(0, 1.15 * panel.get_ylim()[1]))
         if shared:
-            panel.axvspan(min(shared) / 2**0.5, max(shared) * 2**0.5, color=BAD, alpha=0.1, linewidth=0)
-    if shared:
-        text = f"red: more processes than {study.cores} cores"
-        axes["efficiency"].text(0.02, 0.03, text, fontsize=8, color=BAD, transform=axes["efficiency"].transAxes)
-    axes["speed"].legend(frameon=False, loc="upper left")
+            said = f"more processes than {study.cores} cores"
+            panel.axvspan(min(shared) / 2**0.5, max(shared) * 2**0.5, color=GREY, alpha=0.2, linewidth=0, label=said)
+        _below(panel, 2)
 
 
 def _by_point(study: Study, axes: dict[str, Any]) -> None:
@@ -108,21 +112,20 @@ def _by_point(study: Study, axes: dict[str, Any]) -> None:
     bottom = [0.0] * len(labels)
     for number, name in enumerate(dict.fromkeys(name for row in study.rows for name in row.phases)):
         heights = [1e3 * row.phases.get(name, 0.0) for row in study.rows]
-        axes["phases"].bar(labels, heights, bottom=bottom, color=style(number).colour, label=name, width=0.6)
+        axes["phases"].bar(labels, heights, bottom=bottom, label=name, width=0.6, **style(number).bar)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes["phases"].set(title="Where the time of a step goes (way, processes)", ylabel="ms per step")
-    axes["phases"].set_ylim(0, 1.25 * max(bottom))
-    axes["phases"].legend(frameon=False, ncols=6, loc="upper left", fontsize=8)
+    _below(axes["phases"], 5)
     sending = [row for row in study.rows if row.world > 1]
-    labels = [f"{row.way}\n{row.world}" for row in sending]
+    places = range(len(sending))
     columns = [_columns(row) / 1e6 for row in sending]
     rest = [sum(row.sent.values()) / 1e6 - some for row, some in zip(sending, columns, strict=True)]
-    axes["bytes"].bar(labels, columns, color=style(0).colour, label="columns and their gradients", width=0.6)
-    axes["bytes"].bar(labels, rest, bottom=columns, color=style(1).colour, label="everything else", width=0.6)
-    axes["bytes"].set(title="Sent by a process in a step", ylabel="MB")
-    if sending:
-        axes["bytes"].set_ylim(0, 1.45 * max(sum(row.sent.values()) / 1e6 for row in sending))
-        axes["bytes"].legend(frameon=False, loc="upper left", fontsize=8)
+    axes["bytes"].barh(places, columns, label="columns and their gradients", height=0.6, **style(0).bar)
+    axes["bytes"].barh(places, rest, left=columns, label="everything else", height=0.6, **style(1).bar)
+    axes["bytes"].set_yticks(places, [f"{row.way}, {row.world}" for row in sending])
+    axes["bytes"].invert_yaxis()
+    axes["bytes"].set(title="Sent by a process in a step", xlabel="MB")
+    _below(axes["bytes"], 1)
 
 
 def write(study: Study, folder: Path) -> Path:

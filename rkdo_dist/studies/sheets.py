@@ -6,19 +6,23 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from rkdo_dist.files import write_atomic
 
-_WIDTH = 150  # of a table where there is no terminal to fit
+WIDTH = 80  # of tables and sentences where there is no terminal to fit
+_GAP = 2  # between columns
 
 
 @dataclass
@@ -28,9 +32,10 @@ class Sheet:
     Attributes:
         name: of its files, without ending.
         title, caption: above and below.
-        columns: headings.
-        rows: for people, cells of one or more lines.
+        columns: headings; columns with the same words before a line break belong together.
+        rows: for people.
         data: for programs, a mapping per row; the first one's keys are the columns.
+        names: how many of the first columns name a row.
     """
 
     name: str
@@ -39,21 +44,53 @@ class Sheet:
     caption: str = ""
     rows: list[list[str]] = field(default_factory=list)
     data: list[Mapping[str, Any]] = field(default_factory=list)
+    names: int = 1
 
-    def rich(self) -> Table:
-        """For the terminal."""
-        table = Table(
-            title=escape(self.title), caption=escape(self.caption), title_justify="left", caption_justify="left"
-        )
-        if any("\n" in cell for row in self.rows for cell in row):
-            table.show_lines = True
-        else:  # narrow, so that many columns fit a terminal
-            table.box, table.pad_edge = box.SIMPLE_HEAD, False
-            table.padding = (0, 1, 0, 0)
-        for number, column in enumerate(self.columns):
-            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
+    def rich(self, width: int = WIDTH) -> Group:
+        """For the terminal: no cell is ever broken; what is wider than `width` goes on below, with the names again."""
+        shown: list[RenderableType] = [Text(self.title, "bold"), Text()]
+        for columns in self._parts(width):
+            shown += [self._block(columns, width), Text()]
+        return Group(*shown, *([Text(self.caption, "dim"), Text()] if self.caption else []))
+
+    def _head(self, column: int) -> str:
+        """A heading, broken between words where its cells are narrower."""
+        room = max([10, *(cell_len(row[column]) for row in self.rows)])
+        lines = (textwrap.wrap(line, room, break_long_words=False) for line in self.columns[column].split("\n"))
+        return "\n".join(part for line in lines for part in line)
+
+    def _width(self, column: int) -> int:
+        return max(cell_len(text) for text in (*self._head(column).split("\n"), *(r[column] for r in self.rows)))
+
+    def _parts(self, width: int) -> Iterator[list[int]]:
+        """Columns that stand side by side, the names among them."""
+        names = list(range(self.names))
+        left = room = width - sum(self._width(c) + _GAP for c in names) + _GAP
+        part: list[int] = []
+        rest = range(self.names, len(self.columns))
+        for _, together in groupby(rest, lambda c: self.columns[c].partition("\n")[0]):
+            some = list(together)
+            need = sum(self._width(c) + _GAP for c in some)
+            pieces = [some] if need <= room else [[c] for c in some]
+            for piece in pieces:
+                need = sum(self._width(c) + _GAP for c in piece)
+                if part and need > left:
+                    yield names + part
+                    part, left = [], room
+                part, left = part + piece, left - need
+        yield names + part
+
+    def _block(self, columns: Sequence[int], width: int) -> Table:
+        """Some columns; only a single one that has more words than a line has room for is broken, between words."""
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+        fits = sum(self._width(c) + _GAP for c in columns) - _GAP <= width
+        for c in columns:
+            cells = [row[c] for row in self.rows]
+            numbers = c >= self.names and any(cell.lstrip("+-")[:1].isdigit() for cell in cells)
+            kept = fits or c < self.names
+            table.add_column(Text(self._head(c)), justify="right" if numbers else "left", no_wrap=kept)
         for row in self.rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(Text(row[c]) for c in columns))
         return table
 
     def csv(self) -> str:
@@ -79,20 +116,20 @@ class Sheet:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def console() -> Console:
-    """Standard output; wide enough for our tables where it is not a terminal."""
+    """Standard output: as wide as the terminal, 80 columns where there is none."""
     found = Console()
-    return found if found.is_terminal else Console(width=_WIDTH)
+    return found if found.is_terminal else Console(width=WIDTH)
 
 
 def show(console: Console, sheets: Sequence[Sheet]) -> None:
     """Print the tables that have rows."""
     for sheet in sheets:
         if sheet.rows:
-            console.print(sheet.rich())
+            console.print(sheet.rich(console.width))
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -22,7 +22,13 @@ from rkdo_dist.studies.grid import Axis, Row, Sweep, plan, results
 from rkdo_dist.studies.runner import run_all
 from rkdo_dist.studies.sheets import Sheet, mean_sd, of_values
 from rkdo_dist.studies.statistics import Paired, holm, paired, verdict
-from rkdo_dist.studies.sweep_figures import figures
+from rkdo_dist.studies.sweep_figures import TITLES, figures
+
+_TESTED = (
+    "Mean ± standard deviation over seeds. Differences by seed: mean and Student's 95 % margin (not corrected for the "
+    "number of rows). Verdict: paired t-test by seed, Holm-adjusted over the rows."
+)
+_UNTESTED = "One seed in common: no spread is known, and a difference of two single runs is no evidence."
 
 
 def sweep(asked: Sweep, processes: int, console: Console) -> int:
@@ -58,21 +64,24 @@ def table(asked: Sweep, rows: list[Row]) -> Sheet:
     adjusted = holm([math.nan if test is None else test.t_p for test in tests])
     protocols = sorted({name for row in rows for name in _protocols(row)})
     named = [a.key for a in asked.axes]
-    columns = [*named, "seeds", "loss", "attained", asked.metric, "minus the first row", "against the first row"]
+    columns = [*named, "seeds", "loss", "attained", TITLES.get(asked.metric, asked.metric)]
+    testable = any(test is not None and test.n > 1 for test in tests)
     sheet = Sheet(
         "table",
         f"Sweep of {', '.join(named)} (protocol {', '.join(protocols) or '-'})",
-        columns,
-        "Losses of different settings are different functions: compare the attained share and the score. Differences "
-        "by seed: mean and Student's 95 % margin (not corrected for the number of rows). Verdict: paired t-test by "
-        "seed, Holm-adjusted over the rows." + "".join(f" {line}." for line in _legend(asked.axes)),
+        [*columns, "minus the first row", "against the first row"] if testable else columns,
+        "Losses of different settings are different functions: compare the attained share and the score. "
+        + (_TESTED if testable else _UNTESTED)
+        + "".join(f" {line}." for line in _legend(asked.axes)),
+        names=len(named),
     )
     for row, test, p in zip(rows, tests, adjusted, strict=True):
         settings = {a.key: a.texts[i] for a, i in zip(asked.axes, row.combination, strict=True)}
         numbers = {name: list(row.values(name).values()) for name in ("loss", "attained", asked.metric)}
         words = "-" if test is None else verdict(test, p, ("this", "the first"))
         cells = [of_values(values, 3 if name == "attained" else 4) for name, values in numbers.items()]
-        sheet.rows.append([*settings.values(), str(len(row.runs)), *cells, _difference(test), words])
+        compared = [_difference(test), words] if testable else []
+        sheet.rows.append([*settings.values(), str(len(row.runs)), *cells, *compared])
         sheet.data.append({**settings, **_for_programs(asked, row), **_tested(test), "holm_p": p})
     return sheet
 

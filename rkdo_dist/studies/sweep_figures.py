@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES
+from rkdo_dist.studies import plots
 from rkdo_dist.studies.grid import Axis, Row, Sweep
-from rkdo_dist.studies.palette import GREY, style
-from rkdo_dist.studies.plots import band, panels, save, seeds
+from rkdo_dist.studies.palette import FIELD, GREY, style
+from rkdo_dist.studies.plots import over, save
 from rkdo_dist.studies.sheets import mean_sd
 
 ATTAINED = "attained"
-_TITLES = {ATTAINED: "attained share of the loss"}
-_LONG = 8  # characters of a name that needs room
+TITLES = {
+    "loss": "loss (nats)",
+    ATTAINED: "attained share of the loss",
+    **SCORE_TITLES,
+    **{f"yardsticks.{name}": title for name, title in COMMON_METRIC_TITLES.items()},
+}
+_TICKS = 14  # that an axis has room for
 _LOG = 20  # a positive axis that spans more than this is logarithmic
 
 
@@ -31,43 +39,52 @@ def figures(asked: Sweep, rows: list[Row], folder: Path, title: str) -> list[Pat
 
 
 def _curve(asked: Sweep, rows: list[Row], names: list[str], title: str) -> Any:
-    """Mean over seeds, its standard deviation as a band, every run as a dot."""
-    axis, shade = asked.axes[0], style(0).colour
-    positions, numeric = _positions(axis)
-    figure, axes = panels(1, len(names), (5.4 * len(names), 4.2))
-    figure.suptitle(title)
+    """Mean over seeds, its standard deviation as a band or a bar, every run as a dot."""
+    axis = asked.axes[0]
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in axis.values)
+    height = 4.4 if numeric else 2.0 + 0.34 * len(axis.texts)
+    figure, axes = plots.panels(1, len(names), (5.4 * len(names), height), sharey=not numeric)
+    plots.title(figure, title, over(_seeds(rows)))
     for name, panel in zip(names, axes, strict=True):
-        points = {positions[row.combination[0]]: list(row.values(name).values()) for row in rows}
-        for x, values in points.items():
-            panel.plot([x] * len(values), values, ".", color=shade, alpha=0.5)
-        if numeric:
-            band(panel, points, style(0), "")
-        else:  # names have no order: no line and no band from one to the next
-            means, sds = zip(*(mean_sd(values) for values in points.values()), strict=True)
-            errors = [0.0 if sd != sd else sd for sd in sds]
-            panel.errorbar(list(points), means, errors, fmt="o", markersize=5, color=shade, capsize=4)
-        panel.set(xlabel=axis.key, ylabel=_TITLES.get(name, name), title=f"mean ± sd over {_seeds(rows)}")
-        if numeric and min(positions) > 0 and max(positions) > _LOG * min(positions):
-            panel.set_xscale("log")
-        slanted = {} if numeric or max(map(len, axis.texts)) < _LONG else {"rotation": 30, "ha": "right"}
-        panel.set_xticks(positions, axis.texts, **slanted)
-        panel.minorticks_off()
-        if not numeric:
-            panel.margins(x=0.12)
+        found = [list(row.values(name).values()) for row in sorted(rows, key=lambda row: row.combination)]
+        (_along if numeric else _beside)(panel, axis, found)
+        (panel.set_ylabel if numeric else panel.set_xlabel)(TITLES.get(name, name))
     return figure
 
 
-def _seeds(rows: list[Row]) -> str:
+def _along(panel: Any, axis: Axis, found: list[list[float]]) -> None:
+    """Numbers: a line from one to the next, at their own places where these lie far enough apart to be read."""
+    places, said = [float(value) for value in axis.values], axis.key
+    if min(places) > 0 and max(places) > _LOG * min(places):
+        panel.set_xscale("log")
+    scaled = sorted(math.log(x) if panel.get_xscale() == "log" else x for x in places)
+    if len(places) > 1 and min(b - a for a, b in itertools.pairwise(scaled)) < (scaled[-1] - scaled[0]) / _TICKS:
+        panel.set_xscale("linear")
+        places, said = [float(sorted(places).index(x)) for x in places], f"{axis.key} (not to scale)"
+    for x, values in zip(places, found, strict=True):
+        panel.plot([x] * len(values), values, ".", color=style(0).colour, alpha=0.5)
+    plots.band(panel, dict(zip(places, found, strict=True)), style(0), "")
+    panel.set_xticks(places, axis.texts)
+    panel.minorticks_off()
+    panel.set_xlabel(said)
+    plots.calm(panel)
+
+
+def _beside(panel: Any, axis: Axis, found: list[list[float]]) -> None:
+    """Names, which have no order: one below the other."""
+    for y, values in enumerate(found):
+        mean, sd = mean_sd(values)
+        panel.plot(values, [y] * len(values), ".", color=style(0).colour, alpha=0.5)
+        panel.errorbar(mean, y, xerr=None if sd != sd else sd, fmt="o", markersize=6, color=style(0).colour, capsize=4)
+    panel.set_yticks(range(len(axis.texts)), axis.texts)
+    panel.set_ylim(len(axis.texts) - 0.5, -0.5)
+    panel.set_ylabel(axis.key if panel.get_subplotspec().is_first_col() else "")
+    plots.calm(panel, along="x")
+
+
+def _seeds(rows: list[Row]) -> list[int]:
     """How many seeds are complete, which may be fewer than were asked for."""
-    counts = {len(row.runs) for row in rows if row.runs}
-    return seeds(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)} seeds"
-
-
-def _positions(axis: Axis) -> tuple[list[float], bool]:
-    """Where values lie: numbers at themselves, everything else side by side."""
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in axis.values):
-        return [float(value) for value in axis.values], True
-    return [float(number) for number in range(len(axis.values))], False
+    return sorted({len(row.runs) for row in rows if row.runs})
 
 
 def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int], title: str) -> Any:
@@ -75,17 +92,19 @@ def _maps(asked: Sweep, rows: list[Row], names: list[str], pair: tuple[int, int]
     down, across = (asked.axes[number] for number in pair)
     others = [axis.key for number, axis in enumerate(asked.axes) if number not in pair]
     height, width = 1.9 + 0.62 * len(down.values), 2.6 + 1.05 * len(across.values)
-    figure, axes = panels(1, len(names), (max(4.6, width) * len(names), max(3.2, height)))
+    figure, axes = plots.panels(1, len(names), (max(4.6, width) * len(names), max(3.2, height)))
     averaged = f"; averaged over {', '.join(others)}" if others else ""
-    figure.suptitle(f"{title}\nmean ± sd over {_seeds(rows)}{averaged}")
+    plots.title(figure, title, over(_seeds(rows)) + averaged)
     for name, panel in zip(names, axes, strict=True):
         cells = [
             [_values(rows, pair, (i, j), name) for j in range(len(across.values))] for i in range(len(down.values))
         ]
         means = [[mean_sd(values)[0] for values in line] for line in cells]
-        image = panel.imshow(means, cmap="viridis", aspect="auto")
+        known = [mean for line in means for mean in line if mean == mean]
+        low, high = plots.widened(min(known), max(known)) if known else (0, 1)
+        image = panel.imshow(means, cmap=FIELD, aspect="auto", vmin=low, vmax=high)
         figure.colorbar(image, ax=panel, shrink=0.9)
-        panel.set(xlabel=across.key, ylabel=down.key, title=_TITLES.get(name, name))
+        panel.set(xlabel=across.key, ylabel=down.key, title=TITLES.get(name, name))
         panel.set_xticks(range(len(across.values)), across.texts)
         panel.set_yticks(range(len(down.values)), down.texts)
         panel.grid(False)
