@@ -108,7 +108,8 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The rows on another device."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        towards = device.type != "cpu"  # numbers that arrive at the host are read at once
+        return self._each(lambda x: x.to(device, non_blocking=towards))
 
     def pick(self, places: Tensor) -> Rows:
         """Copies of the rows at `places`."""
