@@ -19,6 +19,7 @@ from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.console import progress_bar, say
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.own_order import first_samples
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.encoders import Encoder
@@ -133,6 +134,9 @@ def evaluate_encoder(
     encoder.eval()
     try:
         plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits")
+        if config.evaluate.protocol == "paper":
+            count = PAPER_BATCHES * config.train.global_batch
+            index = group.together(lambda: first_samples(index, plan.test, count), "looking up the split")
         found = {split: _features(config, runtime, index, encoder, split, console) for split in plan.splits}
         pairs = _pairs(config, runtime, index, encoder, plan.test, console)
     finally:
