@@ -58,7 +58,7 @@ for seed in ${SEEDS:-1 2 3 4}; do # all arms of a seed before the next
   so_far="${so_far:+$so_far,}$seed"
   $rkdo sweep "$config" --out "$out/study" --seeds "$so_far" --metric knn_accuracy_backbone,linear_accuracy_backbone,knn_accuracy \
     --set "data.shards=$out/data/small" --set "field.temperature=$tau" "${set_extra[@]}" \
-    --variant "a = 0: field.objective=simclr" \
+    --variant "SimCLR: field.objective=simclr" \
     --variant "O(.25): $rows-0.25.npz" --variant "O(.5): $rows-0.5.npz" --variant "O(.75): $rows-0.75.npz" \
     --variant "O(1): $rows-1.npz" --variant "O'(.5): $rows-confusable.npz" "$@"
 done

@@ -1,9 +1,9 @@
 """The first samples of a split in its source's own order, as the released notebook judges them.
 
 `prepare` puts the samples of a split into an order drawn from its seed; the draw is known, so it can be undone. Only
-sources whose own order mixes the classes have one worth undoing: the data sets of torchvision and the digits. A folder's
-is by class, so that its first samples would be of one class: there, as in shards that somebody else has made, the first
-samples are the first of the index.
+sources whose own order mixes the classes have one worth undoing: the data sets of torchvision and the digits. That of a
+folder is by class, so that its first samples would be of one class: there, as in shards that somebody else has made,
+the first samples are the first of the index.
 """
 
 from __future__ import annotations
