@@ -43,7 +43,7 @@ rows = list(csv.DictReader(open(sys.argv[1])))
 print(max(rows, key=lambda row: float(row["knn_accuracy_backbone"]))["field.temperature"])
 END
 )
-echo "temperature: $tau"
+echo "$tau" | tee "$out/temperature.txt"
 [ -f "$out/base.npz" ] || $rkdo embed "$out/temperature/runs/field.temperature=$tau,seed=0" "$out/data/small" --split train --out "$out/base.npz"
 
 # Rows of a stated precision.

@@ -390,6 +390,9 @@ class RunConfig:
     resume: str = setting(
         "never", "never; auto: continue what run.dir holds; or another run's directory, to continue it here", free=True
     )
+    branch: str = setting(
+        "none", "a complete run whose weights and optimizer begin this one, under its own settings; {seed}: run.seed"
+    )
     reduction: Literal["exact", "fast", "ring"] = setting(
         "exact",
         "sums in a fixed order, with the same bits on 1, 2, 4, ... processes; in the backend's order; or that with "

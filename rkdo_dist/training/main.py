@@ -33,7 +33,7 @@ from rkdo_dist.training.callbacks import Callbacks
 from rkdo_dist.training.job import Job, build
 from rkdo_dist.training.journal import Journal
 from rkdo_dist.training.micro_batch import resolved
-from rkdo_dist.training.saving import own_checkpoint, restore
+from rkdo_dist.training.saving import branch, own_checkpoint, restore
 
 RUNS = Path("runs")  # where runs go whose configuration does not say
 
@@ -162,6 +162,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
     job = group.together(
         lambda: build(config, rt, index, run, backbone=given.backbone, metrics=given.metrics), "building the run"
     )
+    group.together(lambda: branch(job), "looking at run.branch")
     job.supervise()
     plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
     group.together(lambda: check_probes(config, index), "looking at evaluate.probes")
@@ -169,7 +170,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
     numbers = arithmetic(rt.device)
     if rt.reduction == "exact":
         agree(numbers)  # ranks apply the same update, each by its own arithmetic
-    if config.encoder.weights != "none" or is_code(config.encoder.backbone):
+    if config.encoder.weights != "none" or config.run.branch != "none" or is_code(config.encoder.backbone):
         # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.
         agree({"the encoder's weights (digest)": job.encoder.digest()})
     source = group.together(lambda: other_run(config), "looking at run.resume")

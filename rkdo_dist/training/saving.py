@@ -101,6 +101,36 @@ def restore(job: Job) -> None:
     job.launch_before = found.extra.get("launch", job.runtime.launch)
 
 
+def branch(job: Job) -> None:
+    """Begin with the last weights and the optimizer's state of the run that `run.branch` names, under own settings.
+
+    Steps, data order, rows and averages begin anew, the average with those weights. A run that has a checkpoint of its
+    own continues from that (`restore`) and does not look at the other run again.
+
+    Raises:
+        RunError: if there is no such run, it is not complete, or its encoder or optimizer is another.
+    """
+    config = job.config
+    if config.run.branch == "none" or newest_checkpoint(job.run, job.runtime) is not None:
+        return
+    source = RunDirectory(Path(config.run.branch.replace("{seed}", str(config.run.seed))))
+    if source.status()["status"] != "complete":
+        raise RunError(f"run.branch={source.path}: that run is not complete; continue it first with run.resume=auto")
+    found = newest_checkpoint(source, job.runtime)
+    if found is None or found.optimizer is None:
+        raise RunError(f"run.branch={source.path}: that run has no checkpoint any more")
+    own = [{key: value for key, value in group.items() if key != "params"} for group in job.optimizer.param_groups]
+    try:
+        job.encoder.load_state_dict(found.model)
+        checkpoint.tensors_to_optimizer(found.optimizer, job.optimizer, job.encoder.named_parameters())
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"run.branch={source.path} has another encoder or optimizer: {error}") from None
+    for parameters, settings in zip(job.optimizer.param_groups, own, strict=True):
+        parameters.update(settings)
+    if job.average is not None:
+        job.average.model.load_state_dict(found.model)
+
+
 def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpoint | None:
     """The newest complete checkpoint of a run; if it is not the newest, rank zero says why."""
     with warnings.catch_warnings(record=True) as said:
