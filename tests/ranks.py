@@ -28,17 +28,27 @@ class RankFailed(AssertionError):
 
 
 def _entry(
-    rank: int, world: int, store: str, timeout: float, results: Any, function: Callable[..., Any], args: tuple
+    rank: int,
+    world: int,
+    store: str,
+    backend: str,
+    timeout: float,
+    results: Any,
+    function: Callable[..., Any],
+    args: tuple,
 ) -> None:
     import torch
     import torch.distributed as dist
 
+    from tests import like_nccl
+
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate asks
     torch.set_num_threads(1)
+    like_nccl.register()
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,
@@ -57,13 +67,15 @@ def _entry(
 class Ranks:
     """Ranks that are running: `kill` some, `join` all. Use as a context, so that none is left behind."""
 
-    def __init__(self, function: Callable[..., Any], world: int, args: tuple, timeout: float) -> None:
+    def __init__(
+        self, function: Callable[..., Any], world: int, args: tuple, timeout: float, backend: str = "gloo"
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._results = _context.Queue()
         self._timeout = timeout
         store = os.path.join(self._folder.name, "store")
         self.processes = [
-            _context.Process(target=_entry, args=(r, world, store, timeout, self._results, function, args))
+            _context.Process(target=_entry, args=(r, world, store, backend, timeout, self._results, function, args))
             for r in range(world)
         ]
 
@@ -95,17 +107,23 @@ class Ranks:
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0, check: bool = True
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout: float = 120.0,
+    check: bool = True,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Call `function(rank, world, *args)` on `world` gloo ranks; return its results in rank order.
+    """Call `function(rank, world, *args)` on `world` ranks; return its results in rank order.
 
     Args:
         function: a module-level function of a test module (it is pickled by name).
         args: picklable; results must be picklable too (numpy arrays, floats; tensors are turned into file handles).
-        timeout: seconds for the group's collectives and for the whole call.
+        timeout: seconds for the group's collectives and, if it is more than 60, for the whole call.
         check: raise `RankFailed` if any rank raised; otherwise a failed rank's result is its traceback as `str`.
+        backend: "gloo", or `like_nccl.SILENT`.
     """
-    with Ranks(function, world, args, timeout) as ranks:
+    with Ranks(function, world, args, timeout, backend) as ranks:
         answers = ranks.answers()
     failures = [f"--- rank {r}\n{text}" for r, (ok, text) in sorted(answers.items()) if not ok]
     if failures and check:
@@ -115,7 +133,7 @@ def run_ranks(
 
 def _collect(results: Any, ranks: list[Any], world: int, timeout: float) -> dict[int, tuple[bool, Any]]:
     answers: dict[int, tuple[bool, Any]] = {}
-    deadline = time.monotonic() + timeout + 30
+    deadline = time.monotonic() + max(timeout, 60) + 30
     while len(answers) < world:
         try:
             rank, ok, value = results.get(timeout=0.5)

@@ -124,7 +124,7 @@ def test_every_collective_of_the_package_is_one_that_the_ledger_counts() -> None
     names = {(owner.__name__.rpartition(".")[2], name) for owner, name, *_ in ledger._COLLECTIVES}
     missed = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.parent.name == "measure":
+        if path.parent.name == "measure" or path.name == "watch.py":  # its beats are no part of a step
             continue
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call):

@@ -1,4 +1,4 @@
-"""Rank facts, reductions in a fixed order, and the one rule for the scale of gradients.
+"""Rank facts, agreement between ranks, reductions in a fixed order, and the one rule for the scale of gradients.
 
 The gradient-scale rule of the project: *each rank's loss is the mean over its own rows; gradients of columns are
 summed on the rank that owns them; parameter gradients are averaged over ranks.* The result is the gradient of the
@@ -8,11 +8,17 @@ direction (see tests/test_columns.py for the controls).
 Floating-point addition is not associative, so a sum that must not depend on the number of ranks needs a fixed order.
 `tree_sum` is that order: a balanced binary tree over lanes. A rank's lanes are a subtree, and the ranks' sums are the
 upper levels of the same tree, so world sizes that are powers of two give the same bits.
+
+What ranks tell each other about the job (agreement, messages, who has failed) goes through the control group, on the
+host: a collective on a device says nothing when a peer is gone, and gives up when one works for long by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Generic, TypeVar
 
 import torch
@@ -41,12 +47,6 @@ def world_size(group: Group = None) -> int:
 def rank(group: Group = None) -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank(group) if is_distributed() else 0
-
-
-def barrier(group: Group = None) -> None:
-    """Wait for all ranks (nothing without a process group)."""
-    if world_size(group) > 1:
-        dist.barrier(group)
 
 
 class TreeSum(Generic[P]):
@@ -180,19 +180,56 @@ class ExactAllReduce:
         return self.vector
 
 
-def _small_tensor_device(group: Group = None) -> torch.device:
-    """The device for small messages between ranks: NCCL only moves tensors on the GPU."""
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+_control: Group = None  # None: the default group, which is on the host
+_pause = 10.0  # seconds after which a rank that works by itself answers the others
 
 
-def all_reduce_max(value: float, group: Group = None) -> float:
-    """The largest `value` over ranks."""
-    if world_size(group) == 1:
+def open_control(timeout: float) -> None:
+    """Make the control group: gloo, beside a default group of another backend (collective).
+
+    Args:
+        timeout: seconds after which a rank counts as lost that does not answer.
+    """
+    global _control, _pause
+    _pause = min(10.0, timeout / 4)
+    if world_size() > 1 and dist.get_backend() != "gloo":
+        _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))  # type: ignore[assignment]
+
+
+def close_control(broken: bool = False) -> None:
+    """Leave the control group, if it is not the default group.
+
+    Args:
+        broken: leave it as it is, for a process that ends.
+    """
+    global _control
+    if _control is not None and not broken:
+        dist.destroy_process_group(_control)
+    _control = None
+
+
+def control() -> Group:
+    """The group of what is not computed: on the host, and a lost peer raises an error in it at once."""
+    return _control
+
+
+def control_is_apart() -> bool:
+    """Whether it is not the default group, whose collectives then run on a device and wait for a lost peer."""
+    return _control is not None
+
+
+def barrier() -> None:
+    """Wait for all ranks (nothing without a process group)."""
+    if world_size() > 1:
+        dist.barrier(control())
+
+
+def all_reduce_max(value: float) -> float:
+    """The largest `value` over ranks, in the control group."""
+    if world_size() == 1:
         return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=_small_tensor_device(group))
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=control())
     return float(tensor)
 
 
@@ -200,12 +237,15 @@ def gather_objects(value: object, group: Group = None) -> list[object]:
     """Every rank's `value` in rank order, on every rank.
 
     Uses torch's object collective, which pickles: only between the ranks of one job, never with data from outside.
+
+    Args:
+        group: None for the control group.
     """
     world = world_size(group)
     if world == 1:
         return [value]
     out: list[object] = [None] * world
-    dist.all_gather_object(out, value, group=group)
+    dist.all_gather_object(out, value, group=control() if group is None else group)
     return out
 
 
@@ -261,8 +301,39 @@ def together(action: Callable[[], T], what: str) -> T:
     Raises:
         RankError: with the ranks and their messages. On one rank alone, the original exception passes unchanged.
     """
-    attempt = Attempt(action)
-    return attempt.result(all_reduce_max(float(attempt.failed)) > 0, what)
+    with _answering():
+        attempt = Attempt(action)
+    while (state := all_reduce_max(float(attempt.failed))) >= _BUSY:
+        pass
+    return attempt.result(state > 0, what)
+
+
+_BUSY = 2.0  # more than 1.0, failed
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """While entered, a thread answers the ranks that wait in `together`: a collective would give up after a timeout,
+    and a rank may work by itself for longer."""
+    if world_size() == 1:
+        yield
+        return
+    done = threading.Event()
+
+    def answer() -> None:
+        with contextlib.suppress(RuntimeError):  # a rank is lost: this one learns it itself when it has finished
+            while not done.wait(_pause):
+                all_reduce_max(_BUSY)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:  # this rank leaves alone, so others must not wait for it to answer
+        done.set()
+        raise
+    done.set()
+    thread.join()
 
 
 def on_main(action: Callable[[], T], what: str) -> T | None:

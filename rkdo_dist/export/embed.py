@@ -25,7 +25,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.export.formats import refuse_existing
 from rkdo_dist.export.pretrained import PretrainedEncoder, load_encoder
 from rkdo_dist.files import write_atomic
-from rkdo_dist.ranks import runtime, surroundings
+from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.runtime import Runtime
 
@@ -67,30 +67,26 @@ def embed(
         ValueError: for a mistake in the request or a damaged sample, on every rank; nothing is written then.
     """
     defaults = RunConfig()
-    with surroundings.entered(defaults.timeout) as around:
-        rt = runtime.start(defaults.threads, defaults.timeout, "fast")
-        try:
-            around.peers.meet()
-            group.together(lambda: _check(out, what, force) if rt.is_main else None, "looking at --out")
-            encoder = group.together(
-                lambda: load_encoder(encoder_source, backbone=backbone, weights=weights), "loading the encoder"
-            )
-            index = group.together(
-                lambda: open_source(source, allow_remote=allow_remote, on_corrupt=on_corrupt, workers=False),
-                "reading the index",
-            )
-            agree({"step of the encoder": encoder.about.get("step"), "data": index.digest()})
-            names = list(splits) or list(index.splits)
-            for name in names:
-                group.together(lambda name=name: index.split(name), "looking up the split")  # type: ignore[misc]
-            encoder.to(rt.device)
-            console = Console(stderr=True) if rt.is_main else None
-            found = [(name, *_split(encoder, index, name, rt, console)) for name in names]
-            group.together(lambda: _write(out, found, index, what) if rt.is_main else None, "writing the features")
-            if console is not None:
-                say(console, f"features: {out}")
-        finally:
-            runtime.finish()
+    with surroundings.joined(defaults.threads, defaults.timeout, "fast") as around:
+        rt = around.runtime
+        group.together(lambda: _check(out, what, force) if rt.is_main else None, "looking at --out")
+        encoder = group.together(
+            lambda: load_encoder(encoder_source, backbone=backbone, weights=weights), "loading the encoder"
+        )
+        index = group.together(
+            lambda: open_source(source, allow_remote=allow_remote, on_corrupt=on_corrupt, workers=False),
+            "reading the index",
+        )
+        agree({"step of the encoder": encoder.about.get("step"), "data": index.digest()})
+        names = list(splits) or list(index.splits)
+        for name in names:
+            group.together(lambda name=name: index.split(name), "looking up the split")  # type: ignore[misc]
+        encoder.to(rt.device)
+        console = Console(stderr=True) if rt.is_main else None
+        found = [(name, *_split(encoder, index, name, rt, console)) for name in names]
+        group.together(lambda: _write(out, found, index, what) if rt.is_main else None, "writing the features")
+        if console is not None:
+            say(console, f"features: {out}")
 
 
 def _check(out: Path, what: str, force: bool) -> None:

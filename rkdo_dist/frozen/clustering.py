@@ -32,7 +32,7 @@ from rkdo_dist.frozen.cluster_page import Clustering, source_of, write_page
 from rkdo_dist.frozen.features import Features, read_features
 from rkdo_dist.frozen.heads import Heads, Recipe, pairs, probabilities, random_neighbours, standardised
 from rkdo_dist.lock import NAME, DirectoryLock
-from rkdo_dist.ranks import runtime, surroundings
+from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.studies import sheets
@@ -71,30 +71,23 @@ def cluster(
     Raises:
         ValueError: for a mistake in the request, on every rank; nothing is written then.
     """
-    with surroundings.entered(TIMEOUT) as around:
-        rt = runtime.start(threads, TIMEOUT, "exact")
-        lock: list[DirectoryLock] = []
-        try:
-            around.peers.meet()
-            data = group.together(lambda: read_features(path, array, labels), f"reading {path}")
-            request = {"features": data.digest, "version": __version__, **dataclasses.asdict(recipe)}
-            agree(request)
-            group.together(lambda: _check(data, recipe, images, threads), "checking the request")
-            values = group.together(lambda: standardised(data.values), "centring the features")
-            group.on_main(lambda: lock.append(_claimed(out, resume)), "looking at --out")
-            finished = group.from_rank_zero((out / RESULT).exists())
-            console = Console(stderr=True) if rt.is_main else None
-            if finished:
-                group.on_main(lambda: _same(_read(out)["request"], request, out), "looking at --out")
-                if console is not None:
-                    say(console, f"complete already: {out}")
-            else:
-                _find(data, values, out, recipe, request, images, kmeans, rt, console)
-            group.on_main(lambda: _show(_read(out), out), "showing the result")
-        finally:
-            for held in lock:
-                held.release()
-            runtime.finish()
+    with contextlib.ExitStack() as held, surroundings.joined(threads, TIMEOUT, "exact") as around:
+        rt = around.runtime
+        data = group.together(lambda: read_features(path, array, labels), f"reading {path}")
+        request = {"features": data.digest, "version": __version__, **dataclasses.asdict(recipe)}
+        agree(request)
+        group.together(lambda: _check(data, recipe, images, threads), "checking the request")
+        values = group.together(lambda: standardised(data.values), "centring the features")
+        group.on_main(lambda: held.callback(_claimed(out, resume).release), "looking at --out")
+        finished = group.from_rank_zero((out / RESULT).exists())
+        console = Console(stderr=True) if rt.is_main else None
+        if finished:
+            group.on_main(lambda: _same(_read(out)["request"], request, out), "looking at --out")
+            if console is not None:
+                say(console, f"complete already: {out}")
+        else:
+            _find(data, values, out, recipe, request, images, kmeans, rt, console)
+        group.on_main(lambda: _show(_read(out), out), "showing the result")
 
 
 def _check(data: Features, recipe: Recipe, images: str | None, threads: int) -> None:

@@ -13,14 +13,18 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 from rkdo_dist.exchange import group
+from rkdo_dist.faults import OUT_OF_MEMORY, out_of_memory
+from rkdo_dist.ranks.watch import BEAT, Note, Watch
 
+ALIKE = (group.RankError, ValueError, ArithmeticError)  # errors that every rank raises
 _NOWHERE = ("198.51.100.1", 9)  # an address for documentation (RFC 5737): asks the routing table, sends nothing
 _ADDRESS = re.compile(r"(?:peer|remote=)\D{0,3}(\d+\.\d+\.\d+\.\d+)")
 
@@ -53,10 +57,13 @@ class Peers:
         self._timeout = timeout
         self._places: list[Location] = []
         self._me = 0
+        self._note: Note | None = None
+        self._watch: Watch | None = None
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """While entered (before joining the group), a collective that fails because of a peer raises `PeerLostError`.
+        """While entered (before joining the group), a collective that fails because of a peer raises `PeerLostError`,
+        and an error of this rank alone is told to the others.
 
         Raises:
             PeerLostError: in place of the backend's RuntimeError.
@@ -64,29 +71,62 @@ class Peers:
         choose_interface()
         try:
             yield
-        except RuntimeError as error:
+        except BaseException as error:
             text = self.explain(error)
+            if text is None and isinstance(error, Exception) and not isinstance(error, group.RankError):
+                self._tell(error)
+            if self._watch is not None:
+                self._watch.leave() if isinstance(error, ALIKE) else self._watch.failing()
             if text is None:
                 raise
             raise PeerLostError(text) from error
+        if self._watch is not None:
+            self._watch.leave()
 
-    def meet(self) -> None:
-        """Learn where every rank runs (collective; a few bytes, once)."""
-        places: list[Any] = group.gather_objects(Location(socket.gethostname(), own_address() or "127.0.0.1"))
-        self._places, self._me = places, group.rank()
+    def meet(self, last_words: Callable[[str], None]) -> None:
+        """Learn where every rank runs, and watch over them where collectives do not (collective; a few bytes, once).
+
+        Args:
+            last_words: called with the reason when a rank is lost and the main thread cannot leave by itself.
+        """
+        mine = Location(socket.gethostname(), own_address() or "127.0.0.1")
+        everyone: list[Any] = group.gather_objects((mine, uuid.uuid4().hex))
+        self._places, self._me = [place for place, _ in everyone], group.rank()
+        if len(everyone) > 1:
+            self._note = Note(everyone[0][1])
+        if self._note is not None and group.control_is_apart():
+            self._watch = Watch(self._note, self._lost, last_words)
+
+    def _tell(self, error: Exception) -> None:
+        """Leave a note on an error that may be this rank's alone; where all have it, nobody reads the note."""
+        if self._note is not None:
+            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            reason = OUT_OF_MEMORY if out_of_memory(error) else " ".join(f"{kind}{error}".split())[:500]
+            self._note.leave(f"rank {self._me}{self._where([self._me])} failed: {reason}")
 
     def explain(self, error: BaseException) -> str | None:
         """Explanation of a failed collective for the user; None if the error is of another kind."""
         text = str(error)
         if isinstance(error, group.RankError) or not (isinstance(error, dist.DistError) or "gloo/" in text):
             return None
-        if not self._places:
+        if self._note is None:
             return self._never_met(text)
+        # Where there is a watch, it names the rank that was lost first.
+        return self._note.read(2 * BEAT if self._watch is not None else 0.0) or self._lost(error)
+
+    def _lost(self, error: BaseException, rank: int | None = None) -> str:
+        """What a failed collective means.
+
+        Args:
+            rank: that was lost; None if only the error tells.
+        """
+        text = str(error)
         if re.search(r"timed? ?out", text, flags=re.IGNORECASE):
             what = f"did not answer for run.timeout={self._timeout} s: it hangs, or its machine or the network is down"
         else:
             what = "closed the connection: it has ended, and its own last message says why"
-        return f"{self._suspects(text)} {what}. Start all nodes again with run.resume=auto"
+        who = self._suspects(text) if rank is None else f"rank {rank}{self._where([rank])}"
+        return f"{who} {what}. Start all nodes again with run.resume=auto"
 
     def _never_met(self, text: str) -> str:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -104,11 +144,14 @@ class Peers:
         others = [rank for rank in range(len(self._places)) if rank != self._me]
         there = [rank for rank in others if named is not None and self._places[rank].address == named.group(1)]
         ranks = there or others
-        places = {str(self._places[rank]) for rank in ranks}
-        where = f" on {places.pop()}" if len(places) == 1 and len(set(self._places)) > 1 else ""
         if len(ranks) == 1:
-            return f"rank {ranks[0]}{where}"
-        return f"one of the ranks {ranks[0]} to {ranks[-1]}{where}"
+            return f"rank {ranks[0]}{self._where(ranks)}"
+        return f"one of the ranks {ranks[0]} to {ranks[-1]}{self._where(ranks)}"
+
+    def _where(self, ranks: Sequence[int]) -> str:
+        """The host of these ranks, if it is one of several."""
+        places = {str(self._places[rank]) for rank in ranks}
+        return f" on {places.pop()}" if len(places) == 1 and len(set(self._places)) > 1 else ""
 
 
 def choose_interface() -> None:

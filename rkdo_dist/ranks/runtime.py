@@ -133,6 +133,7 @@ def start(threads: int, timeout: int, reduction: Reduction) -> Runtime:
                 f"mixed_precision=fp16 needs a GPU ({error}): use --mixed_precision bf16 or no here"
             ) from error
         raise
+    group.open_control(timeout)
     torch.set_num_threads(threads)  # after Accelerate, which sets its own guess
     strategy = _strategy(accelerator)
     precision = accelerator.mixed_precision
@@ -283,8 +284,11 @@ class _Membership:
             self._backends[-1], store=store, rank=rank, world_size=world, timeout=patience
         )
 
-    def leave(self) -> None:
+    def leave(self, intact: bool) -> None:
         """Leave the group, unless it was there before."""
+        group.close_control(broken=not intact)
+        if not intact and group.is_distributed() and torch.distributed.get_backend() != "gloo":
+            return  # it waits for collectives that will never end; the process does not live much longer
         if group.is_distributed() and not self._others_group:
             self._backends.append(torch.distributed.get_backend())
             self._store = self._store or distributed_c10d._get_default_store()
@@ -298,6 +302,10 @@ class _Membership:
 _membership = _Membership()
 
 
-def finish() -> None:
-    """Leave the process group (nothing without one, or if it was there before `start`)."""
-    _membership.leave()
+def finish(intact: bool) -> None:
+    """Leave the process group (nothing without one, or if it was there before `start`).
+
+    Args:
+        intact: whether every rank leaves it so; a broken group of a device is left as it is.
+    """
+    _membership.leave(intact)

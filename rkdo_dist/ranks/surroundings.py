@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.diagnostics import logger
 from rkdo_dist.exchange import group
 from rkdo_dist.parts import open_index, require_source
 from rkdo_dist.ranks import messages, runtime
 from rkdo_dist.ranks.agreement import agree, same_request
 from rkdo_dist.ranks.messages import Messages
-from rkdo_dist.ranks.peers import Peers
+from rkdo_dist.ranks.peers import ALIKE, PeerLostError, Peers
 from rkdo_dist.ranks.runtime import Reduction, Runtime
 from rkdo_dist.ranks.signals import INTERRUPTED, PREEMPTED, Stopped
 from rkdo_dist.rundir import RunDirectory
@@ -70,6 +71,11 @@ class Surroundings:
         with contextlib.suppress(OSError):  # the disk may be the very reason
             self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
 
+    def last_words(self, reason: str) -> None:
+        """Say and write why the process ends, where the main thread cannot."""
+        logger.error("%s", reason, extra={"rank": group.rank()})
+        self.failed(PeerLostError(reason))
+
     def _write(self, word: str, message: str = "") -> None:
         if self._run is not None:
             self._run.write_status(word, self._step(), message)
@@ -94,36 +100,41 @@ def meet(
         PeerLostError: if a collective fails because another process is gone, now or while this is open.
     """
     require_source(config)
-    with entered(config.run.timeout) as around:
-        try:
-            around.runtime = runtime.start(
-                config.run.threads, config.run.timeout, config.run.reduction if reduction is None else reduction
-            )
-            around.peers.meet()
-            same_request(config)
-            agree(around.runtime.launch)
-            around.index = group.together(open_data or (lambda: open_index(config)), "reading the index")
-            agree({"the shards' index (digest)": around.index.digest()})
-            yield around
-        finally:
-            runtime.finish()
+    wanted = config.run.reduction if reduction is None else reduction
+    with joined(config.run.threads, config.run.timeout, wanted) as around:
+        same_request(config)
+        agree(around.runtime.launch)
+        around.index = group.together(open_data or (lambda: open_index(config)), "reading the index")
+        agree({"the shards' index (digest)": around.index.digest()})
+        yield around
 
 
 @contextlib.contextmanager
-def entered(timeout: int) -> Iterator[Surroundings]:
-    """Enter before joining the process group: `meet` without what a configuration says.
+def joined(threads: int, timeout: int, reduction: Reduction) -> Iterator[Surroundings]:
+    """Join the ranks that a launcher has started (collective): `meet` without what a configuration says.
 
     Args:
-        timeout: `run.timeout`.
+        threads, timeout, reduction: of the settings `run`.
 
     Raises:
-        PeerLostError: if a collective fails because another process is gone.
+        LaunchError: for a launch that cannot be used, on every rank.
+        PeerLostError: if a collective fails because another process is gone, or another rank fails by itself.
     """
     with messages.collected(int(os.environ.get("RANK", "0"))) as said:
         around = Surroundings(Peers(timeout), said)
+        intact = False
         try:
-            with around.peers.explained():
-                yield around
+            try:
+                with around.peers.explained():
+                    around.runtime = runtime.start(threads, timeout, reduction)
+                    around.peers.meet(around.last_words)
+                    yield around
+                intact = True
+            except ALIKE:
+                intact = True
+                raise
+            finally:
+                runtime.finish(intact)
         except Stopped as stopped:
             around.ended(stopped.code)
             raise
