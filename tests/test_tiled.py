@@ -60,8 +60,10 @@ def gathered(objective: Objective, u: Tensor, v: Tensor, labels: Tensor, cuts: l
 
 
 def scale_of(name: str, expected: dict[str, Tensor], objective: Objective) -> float:
-    """How large the numbers are that a result is a difference of: a divergence is one of two entropies."""
-    entropy, steep = max(1.0, float(expected["cross_entropy"])), max(1.0, 1 / min(objective.temperatures))
+    """How large the numbers are that a result is a difference of: a divergence is one of two entropies, and log q is
+    one of two logits, which is felt from a temperature of 0.02 on."""
+    steep = max(1.0, 1 / min(objective.temperatures))
+    entropy = max(1.0, float(expected["cross_entropy"]), 0.02 * steep)
     return {"u": steep, "v": steep, "temperature": steep**2 * entropy}.get(name, entropy)
 
 
