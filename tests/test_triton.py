@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -18,22 +20,24 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from rkdo_dist.field import triton_kernels as kernels
-
-pointers = ("x_ptr", "sums_ptr", "table_ptr", "share_ptr")
-numbers = ("stride", "rows", "columns", "positive", "excluded", "depth")
-for levels, excludes, flows in ((2, False, True), (4, True, True), (4, False, False)):
-    sizes = {"LEVELS": levels, "BLOCK": kernels.TILE // levels, "EXCLUDES": excludes, "FLOWS": flows}
-    signature = {**dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(numbers, "i32"), "tiny": "fp32"}
-    signature |= dict.fromkeys(sizes, "constexpr")
-    source = ASTSource(kernels._field_rows, signature, constexprs=sizes)
-    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
-print("compiled")
-"""
+# Of the kernel that is compiled, see tests/triton_compile.py; the cases that need most registers and instructions.
+WIDEST = {"excludes": True, "shifts": True, "divisible": False}
+DAILY = [
+    *({"arch": arch, **case} for arch in (80, 90) for case in ({}, WIDEST)),
+    {"depth": 1, "excludes": True, "ones": ["rows", "positive", "excluded"]},
+    {"depth": 8, **WIDEST},
+    {"depth": 8, "dtype": "fp64", **WIDEST},
+]
+EVERY = [
+    {"arch": arch, "depth": depth, "dtype": dtype, "flows": flows, "excludes": pairing, "shifts": shifts, **numbers}
+    for arch, depth, dtype in itertools.product((80, 90), (1, 2, 3, 8), ("fp32", "fp64"))
+    for flows, pairing, shifts, numbers in (
+        (True, False, False, {}),
+        (False, True, True, {}),
+        (True, True, True, {"divisible": False}),
+        (True, False, False, {"ones": ["rows", "positive"]}),
+    )
+]
 
 
 def run(arguments: list[str], tmp_path: Path, **extra: str) -> str:
@@ -48,8 +52,23 @@ def test_the_kernel_equals_the_oracle_in_the_interpreter(tmp_path: Path) -> None
     assert "all agree" in run(["-W", "ignore", "-m", "tests.triton_cases"], tmp_path, TRITON_INTERPRET="1")
 
 
-def test_the_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
-    assert "compiled" in run(["-c", COMPILE], tmp_path)
+def assert_lean(cases: list[dict], tmp_path: Path) -> None:
+    """It compiles for a GPU, holds everything in registers, and takes few instructions."""
+    for case, found in zip(
+        cases, json.loads(run(["-m", "tests.triton_compile", json.dumps(cases)], tmp_path)), strict=True
+    ):
+        assert found["spilled"] == 0, case
+        if case.get("depth", 3) <= 3 and case.get("dtype", "fp32") == "fp32":
+            assert 40 < found["per_entry"] <= 130, (case, found)
+
+
+def test_the_kernel_compiles_for_gpus_without_spills_in_few_instructions(tmp_path: Path) -> None:
+    assert_lean(DAILY, tmp_path)
+
+
+@pytest.mark.nightly
+def test_every_specialisation_compiles_without_spills(tmp_path: Path) -> None:
+    assert_lean(EVERY, tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

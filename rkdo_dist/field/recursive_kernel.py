@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -48,15 +48,14 @@ class RecursiveKernel:
         self.scale = inverse[-1]
         self.shifts = might_overflow(objective, dtype)
         self._ratio = [x / self.scale for x in inverse]
-        self._alpha, self._fold, added, self._scale_of_p = alpha, *scaled_chain(alpha)
+        self._alpha, self._fold, _, self._scale_of_p = alpha, *scaled_chain(alpha)
         # log p must stay finite where p is 0 or underflows
         self._clamps = self.shifts or alpha[0] < 1e-6 or any(fold != 1 for fold in self._fold)
         self._tiny = torch.finfo(dtype).tiny
         kept = [math.prod(1 - a for a in alpha[:t]) for t in range(1, depth + 1)]
         self._on_positive = sum(x * k for x, k in zip(self._ratio[1:], kept, strict=True))
-        table = [[*added, 0.0], *gradient_coefficients(alpha, self._ratio)]
-        self._table = torch.tensor(table, dtype=dtype, device=device)[:, :, None]
-        self._ratios = torch.tensor(self._ratio, dtype=dtype, device=device)[:, None, None]
+        self._table, self._ratios, per_level = _tables(tuple(self._ratio), alpha, dtype, device)
+        self._shares, self._scales, self._log_scales = per_level
         self._shape = rows, columns
 
     @cached_property
@@ -107,30 +106,32 @@ class RecursiveKernel:
 
     def row_parts(self, sums: RowSums) -> list[Tensor]:
         """See `Kernel`."""
-        z, mean, log_ratio = sums.z.double(), sums.mean.double(), sums.log_ratio.double()
-        divergences, cross = [], torch.zeros_like(z[0])
+        z, log_z = sums.z.double(), sums.z.double().log()
+        mean_of_q = sums.mean.double() * self._shares / z[:-1]  # times alpha
+        divergences = sums.log_ratio.double() * self._scales / z[-1] + self._constants(z)
+        cross = torch.zeros_like(z[0])
         mean_of_p = self._supervisor.mean(sums.total[0], sums.positive[0])
         for t, alpha in enumerate(self._alpha, start=1):
-            mean_of_p = (1 - alpha) * mean_of_p + alpha * mean[t - 1] / z[t - 1]
-            cross = cross + z[t].log() - self._ratio[t] * mean_of_p
-            divergences.append(log_ratio[t - 1] * self._scale_of_p[t - 1] / z[-1] + self._constant(t, z))
-        entropy = cross - torch.stack(divergences).sum(0)
+            mean_of_p = (1 - alpha) * mean_of_p + mean_of_q[t - 1]
+            cross = cross + (log_z[t] - self._ratio[t] * mean_of_p)
+        entropy = cross - divergences.sum(0)
         return [*divergences, cross, entropy, sums.positive[1].double() / z[-1]]
 
     def row_loss(self, sums: RowSums) -> Tensor:
         """See `Kernel`."""
+        z = sums.z.double()
         if self.keeps_parts:
-            return torch.stack(self.row_parts(sums)[: len(self._alpha)]).sum(0)
+            return (sums.log_ratio.double() * self._scales / z[-1] + self._constants(z)).sum(0)
         # sum_t <p(t), rho_t>, with p(t) resolved into p(0) and the q(s): what the gradient has summed already
-        z, flow = sums.z.double(), sums.flow.double()
+        flow, constants = sums.flow.double() * self._shares / z[:-1], self._constants(z)
         loss = (1 - self._alpha[0]) * self._supervisor.mean(sums.total[1], sums.positive[2])
-        for t, alpha in enumerate(self._alpha, start=1):
-            loss = loss + alpha * flow[t - 1] / z[t - 1] + self._constant(t, z)
+        for of_level, constant in zip(flow, constants, strict=True):
+            loss = loss + of_level + constant
         return loss
 
-    def _constant(self, t: int, z: Tensor) -> Tensor:
-        """The constant by which rho_t is smaller than log p(t) - log q(t)."""
-        return math.log(self._scale_of_p[t - 1]) + (z[t] / z[-1]).log()
+    def _constants(self, z: Tensor) -> Tensor:
+        """The constants by which rho_t is smaller than log p(t) - log q(t), (D, b)."""
+        return self._log_scales + (z[1:] / z[-1]).log()
 
     def _levels(self, x: Tensor, sums: RowSums, place: Place) -> Tensor:
         """e_0..e_D (D+1, r, n), 0 at the excluded column; x is shifted in place."""
@@ -203,6 +204,19 @@ class RecursiveKernel:
         self._supervisor.add(x, place, -self._on_positive)
         if self._supervisor.spreads:
             hide(x, place.excluded, 0)
+
+
+@lru_cache(maxsize=64)
+def _tables(
+    ratio: tuple[float, ...], alpha: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Constants of an objective on a device, made once: what `_log_ratios` and `_differentiate` multiply with (3, D+1,
+    1), tau(D) / tau(s) (D+1, 1, 1); and in float64 alpha, the scales of p, and their logarithms (3, D, 1)."""
+    _, added, scales = scaled_chain(alpha)
+    table = torch.tensor([[*added, 0.0], *gradient_coefficients(alpha, ratio)], dtype=dtype, device=device)
+    ratios = torch.tensor(ratio, dtype=dtype, device=device)
+    per_level = torch.tensor([alpha, scales, [math.log(s) for s in scales]], dtype=torch.float64, device=device)
+    return table[:, :, None], ratios[:, None, None], per_level[:, :, None]
 
 
 def scaled_chain(alpha: Sequence[float]) -> tuple[list[float], list[float], list[float]]:

@@ -65,6 +65,8 @@ class _Smoothed:
 
     def mean(self, total: Tensor, dot: Tensor) -> Tensor:
         """See `Supervisor`."""
+        if not self.spreads:
+            return dot.double()
         return (1 - self._debias) * dot.double() + self._debias / self._taking_part * total.double()
 
     def mixed_entropy(self, taking_part: int, kept: float = 1.0) -> Tensor:

@@ -11,14 +11,13 @@ When columns arrive in blocks (a ring of ranks), `FieldRows` makes the same comp
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from rkdo_dist.field import fused
 from rkdo_dist.field.affinity import pulled_back
 from rkdo_dist.field.kernels import FixedKernel, Kernel, RowSums, Walk
 from rkdo_dist.field.objectives import Objective
@@ -27,9 +26,9 @@ from rkdo_dist.field.recursive_kernel import RecursiveKernel
 from rkdo_dist.field.supervisors import LISTED, Identity, Listed, SameLabel, Supervisor
 
 # Entries of a panel, and of all buffers of a strip together: large enough that starting threads (or a kernel) for
-# each operation costs little, small enough for a CPU's outer cache. Sizes depend on nothing but the shape of the
-# problem and the kind of device, so that results are reproducible.
-PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+# each operation costs little, small enough for a CPU's outer cache, and a panel for a GPU's (40 MB or more). Sizes
+# depend on nothing but the shape of the problem and the kind of device, so that results are reproducible.
+PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
 STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 PANEL_ROWS = 64  # at least: a matrix product of fewer rows wastes the machine
 
@@ -459,9 +458,8 @@ def _recursive_kernel(
     device: torch.device,
     parts: bool,
 ) -> Kernel:
-    """The fused kernel where p(0) is the identity and triton and a device for it are there; else the eager one."""
-    fusible = objective.supervisor == "identity" and objective.debias == 0
-    if fusible and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and find_spec("triton"):
+    """The fused kernel where there is one that can be trusted, else the eager one."""
+    if fused.chosen(objective, dtype, device):
         from rkdo_dist.field.triton_kernels import TritonKernel
 
         return TritonKernel(objective, supervisor, *shape, dtype, device)

@@ -1,121 +1,175 @@
-"""RKDO on a strip of similarities as one fused GPU kernel: one program per row, four reads of it, one write.
+# mypy: disable-error-code="assignment"
+"""RKDO on a strip of similarities as one fused GPU kernel: one program per row, three reads of it, one write.
 
 Imported only for CUDA tensors where triton is installed; the package works without. Under TRITON_INTERPRET=1 the same
-code runs on the CPU, which is how it is tested where there is no GPU.
+code runs on the CPU, which is how it is tested where there is no GPU; compiled for GPUs it is counted instruction by
+instruction (tests/test_triton.py). Every constant comes in a table, in the precision of the strip: triton's launcher
+rounds plain numbers to float32.
+
+Exponentials and logarithms are those of base 2, which a GPU has instructions for. With q(s), and w(t) =
+(1 - alpha(t)) w(t-1) + alpha(t) q(t-1) / tau(t-1), what the loss hands on through p is the sum of w(t) times log p(t)
+- log q(t) over t: a chain, as p itself is.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rkdo_dist.field.fused import MOST_LEVELS
 from rkdo_dist.field.kernels import RowSums
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.places import Place
-from rkdo_dist.field.recursive_kernel import RecursiveKernel, gradient_coefficients
+from rkdo_dist.field.recursive_kernel import RecursiveKernel
 from rkdo_dist.field.supervisors import Supervisor
 
-TILE = 2048  # levels times columns of a row in registers at a time: 4 warps hold it without spilling
+WARPS = 8
+ENTRIES = {torch.float32: 4, torch.float64: 1}  # of a row in the registers of a thread at a time
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_LOW = tl.constexpr(-1e30)  # a logit whose exponential is 0, and 0 times which is 0
 
 
 @triton.jit
-def _levels(x_ptr, j, columns, excluded, top, ratio):  # type: ignore[no-untyped-def]
-    """x - top (BLOCK,), where it takes part (BLOCK,), and ratio_t (x - top) of every level (LEVELS, BLOCK)."""
-    inside = (j < columns) & (j != excluded)
-    x = tl.load(x_ptr + j, mask=inside, other=0.0) - top
-    x = tl.where(inside, x, 0.0)
-    return x, inside, ratio[:, None] * x[None, :]
+def _log2(x, APPROXIMATE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The logarithm; the GPU's instruction for it (off by 2^-22 at most) where tl.log2 is a polynomial of 25."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
 
 
 @triton.jit
-def _ratios(logits, log_z, inside, hot, share, kept, is_level, tiny):  # type: ignore[no-untyped-def]
-    """q(s), p(t) and log p(t) - log q(t), each (LEVELS, BLOCK); 0 outside the levels and columns that take part."""
-    log_q = logits - log_z[:, None]
-    q = tl.where(inside[None, :], tl.exp(log_q), 0.0)
-    p = tl.sum(share[:, :, None] * q[None, :, :], axis=1) + kept[:, None] * hot[None, :]
-    log_ratio = tl.log(tl.maximum(p, tiny)) - log_q
-    return q, p, tl.where(is_level[:, None] & inside[None, :], log_ratio, 0.0)
+def _strip(x_ptr, j, columns, excluded, top, EXCLUDES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x - top at columns j (BLOCK,), very low where a column does not take part."""
+    inside = j < columns
+    if EXCLUDES:
+        inside = inside & (j != excluded)
+    return tl.load(x_ptr + j, mask=inside, other=_LOW) - top
 
 
 @triton.jit
 def _field_rows(  # type: ignore[no-untyped-def]
-    x_ptr, sums_ptr, table_ptr, share_ptr, stride, rows, columns, positive, excluded, depth, tiny,
-    LEVELS: tl.constexpr, BLOCK: tl.constexpr, EXCLUDES: tl.constexpr, FLOWS: tl.constexpr,
+    x_ptr, sums_ptr, table_ptr, stride, rows, columns, positive, excluded,
+    DEPTH: tl.constexpr, BLOCK: tl.constexpr, EXCLUDES: tl.constexpr, FLOWS: tl.constexpr, SHIFTS: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    """One row: its sums to sums (2 + 3 LEVELS, rows), and x <- d loss / d x.
+    """One row: its sums to sums (3 + 3 DEPTH, rows), in the order of the stores below, and x <- d loss / d x.
 
-    table (4, LEVELS): ratio, kept share of p(0), direct factor of q(s), derivative at the positive (first entry).
-    share[t, s]: q(s) in p(t), and so log p(t) - log q(t) in the derivative by q(s).
+    table: what `_table` returns. Tuples hold one value per level.
     """
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * stride
+    row = tl.program_id(0)
+    x_ptr += row.to(tl.int64) * stride
+    sums_ptr += row
     positive += row
     if EXCLUDES:
         excluded += row
-    level, block = tl.arange(0, LEVELS), tl.arange(0, BLOCK)
-    ratio, kept = tl.load(table_ptr + level), tl.load(table_ptr + LEVELS + level)
-    direct, on_positive = tl.load(table_ptr + 2 * LEVELS + level), tl.load(table_ptr + 3 * LEVELS)
-    share = tl.load(share_ptr + level[:, None] * LEVELS + level[None, :])
-    is_level = (level >= 1) & (level <= depth)
+    block = tl.arange(0, BLOCK)
+    tiny = tl.load(table_ptr)
+    unit, direct, alpha, through, zeros = (), (), (), (), ()
+    none = tl.zeros((BLOCK,), dtype=tiny.dtype)
+    for t in tl.static_range(DEPTH + 1):
+        unit += (tl.load(table_ptr + 1 + t),)
+        direct += (tl.load(table_ptr + 2 + DEPTH + t),)
+    for t in tl.static_range(DEPTH):
+        alpha += (tl.load(table_ptr + 3 + 2 * DEPTH + t),)
+        through += (tl.load(table_ptr + 3 + 3 * DEPTH + t),)
+        zeros += (none,)
 
-    peak = tl.full((BLOCK,), -float("inf"), dtype=ratio.dtype)
+    top = tl.zeros((), dtype=tiny.dtype)
+    if SHIFTS:  # else x is bounded, and exp(x) does not overflow
+        peak = none + _LOW
+        for start in range(0, columns, BLOCK):
+            peak = tl.maximum(peak, _strip(x_ptr, start + block, columns, excluded, top, EXCLUDES))
+        top = tl.max(peak, axis=0)
+    tl.store(sums_ptr, top)
+    tl.store(sums_ptr + rows, tl.load(x_ptr + positive) - top)
+
+    z, mean = zeros + (none,), zeros  # noqa: RUF005
+    for start in range(0, columns, BLOCK):
+        x = _strip(x_ptr, start + block, columns, excluded, top, EXCLUDES)
+        new_z, new_mean = (), ()
+        for t in tl.static_range(DEPTH + 1):
+            e = tl.exp2(x * unit[t])
+            new_z += (z[t] + e,)
+            if t < DEPTH:
+                new_mean += (mean[t] + e * x,)
+        z, mean = new_z, new_mean
+    log_z = ()
+    for t in tl.static_range(DEPTH + 1):
+        total = tl.sum(z[t], axis=0)
+        log_z += (tl.log2(total),)
+        tl.store(sums_ptr + (2 + t) * rows, total)
+        if t < DEPTH:
+            tl.store(sums_ptr + (3 + DEPTH + t) * rows, tl.sum(mean[t], axis=0))
+
+    divergence, flow = zeros, zeros  # sums over columns of p(t) rho(t), and of q(s) times the derivative by p(s + 1)
+    for start in range(0, columns, BLOCK):
+        x = _strip(x_ptr, start + block, columns, excluded, top, EXCLUDES)
+        p = tl.where(start + block == positive, 1.0, 0.0).to(x.dtype)
+        q, rho, new = (), (), ()
+        for t in tl.static_range(DEPTH):
+            q += (tl.exp2(x * unit[t] - log_z[t]),)
+            p += alpha[t] * (q[t] - p)
+            rho += (_log2(tl.maximum(p, tiny), APPROXIMATE) - (x * unit[t + 1] - log_z[t + 1]),)
+            new += (divergence[t] + p * rho[t],)
+        divergence = new
+        if FLOWS:
+            g, new = none, ()
+            for t in tl.static_range(DEPTH):
+                if t > 0:
+                    g -= alpha[DEPTH - t] * g
+                g += rho[DEPTH - 1 - t]
+                new = (flow[DEPTH - 1 - t] + q[DEPTH - 1 - t] * g,) + new  # noqa: RUF005
+            flow = new
+    factor = ()  # of q(s) in the gradient
+    for t in tl.static_range(DEPTH):
+        tl.store(sums_ptr + (3 + 2 * DEPTH + t) * rows, tl.sum(divergence[t], axis=0))
+        if FLOWS:
+            factor += (direct[t] - through[t] * tl.sum(flow[t], axis=0),)
+        else:
+            factor += (direct[t],)
+
     for start in range(0, columns, BLOCK):
         j = start + block
-        inside = (j < columns) & (j != excluded)
-        peak = tl.maximum(peak, tl.load(x_ptr + j, mask=inside, other=-float("inf")))
-    top = tl.max(peak, axis=0)
-
-    z, mean = tl.zeros((LEVELS,), dtype=ratio.dtype), tl.zeros((LEVELS,), dtype=ratio.dtype)
-    for start in range(0, columns, BLOCK):
-        x, inside, logits = _levels(x_ptr, start + block, columns, excluded, top, ratio)
-        e = tl.where(inside[None, :], tl.exp(logits), 0.0)
-        z += tl.sum(e, axis=1)
-        mean += tl.sum(e * x[None, :], axis=1)
-    log_z = tl.log(z)
-
-    divergence, through_p = tl.zeros((LEVELS,), dtype=ratio.dtype), tl.zeros((LEVELS,), dtype=ratio.dtype)
-    at_positive = tl.zeros((BLOCK,), dtype=ratio.dtype)
-    for start in range(0, columns, BLOCK):
-        x, inside, logits = _levels(x_ptr, start + block, columns, excluded, top, ratio)
-        hot = tl.where(start + block == positive, 1.0, 0.0).to(ratio.dtype)
-        q, p, log_ratio = _ratios(logits, log_z, inside, hot, share, kept, is_level, tiny)
-        divergence += tl.sum(p * log_ratio, axis=1)
-        at_positive += x * hot
-        if FLOWS:
-            g = tl.sum(share[:, :, None] * log_ratio[:, None, :], axis=0)
-            through_p += tl.sum(q * g, axis=1)
-
-    tl.store(sums_ptr + row, top)
-    tl.store(sums_ptr + rows + row, tl.sum(at_positive, axis=0))
-    by_level = sums_ptr + (2 + level) * rows + row
-    tl.store(by_level, z)
-    tl.store(by_level + LEVELS * rows, mean)
-    tl.store(by_level + 2 * LEVELS * rows, divergence)
-
-    for start in range(0, columns, BLOCK):
-        j = start + block
-        x, inside, logits = _levels(x_ptr, j, columns, excluded, top, ratio)
-        hot = tl.where(j == positive, 1.0, 0.0).to(ratio.dtype)
-        q, p, log_ratio = _ratios(logits, log_z, inside, hot, share, kept, is_level, tiny)
-        factor = tl.zeros((LEVELS, BLOCK), dtype=ratio.dtype) + direct[:, None]
-        if FLOWS:
-            g = tl.sum(share[:, :, None] * log_ratio[:, None, :], axis=0)
-            factor += ratio[:, None] * (g - through_p[:, None])
-        gradient = tl.sum(q * factor, axis=0) - on_positive * hot
+        x = _strip(x_ptr, j, columns, excluded, top, EXCLUDES)
+        p = tl.where(j == positive, 1.0, 0.0).to(x.dtype)
+        gradient, w = direct[DEPTH] * tl.exp2(x * unit[DEPTH] - log_z[DEPTH]), none
+        for t in tl.static_range(DEPTH):
+            q = tl.exp2(x * unit[t] - log_z[t])
+            p += alpha[t] * (q - p)
+            gradient += factor[t] * q
+            gradient -= direct[t + 1] * p
+            if FLOWS:
+                w -= alpha[t] * w
+                w += through[t] * q
+                gradient += w * (_log2(tl.maximum(p, tiny), APPROXIMATE) - (x * unit[t + 1] - log_z[t + 1]))
         tl.debug_barrier()  # threads that hold copies of x must have read it before any thread overwrites it
-        tl.store(x_ptr + j, tl.where(inside, gradient, 0.0), mask=j < columns)
+        tl.store(x_ptr + j, gradient, mask=j < columns)
+
+
+@lru_cache(maxsize=64)
+def _table(ratio: tuple[float, ...], alpha: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Constants of an objective: the least number; tau(D) / tau(s) in units of log 2, s = 0..D; itself, but for s = 0;
+    alpha(t), t = 1..D; what q(t - 1) adds to w(t), for a logarithm of base 2."""
+    unit = [r / math.log(2) for r in ratio]
+    through = [a * r * math.log(2) for a, r in zip(alpha, ratio, strict=False)]
+    values = [torch.finfo(dtype).tiny, *unit, 0.0, *ratio[1:], *alpha, *through]
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class TritonKernel(RecursiveKernel):
     """`RecursiveKernel` whose `fused` is one launch; the walks over column blocks are inherited.
 
     Args:
-        objective, supervisor, rows, columns, dtype, device: as for `RecursiveKernel`, with p(0) the identity. The parts
-            cost nothing here.
+        objective, supervisor, rows, columns, dtype, device: as for `RecursiveKernel`, with p(0) the identity and at
+            most `fused.MOST_LEVELS` levels. The parts cost little here.
     """
 
     def __init__(
@@ -128,37 +182,28 @@ class TritonKernel(RecursiveKernel):
         device: torch.device,
     ) -> None:
         super().__init__(objective, supervisor, rows, columns, dtype, device, parts=True)
-        depth, alpha = objective.depth, objective.couplings
-        self._depth = depth
-        self._size = triton.next_power_of_2(depth + 1)
-        table, share = torch.zeros(4, self._size, dtype=dtype), torch.zeros(self._size, self._size, dtype=dtype)
-        table[0, : depth + 1] = torch.tensor(self._ratio, dtype=dtype)
-        table[2, : depth + 1] = torch.tensor(gradient_coefficients(alpha, self._ratio)[1], dtype=dtype)
-        table[3, 0] = self._on_positive
-        for t in range(1, depth + 1):
-            table[1, t] = math.prod(1 - a for a in alpha[:t])
-            for s in range(t):
-                share[t, s] = alpha[s] * math.prod(1 - a for a in alpha[s + 1 : t])
-        self._kernel_table, self._share = table.to(device), share.to(device)
+        assert objective.depth <= MOST_LEVELS, "deeper recursions do not fit a thread's registers"
+        self._kernel_table = _table(tuple(self._ratio), objective.couplings, dtype, device)
 
     def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """All columns at once: fill `sums` from x (r, N) and turn x into d loss / d x."""
         assert place.positive is not None
-        rows, columns = x.shape
-        found = x.new_empty(2 + 3 * self._size, rows)
+        (rows, columns), depth = x.shape, len(self._alpha)
+        found = x.new_empty(3 + 3 * depth, rows)
         excludes = place.excluded is not None
         with torch.cuda.device_of(x):  # does nothing for a CPU tensor
             _field_rows[(rows,)](
-                x, found, self._kernel_table, self._share, x.stride(0), rows, columns,
-                place.positive, place.excluded if excludes else -1, self._depth, self._tiny,
-                LEVELS=self._size, BLOCK=TILE // self._size, EXCLUDES=excludes, FLOWS=self.flows,
+                x, found, self._kernel_table, x.stride(0), rows, columns,
+                place.positive, place.excluded if excludes else -1,
+                DEPTH=depth, BLOCK=32 * WARPS * ENTRIES[x.dtype], EXCLUDES=excludes, FLOWS=self.flows,
+                SHIFTS=self.shifts, APPROXIMATE=x.dtype == torch.float32 and not _INTERPRETED, num_warps=WARPS,
             )  # fmt: skip
-        depth, by_level = self._depth, found[2:].unflatten(0, (3, self._size))
-        sums.shift.copy_(found[0])
-        sums.positive[0].copy_(found[1])
-        sums.positive[1].copy_(found[1].exp())
-        sums.z.copy_(by_level[0, : depth + 1])
-        sums.mean.copy_(by_level[1, :depth])
-        for t in range(1, depth + 1):  # as the walks leave it: before the constant and the scale are restored
-            unscaled = by_level[2, t] - self._constant(t, sums.z)
-            sums.log_ratio[t - 1].copy_(unscaled * sums.z[-1] / self._scale_of_p[t - 1])
+        top, positive, z, mean, divergence = found.split((1, 1, depth + 1, depth, depth))
+        sums.shift.copy_(top[0])
+        sums.positive[0].copy_(positive[0])
+        sums.positive[1].copy_(positive[0].exp())
+        sums.z.copy_(z)
+        sums.mean.copy_(mean)
+        # as the walks leave it: before the constant and the scale are restored
+        unscaled = divergence * math.log(2) - self._constants(z)
+        sums.log_ratio.copy_(unscaled * z[-1] / self._scales)
