@@ -42,15 +42,7 @@ def check(config: Config) -> None:
         alone = dataclasses.replace(config.field, objective=objective, switch_to="none")
         for progress in (0.0, 1.0):
             make_objective(dataclasses.replace(config, field=alone), progress)
-    _check_encoder(config.encoder)
-
-
-@functools.lru_cache
-def _check_encoder(section: EncoderConfig) -> None:
-    if section.backbone.startswith("timm/") or is_code(section.backbone):
-        return  # may not go with tensors that hold nothing; built, and refused, before the first step all the same
-    with torch.random.fork_rng([]), torch.device("meta"):
-        _encoder(section, pretrained=False)
+    outline(config.encoder)  # None: built, and refused, before the first step all the same
 
 
 @contextlib.contextmanager
@@ -219,6 +211,19 @@ def encoder_of(
         freeze=section.freeze,
         unit_norm=unit_norm,
     )
+
+
+@functools.lru_cache
+def outline(section: EncoderConfig) -> Encoder | None:
+    """The encoder with parameters that hold nothing, whatever their size; None if the backbone has no such form.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is allowed.
+    """
+    if section.backbone.startswith("timm/") or is_code(section.backbone):
+        return None
+    with torch.random.fork_rng([]), torch.device("meta"):
+        return _encoder(section, pretrained=False)
 
 
 def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Optimizer:

@@ -53,20 +53,68 @@ def test_a_typo_gives_the_usual_error(small: list[str]) -> None:
     assert "train.epochs" in text.replace("\n", " ")
 
 
+def _index_with(tree: dict[str, Any], change: str) -> dict[str, Any]:
+    """An index of the digits that says something else than the shards hold."""
+    if change == "larger images":
+        return {**tree, "image_size": [16, 16]}
+    if change == "impossible images":
+        return {**tree, "image_size": [1 << 40, 1 << 40]}
+    if change == "two classes":
+        return {**tree, "classes": ["even", "odd"]}
+    return {**tree, "splits": {"train": tree["splits"]["train"]}}
+
+
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("words", "said"),
     [
-        ("data.split=trian", "trian"),
-        ("train.global_batch=4096", "fewer than one global batch"),
-        ("evaluate.test_split=nowhere", "nowhere"),
-        ("data.shards=''", "data.source is not set"),
-        ("encoder.backbone=resnet19", "resnet18"),
+        (["data.split=trian"], "trian"),
+        (["train.global_batch=4096"], "fewer than one global batch"),
+        (["evaluate.test_split=nowhere"], "nowhere"),
+        (["evaluate.train_split=nowhere", "evaluate.protocol=full"], "nowhere"),
+        (["data.shards=''"], "data.source is not set"),
+        (["encoder.backbone=resnet19"], "resnet18"),
+        (["encoder.backbone=vit_b_16"], "backbone=vit_b_16 cannot take images of 8 x 8"),
+        (["encoder.backbone=alexnet"], "backbone=alexnet cannot take images of 8 x 8"),
+        (["encoder.backbone=cifar_resnet8x9999"], "lower encoder.backbone"),
+        (["encoder.embedding_dim=1048576", "encoder.head_width=1048576"], "lower encoder.backbone"),
+        (["field.recursion=persistent", "field.stored=100000"], "a row has no more entries than that"),
+        (["field.supervisor=neighbours", "field.neighbours=5000"], "neighbours must lie in [1, 1437]"),
+        (["run.trackers=[nobody]"], "run.trackers"),
+        (["larger images"], "has 8 x 8 pixels, but INDEX says 16 x 16"),
+        (["impossible images"], "has 8 x 8 pixels, but INDEX says"),
+        (["two classes"], "the index has 2 classes"),
+        (["no test split", "evaluate.probes=[linear]"], "evaluate.probes=['linear'] needs labels"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_training_would_refuse(small: list[str], override: str, words: str) -> None:
-    code, text = command([*doctor(small), "evaluate.at_end=true", override])
-    assert code == 2, text
-    assert words in text.replace("\n", " ")
+def test_doctor_and_training_refuse_alike(
+    small: list[str], digits: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    asked = [*small[1:], "evaluate.at_end=true", *(word for word in words if "=" in word)]
+    for change in (word for word in words if "=" not in word):
+        copy = tmp_path / "copy"
+        shutil.copytree(digits, copy)
+        tree = json.loads((copy / "index.json").read_text())
+        (copy / "index.json").write_text(json.dumps(_index_with(tree, change)))
+        asked.append(f"data.shards={copy}")
+    answers = [command([what, *asked]) for what in ("doctor", "train")]
+    errors = [[line for line in text.splitlines() if "error:" in line] for _, text in answers]
+    assert [code for code, _ in answers] == [2, 2], answers
+    assert errors[0] == errors[1]
+    assert said.replace("INDEX", str(tmp_path / "copy")) in " ".join(errors[0])
+    assert len(errors[0]) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("field.neighbours=5000", "[1, 1437]"), ("train.global_batch=4096", "4096")]
+)
+def test_a_refusal_before_the_first_step_reaches_every_rank(small: list[str], word: str, said: str) -> None:
+    """One that is found from the index, and one within the building of the run: no rank waits for another."""
+    for what in ("doctor", "train"):
+        for code, text in on_ranks(2, [what, *small[1:], "field.supervisor=neighbours", word], timeout=60):
+            assert code == 2, text
+            assert said in text.replace("\n", " ")
 
 
 def test_three_ranks_cannot_share_the_lanes(small: list[str]) -> None:

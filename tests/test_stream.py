@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -228,8 +229,12 @@ def test_samples_without_a_label_have_minus_one(copy: ShardIndex) -> None:
 def test_images_of_several_sizes_need_a_size(copy: ShardIndex) -> None:
     mixed = reindexed(copy, "train-00000.tar", shard_of([("a.png", picture(1, 20, 40, "PNG"))]), 1)
     plan = {"seed": 0, "all_lanes": 1, "micro_batch": 50}
-    with pytest.raises(DataError, match=r"12 x 12 and 40 x 20\): set data.image_size"):
+    with pytest.raises(
+        DataError, match=r"a' at offset 512 has 40 x 20 pixels, but .*/copy says 12 x 12: .*data.image_size"
+    ):
         list(lane_stream(mixed, "train", **plan))
+    with pytest.raises(DataError, match=r"12 x 12 and 40 x 20\): set data.image_size"):
+        list(lane_stream(dataclasses.replace(mixed, image_size=None), "train", **plan))
     found = {}
     for batch in lane_stream(mixed, "train", **plan, size=12):
         assert batch.lanes[0].images.shape[1:] == (3, 12, 12)

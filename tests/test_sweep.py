@@ -188,6 +188,8 @@ def test_a_sweep_runs_what_is_missing_only(small: list[str], tmp_path: Path, mon
         rows = list(csv.DictReader(file))
     assert [row["field.switch_to"] for row in rows] == ["none", "icon"]
     judged = json.loads((first / "evaluations" / "3.json").read_text())
+    inside = [name.removeprefix("yardsticks.") for name in sweep._names(judged)]
+    assert {name for name in inside if not name.startswith(sweep._PLACED)} <= sweep._METRICS
     assert float(rows[1]["knn_accuracy"]) == judged["knn_accuracy"]
     assert (rows[1]["protocol"], math.isnan(float(rows[1]["attained"]))) == ("paper", False)
     journal = (first / "metrics.jsonl").read_bytes()
@@ -210,6 +212,8 @@ def test_a_sweep_runs_what_is_missing_only(small: list[str], tmp_path: Path, mon
         (["--variant", "a: field.depth=1", "--only", "b"], "--only b"),
         (["--vary", "field.depth=1,2", "--only", "a"], "--only chooses among variants"),
         (["--vary", "field.depth=1,2", "--metric", ""], "--metric"),
+        (["--vary", "field.depth=1,2", "--metric", "linear_acuracy"], "(did you mean linear_accuracy?)"),
+        (["--vary", "field.depth=1,2", "--metric", "nmi,yardsticks.nonsense"], "yardsticks.nonsense: no evaluation"),
     ],
 )
 def test_mistakes_end_before_anything_runs(small: list[str], tmp_path: Path, arguments: list[str], word: str) -> None:

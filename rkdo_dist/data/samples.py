@@ -19,6 +19,7 @@ from rkdo_dist.data.index import DataError, OpenSamples, ShardIndex, Split
 from rkdo_dist.data.order import Window, substitutes
 from rkdo_dist.data.shards import keep_tables, open_shard
 
+FIRST = 64  # samples of a split that are read before the first step
 OPEN_SHARDS = 64  # that a lookup holds open: file descriptors are few
 
 
@@ -216,9 +217,42 @@ def read(reading: Reading, opened: OpenSamples, position: int, id: int) -> Sampl
     """
     where = opened.where(position)
     image = opened.pixels(position, reading.size)
+    promised = reading.index.image_size if reading.size is None else None
+    if promised is not None and image.shape[1:] != promised:
+        (height, width), (tall, wide) = promised, image.shape[1:]
+        raise DataError(
+            f"{where} has {wide} x {tall} pixels, but {reading.index.place} says {width} x {height}: index or prepare "
+            "the data again, or set data.image_size"
+        )
     text = opened.label(position)
     label = -1 if text is None else parse_label(text, len(reading.index.classes), where)
     return Sample(opened.keys[position], id, image, label)
+
+
+def check_first(reading: Reading) -> None:
+    """Read the first samples of a split as a run would; shards that lie elsewhere are not fetched for this.
+
+    Raises:
+        DataError: for samples that do not fit the index or cannot be read, unless they may be replaced.
+    """
+    if reading.index.address is not None:
+        return
+    first = next(shard for shard in reading.split.shards if shard.samples)
+    try:
+        opened = open_shard(reading.index, first)
+    except DataError as error:
+        if not may_skip(reading, error):
+            raise
+        return
+    try:
+        for k in range(min(FIRST, first.samples)):
+            try:
+                read(reading, opened, k, k)
+            except DataError as error:
+                if not may_skip(reading, error):
+                    raise
+    finally:
+        opened.close()
 
 
 def may_skip(reading: Reading, error: DataError) -> bool:

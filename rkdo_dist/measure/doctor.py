@@ -23,8 +23,6 @@ from rkdo_dist.config import Config
 from rkdo_dist.console import progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
-from rkdo_dist.evaluate.evaluation import plan_evaluation
-from rkdo_dist.evaluate.probes import check_probes
 from rkdo_dist.exchange import group
 from rkdo_dist.field.presets import named
 from rkdo_dist.measure import wire
@@ -32,7 +30,9 @@ from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import code_digest
 from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training import memory, micro_batch
+from rkdo_dist.training.readiness import made_ready
 from rkdo_dist.training.shape import StepShape, shape_of
 
 _PACKAGES = ("torchvision", "accelerate", "deepspeed", "webdataset", "numpy")
@@ -50,25 +50,15 @@ def doctor(config: Config) -> int:
     with surroundings.meet(config) as around:
         rt, index = around.runtime, around.index
         console = Console(markup=False) if rt.is_main else None
-        asked, config = config, micro_batch.resolved(config, rt, index, None)
-        around.check_world(config)
-        group.together(lambda: parts.check_data(config, index), "checking the configuration")
-        plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
-        group.together(lambda: check_probes(config, index), "looking at evaluate.probes")
         ranks: list[Any] = group.gather_objects(_this_rank(rt))
         _print(console, _launch_table(config, rt, ranks))
+        asked, config = config, micro_batch.resolved(config, rt, index, None)
+        job, plan = made_ready(config, around, RunDirectory(config.run.dir))
         splits = dict.fromkeys([config.data.split, *(plan.splits if config.evaluate.at_end else ())])
         _check_shards(index, list(splits), console)
-        group.together(lambda: parts.require_labels(config, index), "looking at the labels")
-        encoder = parts.make_encoder(config).to(rt.device)
-        encoder.check_image_size(parts.make_views(config, index).size)
-        shape = shape_of(config, encoder, parts.make_objective(config, 0.0), rt.world, rt.launch)
-        need = group.together(
-            lambda: memory.needed(
-                config, rt, index, shape, memory.lane_growth(config, rt, index, encoder)(shape.micro_batch)
-            ),
-            "measuring a forward pass",
-        )
+        shape = shape_of(config, job.encoder, job.objective(0), rt.world, rt.launch)
+        lane = group.together(lambda: memory.lane_growth(config, rt, index, job.encoder), "measuring a forward pass")
+        need = memory.needed(config, rt, index, shape, lane(shape.micro_batch))
         per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)
         _print(
             console,

@@ -6,6 +6,7 @@ its attained share of the way from an untrained encoder to an ideal one, beside 
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from rich.console import Console
 from rkdo_dist.addresses import shown
 from rkdo_dist.config import ConfigError
 from rkdo_dist.console import say
-from rkdo_dist.rundir import SCORE_TITLES
+from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES
 from rkdo_dist.studies import sheets
 from rkdo_dist.studies.grid import Axis, Row, Sweep, plan, results
 from rkdo_dist.studies.runner import run_all
@@ -29,6 +30,10 @@ _TESTED = (
     "number of rows). Verdict: paired t-test by seed, Holm-adjusted over the rows."
 )
 _UNTESTED = "One seed in common: no spread is known, and a difference of two single runs is no evidence."
+
+_METRICS = {*SCORE_TITLES, *COMMON_METRIC_TITLES, "knn_accuracy_backbone", "effective_rank_backbone"}
+_METRICS |= {"loss", "attained"}  # of the journal
+_PLACED = ("infonce_", "own_")  # losses beside their values for other encoders
 
 
 def sweep(asked: Sweep, processes: int, console: Console) -> int:
@@ -45,6 +50,12 @@ def sweep(asked: Sweep, processes: int, console: Console) -> int:
         raise ConfigError("--vary: a key is given twice; list all its values in one")
     if not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
         raise ConfigError("--seeds needs different whole numbers")
+    for metric in (asked.metric, *asked.more_metrics):
+        inner = metric.removeprefix("yardsticks.")
+        if inner not in _METRICS and not inner.startswith(_PLACED):
+            near = difflib.get_close_matches(metric, _METRICS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"--metric {metric}: no evaluation has it{hint}; there are {', '.join(sorted(_METRICS))}")
     planned = list(plan(asked))
     outcome = run_all(planned, processes, console)
     rows = results(asked, planned)

@@ -18,9 +18,7 @@ from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.diagnostics import Lasting, lasting_output, logger
-from rkdo_dist.encoders import is_code
-from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics, evaluate_encoder, plan_evaluation
-from rkdo_dist.evaluate.probes import check_probes
+from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics, evaluate_encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree, code_digest
@@ -30,10 +28,11 @@ from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory, read_object
 from rkdo_dist.training import callbacks, loop, tracking
 from rkdo_dist.training.callbacks import Callbacks
-from rkdo_dist.training.job import Job, build
+from rkdo_dist.training.job import Job
 from rkdo_dist.training.journal import Journal
 from rkdo_dist.training.micro_batch import resolved
-from rkdo_dist.training.saving import branch, own_checkpoint, restore
+from rkdo_dist.training.readiness import made_ready
+from rkdo_dist.training.saving import own_checkpoint, restore
 
 RUNS = Path("runs")  # where runs go whose configuration does not say
 
@@ -156,23 +155,8 @@ def _dated(config: Config, name: str) -> Config:
 
 def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Given) -> tuple[Job, EvaluationPlan]:
     """Everything that can fail because of the request fails here, on every rank alike."""
+    job, plan = made_ready(config, around, run, given.backbone, given.metrics)
     rt, index = around.runtime, around.index
-    around.check_world(config)
-    group.on_main(lambda: tracking.check(config.run.trackers), "looking at run.trackers")
-    job = group.together(
-        lambda: build(config, rt, index, run, backbone=given.backbone, metrics=given.metrics), "building the run"
-    )
-    group.together(lambda: branch(job), "looking at run.branch")
-    job.supervise()
-    plan = group.together(lambda: plan_evaluation(config, index), "looking at the splits that evaluations need")
-    group.together(lambda: check_probes(config, index), "looking at evaluate.probes")
-    agree(job.facts())
-    numbers = arithmetic(rt.device)
-    if rt.reduction == "exact":
-        agree(numbers)  # ranks apply the same update, each by its own arithmetic
-    if config.encoder.weights != "none" or config.run.branch != "none" or is_code(config.encoder.backbone):
-        # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.
-        agree({"the encoder's weights (digest)": job.encoder.digest()})
     source = group.together(lambda: other_run(config), "looking at run.resume")
     data = index.digest()
     group.on_main(lambda: run.claim(config, source, data), "claiming run.dir")
@@ -187,7 +171,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
             "world_size": rt.world,
             "device": str(rt.device),
             **rt.launch,
-            "arithmetic": numbers,
+            "arithmetic": arithmetic(rt.device),
             "threads": config.run.threads,
             "image_size": job.views.size,
             "peak_learning_rate": config.train.peak_rate,

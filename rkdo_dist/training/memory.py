@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
-from rkdo_dist.config import Config
+from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import of_points, rows_bytes
-from rkdo_dist.training.shape import StepShape
+from rkdo_dist.training.shape import StepShape, shape_of
 
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
 _CGROUP = Path("/sys/fs/cgroup")
@@ -135,6 +135,52 @@ def step_memory(
     }
 
 
+_DECIDED_BY = {
+    "parameters": "encoder.backbone",
+    "average of the weights": "encoder.backbone",
+    "gradients": "encoder.backbone",
+    "optimizer": "encoder.backbone",
+    "embeddings and their gradients": "encoder.embedding_dim",
+    "columns and their gradients": "train.global_batch",
+    "images": "data.image_size",
+    "rows of the persistent field": "field.stored",
+}  # the setting to change first
+
+
+def require(config: Config, runtime: Runtime, index: ShardIndex, sharing: int) -> None:
+    """Refuse a run that this machine's memory can never hold, whatever else runs here: without activations, which are
+    estimated only, more than there is at all.
+
+    Args:
+        sharing: ranks that share the memory.
+
+    Raises:
+        ConfigError: naming the largest part, and the setting that decides it.
+    """
+    encoder = parts.outline(config.encoder)
+    if encoder is None:
+        return
+    shape = shape_of(config, encoder, parts.make_objective(config, 0.0), runtime.world, runtime.launch)
+    need = needed(config, runtime, index, shape, 0)
+    total, there = sum(need.values()), all_bytes(runtime.device) // sharing
+    if total > there:
+        what = max(need, key=lambda name: need[name])
+        raise ConfigError(
+            f"every process needs {total / 1e9:,.1f} GB at least ({need[what] / 1e9:,.1f} GB for {what}), but "
+            f"{'its share of this machine' if runtime.device.type == 'cpu' else runtime.device} has {there / 1e9:,.1f} "
+            f"GB: lower {_DECIDED_BY[what]}"
+        )
+
+
+def all_bytes(device: torch.device) -> int:
+    """All memory of the device; on a CPU that of the machine, with its swap space, or of the container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return int(min(psutil.virtual_memory().total + psutil.swap_memory().total, _limit_of_container()))
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -156,6 +202,13 @@ def _left_in_container() -> float:
         files = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
         return int(limit) - int(used) + int(files.get("inactive_file", 0))
     except (OSError, ValueError):  # not there, or "max": no limit
+        return math.inf
+
+
+def _limit_of_container() -> float:
+    try:
+        return int((_CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):
         return math.inf
 
 
