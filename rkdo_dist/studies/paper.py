@@ -7,6 +7,7 @@ epochs serves the shorter durations too: nothing in a run depends on its length.
 from __future__ import annotations
 
 import math
+import statistics
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from rkdo_dist.field.presets import PRESETS
 from rkdo_dist.history import History
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import datasets, published
+from rkdo_dist.studies.published import Pair
 from rkdo_dist.studies.runner import Planned
 from rkdo_dist.studies.sheets import mean_sd
 from rkdo_dist.studies.statistics import Paired, paired
@@ -164,11 +166,15 @@ class Cell:
     Attributes:
         rkdo, icon: of the seeds that both have.
         published: the paper's, None where it has none.
+        second: RKDO's and I-Con's mean and standard deviation in the author's second run, None where there is none.
+        published_p: p-values (paired t-test) of the author's first and second run; () where seeds are not known.
     """
 
     rkdo: list[float]
     icon: list[float]
     published: published.Row | None
+    second: Pair | None = None
+    published_p: tuple[float, ...] = ()
 
     @property
     def seeds(self) -> int:
@@ -252,15 +258,21 @@ class Results:
             return run.epochs[epochs - 1].attained if attained else run.epochs[epochs - 1].loss
 
         row = None if attained else published.TABLE_1.get((dataset, epochs))
-        return self._cell(dataset, value, value, row)
+        return self._cell(dataset, value, value, row, None if row is None else published.SECOND_LOSSES[dataset, epochs])
 
     def score(self, dataset: str, epochs: int, metric: str, later: int | None = None) -> Cell:
         """A score after an epoch (Tables 2 and 4); `later`: I-Con's after that one instead (Table 3)."""
-        row = None
+        row: published.Row | None = None
+        second: Pair | None = None
+        p: tuple[float, ...] = ()
         if later is None and metric == "linear_accuracy":
             row = published.TABLE_2.get((dataset, epochs))
+            if row is not None:
+                runs = [published.accuracies(dataset, epochs, run) for run in (0, 1)]
+                rkdo, icon = ((statistics.fmean(side), statistics.pstdev(side)) for side in runs[1])
+                second, p = (rkdo, icon), tuple(paired(*sides).t_p for sides in runs)
         elif later is None and epochs == published.TABLE_4_EPOCHS:
-            row = published.TABLE_4.get((dataset, metric))
+            row, second = published.TABLE_4.get((dataset, metric)), published.SECOND_SCORES.get((dataset, metric))
 
         def after(epoch: int) -> Callable[[History], float | None]:
             def value(run: History) -> float | None:
@@ -269,7 +281,7 @@ class Results:
 
             return value
 
-        return self._cell(dataset, after(epochs), after(later or epochs), row)
+        return self._cell(dataset, after(epochs), after(later or epochs), row, second, p)
 
     def at_uniform(self, dataset: str) -> tuple[float, float] | None:
         """Both objectives' values for an untrained encoder; None without runs."""
@@ -285,6 +297,8 @@ class Results:
         of_rkdo: Callable[[History], float | None],
         of_icon: Callable[[History], float | None],
         row: published.Row | None,
+        again: Pair | None = None,
+        p: tuple[float, ...] = (),
     ) -> Cell:
         a, b = [], []
         first, second = (self.of(dataset, objective) for objective in OBJECTIVES)
@@ -294,4 +308,4 @@ class Results:
             if x is not None and y is not None:
                 a.append(float(x))
                 b.append(float(y))
-        return Cell(a, b, self.theirs(dataset, row))
+        return Cell(a, b, row, again, p) if self.theirs(dataset, row) is not None else Cell(a, b, None)

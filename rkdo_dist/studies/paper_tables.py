@@ -7,13 +7,16 @@ paired by seed (`statistics`), Holm-adjusted over the cells of a table.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rkdo_dist.studies import published
 from rkdo_dist.studies.paper import NAMES, OBJECTIVES, Cell, Request, Results
-from rkdo_dist.studies.sheets import Sheet, mean_sd, of_values, spread
+from rkdo_dist.studies.sheets import Sheet, mean_sd, number, of_values, spread
 from rkdo_dist.studies.statistics import holm, verdict
+
+_SIDE = ("here", "published", "second run", "away")
 
 
 def all_tables(results: Results) -> list[Sheet]:
@@ -48,7 +51,7 @@ def table_1(results: Results) -> Sheet:
         row = {"dataset": results.known(dataset), "epochs": epochs, **_columns(request, cell)}
         row |= {"rkdo_lower_percent": cell.percent(True), "published_percent": cell.published_percent}
         ours = {k: v for k, v in _columns(request, share, p).items() if k not in ("protocol", "seeds")}
-        ours = {k: v for k, v in ours.items() if "published" not in k and "away" not in k}
+        ours = {k: v for k, v in ours.items() if not {"published", "away", "second"} & set(k.split("_"))}
         sheet.data.append(row | {f"attained_{k}": v for k, v in ours.items()})
     return sheet
 
@@ -130,10 +133,13 @@ def _accuracies(
     name: str, title: str, request: Request, labels: Sequence[Mapping[str, str]], cells: Sequence[Cell]
 ) -> Sheet:
     heads = ["RKDO over I-Con\nhere", "RKDO over I-Con\npublished", "difference", "evidence?"]
+    heads += ["p\npublished", "p\nsecond run"]
     sheet = Sheet(name, title, [*labels[0], *_heads(), *heads], _adjusted_words(request), names=2)
     for label, cell, p in zip(labels, cells, _adjusted(cells), strict=True):
         relative = [_percent(cell.percent(), "+"), _percent(cell.published_percent, "+")]
-        sheet.rows.append([*label.values(), *_sides(cell), *relative, _difference(cell), _verdict(cell, p)])
+        sheet.rows.append(
+            [*label.values(), *_sides(cell), *relative, _difference(cell), _verdict(cell, p), *_theirs_p(cell)]
+        )
         names = {key.replace("data set", "dataset"): value for key, value in label.items()}
         percents = {"percent": cell.percent(), "published_percent": cell.published_percent}
         sheet.data.append({**names, **_columns(request, cell, p), **percents})
@@ -144,8 +150,9 @@ def _adjusted_words(request: Request) -> str:
     if len(request.seeds) < 2:
         return "One seed: no spread is known, and nothing can be tested."
     return (
-        "Mean ± standard deviation over seeds. p-values of the paired t-test over seeds are Holm-adjusted over the "
-        "table's cells; [95 % bootstrap interval]."
+        "Mean ± sample standard deviation over seeds (in brackets that of the population, as in the paper). Second "
+        "run: the author's own with the same seeds, released after the paper. p-values of the paired t-test over seeds "
+        "are Holm-adjusted over the table's cells, the paper's are not; [95 % bootstrap interval]."
     )
 
 
@@ -154,7 +161,7 @@ def _places(request: Request) -> Iterator[tuple[str, int]]:
 
 
 def _heads() -> list[str]:
-    return [f"{NAMES[objective]}\n{what}" for objective in OBJECTIVES for what in ("here", "published", "away")]
+    return [f"{NAMES[objective]}\n{what}" for objective in OBJECTIVES for what in _SIDE]
 
 
 def _sides(cell: Cell) -> list[str]:
@@ -162,9 +169,19 @@ def _sides(cell: Cell) -> list[str]:
     found = []
     for objective in OBJECTIVES:
         theirs = "-" if cell.published is None else spread(*getattr(cell.published, objective))
+        again = "-" if cell.second is None else spread(*cell.second[OBJECTIVES.index(objective)])
         away = cell.away(objective)
-        found += [of_values(getattr(cell, objective)), theirs, "-" if math.isnan(away) else f"{away:+.2f} sd"]
+        found += [_ours(getattr(cell, objective)), theirs, again, "-" if math.isnan(away) else f"{away:+.2f} sd"]
     return found
+
+
+def _ours(values: Sequence[float]) -> str:
+    """mean ± sample sd (population sd)."""
+    return of_values(values) + (f" ({number(statistics.pstdev(values))})" if len(values) > 1 else "")
+
+
+def _theirs_p(cell: Cell) -> list[str]:
+    return [number(p, 3) for p in cell.published_p] or ["-", "-"]
 
 
 def _percent(value: float, sign: str = "") -> str:
@@ -191,9 +208,13 @@ def _columns(request: Request, cell: Cell, p: float | None = None) -> dict[str, 
     """A cell for programs; with `p`, its tests too."""
     row: dict[str, Any] = {"protocol": request.protocol, "seeds": cell.seeds}
     for objective in OBJECTIVES:
-        row[objective], row[f"{objective}_sd"] = mean_sd(getattr(cell, objective))
+        values = getattr(cell, objective)
+        row[objective], row[f"{objective}_sd"] = mean_sd(values)
+        row[f"{objective}_population_sd"] = statistics.pstdev(values) if values else math.nan
         theirs = (math.nan, math.nan) if cell.published is None else getattr(cell.published, objective)
         row[f"{objective}_published"], row[f"{objective}_published_sd"] = theirs
+        again = (math.nan, math.nan) if cell.second is None else cell.second[OBJECTIVES.index(objective)]
+        row[f"{objective}_second_run"], row[f"{objective}_second_run_sd"] = again
         row[f"{objective}_away"] = cell.away(objective)
     if p is None:
         return row
@@ -201,7 +222,9 @@ def _columns(request: Request, cell: Cell, p: float | None = None) -> dict[str, 
     names = ("difference", "sd_difference", "t_p", "wilcoxon_p", "effect")
     row |= {name: math.nan if found is None else getattr(found, name) for name in names}
     row["interval_low"], row["interval_high"] = (math.nan, math.nan) if found is None else found.interval
-    return row | {"holm_p": p, "verdict": _verdict(cell, p)}
+    first, second = cell.published_p or (math.nan, math.nan)
+    row |= {"holm_p": p, "verdict": _verdict(cell, p)}
+    return row | {"published_p": first, "second_run_p": second}
 
 
 def _loss_caption(results: Results) -> str:
