@@ -86,6 +86,7 @@ class Cursor:
         self._shard: int | None = None
         self._open: OpenSamples | None = None
         self._substitute: tuple[int, OpenSamples] | None = None
+        self._order: tuple[Window, np.ndarray] | None = None  # of the last window, which is read in several calls
         self._bases = np.concatenate([[0], np.cumsum(reading.split.counts)])
 
     def samples(self, windows: Iterator[Window] | Sequence[Window]) -> Iterator[Sample]:
@@ -94,7 +95,7 @@ class Cursor:
             opened = self._shard_of(window)
             if opened is not None:
                 opened.check_unchanged()
-            for position in window.positions():
+            for position in self._positions(window):
                 yield self._one(opened, window.shard, int(position))
 
     def close(self) -> None:
@@ -103,6 +104,12 @@ class Cursor:
             if opened is not None:
                 opened.close()
         self._open, self._substitute, self._shard = None, None, None
+
+    def _positions(self, window: Window) -> np.ndarray:
+        whole = replace(window, skip=0)
+        if self._order is None or self._order[0] != whole:
+            self._order = whole, whole.positions()
+        return self._order[1][window.skip :]
 
     def _shard_of(self, window: Window) -> OpenSamples | None:
         """The window's shard, opened if it is not open; None if it is unusable and samples may be
@@ -269,8 +276,8 @@ class Packed:
     numbers: Tensor  # int64 (3, n): ids, labels, 1 where the sample replaces another
 
     def pin_memory(self) -> Packed:
-        """Called by the loader when it pins."""
-        return Packed(self.keys, self.images.pin_memory(), self.numbers.pin_memory())
+        """Called by the loader when it pins: one page-locked buffer, as the numbers stay on the host."""
+        return Packed(self.keys, self.images.pin_memory(), self.numbers)
 
     def split(self, parts: int, paired: bool = False) -> Iterator[MicroBatch]:
         """Equal parts in order, without copying; `paired`: the second half of each are the other half's `second`."""

@@ -1,8 +1,9 @@
 """The reader: verified shards, in the order of `order`, as micro-batches.
 
 A lane keeps one shard open and fetches its samples by position, so that a seek reads nothing that is not
-used. Loader workers own whole lanes and yield one item a step, in step order; the main process puts a step
-together from one item of each. What is delivered depends on the plan alone.
+used. A step is cut into items of whole lanes: one for each loader worker, or one for each lane where there are more
+workers than lanes. The workers take items in turn, so any number of them read ahead, and the main process puts a step
+together from its items. What is delivered depends on the plan alone.
 
 Workers are started by a fork server, never forked from this process: a fork would copy the locks and
 sockets of gloo and NCCL threads, hold a dead rank's connections open, and may hang in OpenMP.
@@ -10,6 +11,7 @@ sockets of gloo and NCCL threads, hold a dead rank's connections open, and may h
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -21,6 +23,7 @@ from multiprocessing import connection, forkserver
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -30,7 +33,8 @@ from rkdo_dist.data.order import EpochPlan, evaluation_blocks, worker_lanes
 from rkdo_dist.data.partners import Partners
 from rkdo_dist.data.samples import Cursor, Lookup, MicroBatch, Packed, Reading, Sample, pack
 
-_AHEAD = 2  # steps that each worker reads ahead
+_AHEAD = 2  # items that each worker reads ahead; they are two steps or more
+_BLOCKS = 4  # of an evaluation from which a worker is worth its start
 
 
 @dataclass(frozen=True)
@@ -88,34 +92,50 @@ class _TrainingItems(_Items):
     def __init__(self, reading: Reading, run: _Run, lanes: range, partners: Partners | None) -> None:
         self.reading, self.run, self.lanes, self.partners = reading, run, lanes, partners
 
+    def parts(self, workers: int) -> list[range]:
+        """The lanes of each item of a step."""
+        count = min(max(1, workers), len(self.lanes))
+        return [worker_lanes(self.lanes, part, count) for part in range(count)]
+
     def items(self, worker: int, workers: int) -> Iterator[Packed]:
-        lanes = worker_lanes(self.lanes, worker, workers)
         lookup = None if self.partners is None else Lookup(self.reading)
+        turns = itertools.cycle(range(workers))
         for epoch in range(self.run.epoch, self.run.last):
             partners = None if self.partners is None else self.partners.of(epoch)
             if self.partners is not None and partners is None:
                 return  # the stream has ended
             plan, stop = self.run.plan(self.reading.split, epoch)
             start = self.run.step if epoch == self.run.epoch else 0
-            cursors = [Cursor(self.reading, plan.seed, epoch) for _ in lanes]
-            flows = [
-                cursor.samples(plan.windows(lane, start, stop - start))
-                for cursor, lane in zip(cursors, lanes, strict=True)
-            ]
+            cursors: dict[int, Cursor] = {}
             try:
-                for _ in range(start, stop):
-                    found: list[Sample] = []
-                    for flow in flows:
-                        first = [next(flow) for _ in range(plan.micro_batch)]
-                        found += first
-                        if lookup is not None and partners is not None:
-                            found += [lookup.partner(sample, int(partners[sample.id])) for sample in first]
-                    yield pack(found)
+                for step in range(start, stop):
+                    for lanes in self.parts(workers):
+                        if next(turns) == worker:
+                            yield pack(self._samples(plan, step, lanes, cursors, lookup, partners))
             finally:
-                for cursor in cursors:
+                for cursor in cursors.values():
                     cursor.close()
                 if lookup is not None:
                     lookup.close()
+
+    def _samples(
+        self,
+        plan: EpochPlan,
+        step: int,
+        lanes: range,
+        cursors: dict[int, Cursor],
+        lookup: Lookup | None,
+        partners: np.ndarray | None,
+    ) -> list[Sample]:
+        """A step's samples of some lanes, each lane's partners after it; `cursors` by lane stay where they are."""
+        found: list[Sample] = []
+        for lane in lanes:
+            cursor = cursors.setdefault(lane, Cursor(self.reading, plan.seed, plan.epoch))
+            first = list(itertools.islice(cursor.samples(plan.windows(lane, step, steps=1)), plan.micro_batch))
+            found += first
+            if lookup is not None and partners is not None:
+                found += [lookup.partner(sample, int(partners[sample.id])) for sample in first]
+        return found
 
 
 class _EvaluationItems(_Items):
@@ -243,7 +263,7 @@ def lane_stream(
             borders.
         steps_per_epoch: stop each epoch after so many steps; None: all of them.
         size: side of the delivered images; None: as they are (they must agree then).
-        workers: loader processes (0: read in this one); at most one for each lane is used.
+        workers: loader processes (0: read in this one).
         pin_memory: deliver page-locked tensors.
         on_corrupt: "abort" raises `DataError` at the first sample that cannot be trusted or decoded;
             "skip" puts other samples in its place, chosen from (seed, epoch, shard, position) alone, and
@@ -269,12 +289,11 @@ def lane_stream(
     lanes = range(all_lanes) if lanes is None else lanes
     if workers < 0 or not lanes or lanes[0] < 0 or lanes[-1] >= all_lanes:
         raise ValueError(f"cannot read lanes {lanes} of {all_lanes} with {workers} workers")
-    return _batches(_TrainingItems(reading, run, lanes, partners), min(workers, len(lanes)), pin_memory)
+    return _batches(_TrainingItems(reading, run, lanes, partners), workers, pin_memory)
 
 
 def _batches(items: _TrainingItems, workers: int, pin: bool) -> Generator[Batch, None, None]:
-    run, parts = items.run, max(1, workers)
-    shares = [len(worker_lanes(items.lanes, worker, parts)) for worker in range(parts)]
+    run, shares = items.run, [len(lanes) for lanes in items.parts(workers)]
     flow, paired = _loaded(items, workers, pin), items.partners is not None
     try:
         for epoch in range(run.epoch, run.last):
@@ -304,7 +323,8 @@ def evaluation_stream(
     in blocks that do not depend on it.
 
     Args:
-        index, split, size, workers: as in `lane_stream`.
+        index, split, size: as in `lane_stream`.
+        workers: loader processes at most; one for every few blocks.
         batch_size: samples in a block; the last may be smaller.
         limit: only the first `limit` samples; None: all.
         spread: only so many blocks, evenly spaced, see `order.evaluation_blocks`.
@@ -320,6 +340,9 @@ def evaluation_stream(
         raise ValueError(
             f"cannot read blocks of {batch_size} on rank {rank} of {world} with {workers} workers, limit {limit}"
         )
+    samples = reading.split.samples if limit is None else min(reading.split.samples, limit)
+    blocks = -(-samples // batch_size) if spread is None else min(-(-samples // batch_size), spread)
+    workers = min(workers, len(range(rank, blocks, world)) // _BLOCKS)
     return _blocks(_EvaluationItems(reading, batch_size, rank, world, limit, spread), workers)
 
 

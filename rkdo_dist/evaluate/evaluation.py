@@ -220,6 +220,7 @@ def _gathered(
         world=runtime.world,
         limit=limit,
         size=config.data.image_size,
+        workers=config.data.workers,
     )
     shown = _shown(blocks, label, -(-samples // size), runtime, console)
     return gather_features(prepare(shown), embed, samples, device=runtime.device)

@@ -92,6 +92,7 @@ def _features(
             world=runtime.world,
             spread=SAMPLES // BLOCK,
             size=config.data.image_size,
+            workers=config.data.workers,
         )
         for number, block in chosen:
             ids = number * BLOCK + torch.arange(len(block.ids))

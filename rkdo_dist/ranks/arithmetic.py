@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 
+import PIL
 import torch
+from PIL import features
 
 
 def arithmetic(device: torch.device) -> dict[str, str]:
@@ -18,6 +20,7 @@ def arithmetic(device: torch.device) -> dict[str, str]:
         "CPU capability": torch.backends.cpu.get_cpu_capability(),  # heeds ATEN_CPU_CAPABILITY
         "MKL_CBWR": os.environ.get("MKL_CBWR", ""),
         "threads": str(torch.get_num_threads()),
+        "decoders": f"Pillow {PIL.__version__}, JPEG {features.version('jpg')}",
     }
     if device.type == "cuda":
         facts |= {

@@ -19,6 +19,7 @@ from torch import Tensor
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.config.sections import DataConfig
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import labels_of
 from rkdo_dist.data.views import Views
@@ -40,7 +41,7 @@ class Snapshots:
         relation: its teacher is "snapshot".
         weight: returns the relation's share a at an epoch.
         start: the first epoch that has one.
-        index, split, size: the training samples, and the side of their images.
+        index, split, data: the training samples, and how they are read.
         views: of which the plain one is embedded.
 
     Attributes:
@@ -59,12 +60,12 @@ class Snapshots:
         runtime: Runtime,
         index: ShardIndex,
         split: str,
-        size: int | None,
+        data: DataConfig,
         views: Views,
     ) -> None:
         self.relation, self.stored, self._start, self._runtime = relation, stored, start, runtime
         self._weight = weight
-        self._index, self._split, self._size, self._views = index, split, size, views
+        self._index, self._split, self._data, self._views = index, split, data, views
         self._samples = index.split(split).samples
         self.taken, self.facts = -1, dict[str, float]()
 
@@ -80,7 +81,7 @@ class Snapshots:
     def take(self, epoch: int, encoder: Encoder, store: RowStore) -> None:
         """Replace the rows of the store by those of the encoder as it is."""
         n, relation = self._samples, self.relation
-        x = own_features(self._runtime, self._index, self._split, self._size, encoder, self._views, "embeddings")
+        x = own_features(self._runtime, self._index, self._split, self._data, encoder, self._views, "embeddings")
         own = range(store.first, store.stop)
         table = nearest_of_all(x[own.start : own.stop].to(self._runtime.device), n, relation.neighbours)
         table = (mutual(table) if relation.mutual else table)[own.start : own.stop]
@@ -150,4 +151,4 @@ def make_snapshots(config: Config, runtime: Runtime, index: ShardIndex, views: V
         assert found is not None
         return found.weight
 
-    return Snapshots(relation, weight, start, stored, runtime, index, split, config.data.image_size, views)
+    return Snapshots(relation, weight, start, stored, runtime, index, split, config.data, views)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.config.sections import DataConfig
 from rkdo_dist.data.given import read_features, read_rows
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import partner_draws
@@ -137,7 +138,7 @@ def supervisor_rows(config: Config, runtime: Runtime, index: ShardIndex, encoder
         what = f"reading field.features={f.features}"
         found = group.together(lambda: read_features(Path(f.features), split, samples, keys), what)
     else:
-        found = own_features(runtime, index, split, config.data.image_size, encoder, views)
+        found = own_features(runtime, index, split, config.data, encoder, views)
     mine = slice(*Shards(samples, runtime.world).own(runtime.rank))
     table = nearest_of_all(found[mine].to(runtime.device), samples, k)
     table = mutual(table) if f.mutual else table
@@ -149,7 +150,7 @@ def own_features(
     runtime: Runtime,
     index: ShardIndex,
     split: str,
-    size: int | None,
+    data: DataConfig,
     encoder: Encoder,
     views: Views,
     which: str = "backbone",
@@ -165,7 +166,15 @@ def own_features(
             return encoder.features(views.plain(images.to(runtime.device)))
 
     try:
-        blocks = evaluation_stream(index, split, BLOCK, rank=runtime.rank, world=runtime.world, size=size)
+        blocks = evaluation_stream(
+            index,
+            split,
+            BLOCK,
+            rank=runtime.rank,
+            world=runtime.world,
+            size=data.image_size,
+            workers=data.workers,
+        )
         found = gather_features(blocks, embed, samples, device=runtime.device)
     finally:
         encoder.train(was_training)
