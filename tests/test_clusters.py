@@ -286,7 +286,7 @@ def test_the_page_shows_the_pictures_of_the_features(reference: Path, digits: Pa
     filled = np.bincount(np.load(tmp_path / "out" / "assignments.npz")["assignments"]).clip(max=8).sum()
     page = (tmp_path / "out" / "clusters.html").read_text()
     assert page.count('width="56"') == filled
-    assert page.count("data:image/png") == filled + 1  # the map
+    assert page.count("data:image/png") == filled + 2  # the map by cluster and by label
     arrays = dict(np.load(file))
     np.savez(file, **{name: array[:-1] if len(array) == 359 else array for name, array in arrays.items()})
     refused([*arguments, str(tmp_path / "other")], "359 samples in split test, the features have 358")

@@ -97,10 +97,23 @@ def test_the_papers_number_is_reproduced_to_a_twentieth_of_a_per_cent() -> None:
 
 def test_the_command_shows_counts_and_times() -> None:
     small = ["encoder.backbone=shufflenet_v2_x0_5", "train.global_batch=16", "train.micro_batch=8", "field.depth=2"]
-    code, text = command(["flops", PAPER, *small, "--image-size", "16", "--repeats", "1"])
+    code, text = command(["flops", PAPER, *small, "--image-size", "16", "--repeats", "3"])
     assert code == 0, text
-    for words in ("depth 1", "depth 2", "depth 3", "forward and backward", "median step", "16 x 16, 16 pairs"):
+    for words in (
+        "depth 1",
+        "depth 2",
+        "depth 3",
+        "forward and backward",
+        "seconds",
+        "median step",
+        "16 x 16, 16 pairs",
+    ):
         assert words in text, text
+    assert "from, to" in text
+    code, text = command(["flops", PAPER, "field.objective=icon", "--repeats", "1"])
+    assert code == 0, text
+    assert "seconds" not in text, "first calls are no finding"
+    assert "fewer than 3 steps" in " ".join(text.split())
     code, text = command(["flops", PAPER, "field.objective=icon", "--repeats", "0"])
     assert code == 0, text
     assert "depth" not in text

@@ -79,7 +79,7 @@ def test_compare_prints_the_first_table_of_the_report(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "loss.svg").read_text().count("Attained share") == 1
     code, reported = command(["report", *words, "--out", str(tmp_path / "page.html")])
     assert code == 0, reported
-    table = compared[: compared.index("Mean ± standard deviation")]
+    table = compared[: compared.index("Mean ± sd over 2 seeds")]
     assert "attained share" in table
     assert table in reported
     assert command(["compare", *words, "--figure", str(tmp_path / "loss.nothing")])[0] == 2

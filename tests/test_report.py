@@ -186,7 +186,9 @@ def test_a_study_without_its_shards(tmp_path: Path) -> None:
         "settings that are the same for all",
     ):
         assert sentence in page.text, sentence
-    assert len([1 for name, _ in page.tags if name == "img"]) == 3
+    assert len([1 for name, _ in page.tags if name == "img"]) == 2 + 2 + 3 + 3, (
+        "panels, each with a file of its own, and legends"
+    )
     assert re.search(r"0\.2\d+[^s]*8 steps, 4 s", page.text), (
         "resources without FLOPs, as the images' size is not known"
     )

@@ -105,7 +105,7 @@ def test_a_page_without_other_files(tmp_path: Path) -> None:
     for words in ("agree exactly in all 12 measurements", "8 processes share 4 cores", "every bit"):
         assert words in flat, words
     page = (tmp_path / "scaling.html").read_text()
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/svg+xml;base64,") == 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "://" not in page
     for words in ("agree exactly in all 12 measurements", "every bit", "shares cores"):

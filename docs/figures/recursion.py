@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
 from rkdo_dist.field import recursion
+from rkdo_dist.studies.palette import FIELD, style
+from rkdo_dist.studies.plots import encoded, panels
 
 COUPLING, TEMPERATURE, LEVELS, CLASSES, EACH = 0.5, 0.2, 4, (0, 1, 4, 6), 3
 
@@ -45,27 +43,26 @@ def main() -> None:
     supervisors = [p0, *field.p]
     losses = [recursion.kl_divergence(p, field.log_q[0]).mean().item() for p in supervisors]
 
-    plt.rcParams.update({"svg.hashsalt": "rkdo", "font.size": 9, "svg.fonttype": "path"})
-    figure, grid = plt.subplots(2, 3, figsize=(6.6, 4.5), layout="constrained")
-    axes = grid.flatten()
+    figure, axes = panels(2, 3, (6.9, 4.7))
     titles = ["p(0): the positive", "p(1)", "p(2)", "p(3)", "q: the encoder's softmax"]
     for axis, title, row in zip(axes, titles, [*supervisors[:4], q], strict=False):
-        axis.imshow(row.numpy() ** 0.5, cmap="Blues", vmin=0, vmax=1)
-        axis.set_title(title, fontsize=9)
+        drawn = axis.imshow(row.numpy().clip(0.01), cmap=FIELD, norm="log", vmin=0.01, vmax=1)
+        axis.set_title(title, fontsize=9.5)
         axis.set_xticks([])
         axis.set_yticks([])
+        axis.grid(False)
     axes[0].set_ylabel("row i: view 1")
     axes[0].set_xlabel("column j: view 2")
+    figure.colorbar(drawn, ax=axes[3:5], location="bottom", aspect=30, label="probability")
     levels = range(LEVELS + 1)
-    axes[-1].bar(levels, losses, color="#3b6fb6", width=0.6)
+    axes[-1].bar(levels, losses, width=0.6, **style(0).bar)
     for level, loss in zip(levels, losses, strict=True):
         axes[-1].annotate(f"{loss:.3f}", (level, loss), ha="center", va="bottom", fontsize=8)
-    axes[-1].set_title("loss: mean KL(p(t) || q), q fixed", fontsize=9)
-    axes[-1].set_xlabel("level t")
+    axes[-1].set_title("loss: mean KL(p(t) || q)", fontsize=9.5)
+    axes[-1].set(xlabel="level t, q fixed", ylabel="nats")
     axes[-1].set_xticks(list(levels))
     axes[-1].margins(y=0.18)
-    axes[-1].spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None}, facecolor="white")
+    Path(__file__).with_suffix(".svg").write_bytes(encoded(figure, "svg"))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from rkdo_dist.studies.palette import BAD, DARK, style
+from rkdo_dist.studies.plots import encoded, panels
 
 PAGE = Path(__file__).resolve().parent.parent / "recursion-study.md"
 CELL = re.compile(r"([+-]?\d\.\d+) ± (\d\.\d+)")
@@ -36,8 +34,7 @@ def main() -> None:
     """One panel for each score, one line for each supervisor and study."""
     found = studies(PAGE.read_text(encoding="utf-8"))
     scores = ["k-NN (embedding)", "linear (embedding)", "linear (backbone)"]
-    plt.rcParams.update({"svg.hashsalt": "rkdo", "font.size": 9, "svg.fonttype": "path"})
-    figure, axes = plt.subplots(1, 3, figsize=(10, 4.6), sharex=True, sharey=True, layout="constrained")
+    figure, axes = panels(1, 3, (10, 5.2), sharex=True, sharey=True)
     place, ticks, labels = 0.0, [], []
     for title, rows in found.items():
         ticks.append(place)
@@ -46,19 +43,19 @@ def main() -> None:
         for name, values in rows:
             for axis, (difference, margin) in zip(axes, values, strict=True):
                 clear = abs(difference) > margin
-                axis.errorbar(difference, place, xerr=margin, fmt="o", ms=4, color="#b3402a" if clear else "#3b6fb6")
+                look = {"color": BAD, "fmt": "D"} if clear else {"color": style(0).colour, "fmt": "o", "mfc": "white"}
+                axis.errorbar(difference, place, xerr=margin, ms=5, **look)
             ticks.append(place)
             labels.append(name)
             place += 1
     for axis, score in zip(axes, scores, strict=True):
-        axis.axvline(0, color="#888888", lw=1)
-        axis.set_title(score, fontsize=9)
-        axis.set_xlabel("accuracy minus InfoNCE's")
-        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.axvline(0, color=DARK, lw=1)
+        axis.set(title=score, xlabel="accuracy minus InfoNCE's")
+        axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(ticks, labels)
     axes[0].invert_yaxis()
-    figure.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None}, facecolor="white")
+    Path(__file__).with_suffix(".svg").write_bytes(encoded(figure, "svg"))
 
 
 if __name__ == "__main__":

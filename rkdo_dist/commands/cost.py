@@ -45,7 +45,7 @@ def cost_commands(command: Command) -> None:
     )
     add_config(add)
     add("--image-size", type=int, metavar="N", help="default: data.image_size, or 32")
-    add("--repeats", type=int, default=3, metavar="N", help="steps to time; 0: count only (default 3)")
+    add("--repeats", type=int, default=3, metavar="N", help="steps to time; fewer than 3: count only (default 3)")
 
 
 def _measure(options: argparse.Namespace) -> int:

@@ -56,16 +56,19 @@ def write_page(out: Path, found: Clustering, images: str | None = None) -> None:
         ValueError: if the pictures cannot be read or are not those of the features.
     """
     drawn = map_figure(found)
-    picture = plots.save(drawn, out, "clusters")[0].read_bytes() if drawn is not None else None
+    shown = None
+    if drawn is not None:
+        plots.save(drawn, out, "clusters")
+        caption = f"{min(MAPPED, len(found.values)):,} samples, t-SNE, for illustration only."
+        shown = section("Map", "map", figure(plots.pieces(drawn, "png"), "png", "Map of clusters", caption))
     result = found.result
     scope = f"{result['samples']:,} samples, {result['width']:,} features, seed {result['seed']}."
-    caption = f"{min(MAPPED, len(found.values)):,} samples, t-SNE, for illustration only."
     html.write(
         out / "clusters.html",
         "clusters - rkdo",
         tag("header", tag("h1", f"{result['clusters']} clusters"), tag("p", scope, class_="scope")),
         section("Agreement with the labels", "scores", *_scores(result)),
-        section("Map", "map", figure(picture, "png", "map of clusters", caption)) if picture is not None else None,
+        shown,
         section("Examples", "examples", *_examples(found, images)),
         section("Settings", "settings", html.table(("setting", "value"), _settings(result), "text")),
     )

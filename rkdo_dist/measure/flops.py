@@ -15,7 +15,7 @@ import functools
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.losses import FieldLoss
 
 _LABELS = 10  # classes, for objectives that need labels
+LEAST_REPEATS = 3  # fewer say more about first calls than about steps
+_WARM_UP = 2
+_UNTIMED = f"Without times: fewer than {LEAST_REPEATS} steps (--repeats) say more about first calls."
 _COUNTED_BATCH = 64  # at most: of the loss
 PAPER = {1: 9.5537e9, 3: 9.5545e9}  # section 4.3: forward, ResNet-18, batch 64, CIFAR-10, by depth
 
@@ -131,12 +134,14 @@ class StepTimes:
 
     Attributes:
         encoder_forward, loss, encoder_backward: the loss with its gradients.
+        loss_range: its fastest and slowest.
         peak_bytes: of the process (CPU) or allocated on the device, after these steps.
     """
 
     encoder_forward: float
     loss: float
     encoder_backward: float
+    loss_range: tuple[float, float]
     peak_bytes: int
 
     @property
@@ -144,20 +149,18 @@ class StepTimes:
         """All three; reading, views and the optimizer are not in it."""
         return self.encoder_forward + self.loss + self.encoder_backward
 
-    @property
-    def loss_share(self) -> float:
-        """Of the step."""
-        return self.loss / self.step
 
-
-def step_times(config: Config, image_size: int, objective: Objective, repeats: int = 3) -> StepTimes:
+def step_times(config: Config, image_size: int, objectives: Sequence[Objective], repeats: int) -> list[StepTimes]:
     """Time steps on this machine, on one process, in micro-batches as a run would have them.
+
+    All losses are warmed up before any is measured, and they take turns, so that none has the first calls or a busy
+    moment to itself.
 
     Args:
         config: its encoder, batch sizes and `run.threads` are used.
         image_size: side of the squares.
-        objective: the loss.
-        repeats: steps that count; one more warms up.
+        objectives: the losses.
+        repeats: steps of each that count, `LEAST_REPEATS` or more.
     """
     torch.set_num_threads(config.run.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,10 +169,14 @@ def step_times(config: Config, image_size: int, objective: Objective, repeats: i
         torch.randn(2 * config.train.lane_size, 3, image_size, image_size, device=device)
         for _ in range(config.train.lanes)
     ]
-    loss_fn = FieldLoss(objective, exchange="local")
-    rows = [_one_step(encoder, lanes, loss_fn, device) for _ in range(repeats + 1)][1:]
-    forward, loss, backward = (statistics.median(column) for column in zip(*rows, strict=True))
-    return StepTimes(forward, loss, backward, _peak(device))
+    losses = [FieldLoss(objective, exchange="local") for objective in objectives]
+    rounds = [[_one_step(encoder, lanes, loss, device) for loss in losses] for _ in range(_WARM_UP + repeats)]
+    found = []
+    for rows in zip(*rounds[_WARM_UP:], strict=True):
+        forward, loss, backward = (statistics.median(part) for part in zip(*rows, strict=True))
+        spent = [row[1] for row in rows]
+        found.append(StepTimes(forward, loss, backward, (min(spent), max(spent)), _peak(device)))
+    return found
 
 
 def _one_step(
@@ -211,14 +218,14 @@ def cost_table(config: Config, image_size: int, repeats: int) -> Table:
     Args:
         config: of the run.
         image_size: side of the squares that the encoder sees.
-        repeats: steps to time; 0: count only.
+        repeats: steps to time; with fewer than `LEAST_REPEATS` there are no times.
 
     Raises:
         ConfigError: for times of an objective with a teacher.
     """
     field = config.field
     objective = parts.make_objective(config, 0.0)
-    if objective.relation is not None and objective.relation.teacher != "snapshot" and repeats:
+    if objective.relation is not None and objective.relation.teacher != "snapshot" and repeats >= LEAST_REPEATS:
         raise ConfigError(
             f"objective {objective.name} has a teacher, and its steps are not timed here: count with --repeats 0, time "
             "with `rkdo measure`"
@@ -226,31 +233,37 @@ def cost_table(config: Config, image_size: int, repeats: int) -> Table:
     depths = sorted({1, 3, field.depth}) if objective.recursion == "in_batch" else [1]
     columns = [dataclasses.replace(config, field=dataclasses.replace(field, depth=depth)) for depth in depths]
     costs = [step_flops(column, image_size) for column in columns]
+    timed = repeats >= LEAST_REPEATS
     table = Table(
         title=f"One step: {config.encoder.backbone}, {image_size} x {image_size}, {config.train.global_batch} pairs",
         caption="GFLOPs: a multiply-add is two operations; convolutions and matrix products only, so a level of the "
-        "recursion costs time and no FLOPs. Time: this machine now, without reading, views and optimizer.",
+        "recursion costs time and no FLOPs. "
+        + ("Time: this machine now, without reading, views and optimizer." if timed else _UNTIMED),
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for depth in depths:
-        table.add_column(f"{objective.name}, depth {depth}" if len(depths) > 1 else objective.name, justify="right")
-    table.add_row("forward, GFLOPs", *(f"{cost.forward / 1e9:.4f}" for cost in costs))
+        name = f"{objective.name}, depth {depth}" if len(depths) > 1 else objective.name
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("GFLOPs")
+    table.add_row("  forward", *(f"{cost.forward / 1e9:.4f}" for cost in costs))
     if _is_papers(config, image_size):
-        table.add_row("  the paper", *(f"{PAPER[d] / 1e9:.4f}" if d in PAPER else "-" for d in depths))
-    table.add_row("  of it the loss", *(f"{cost.loss_forward / 1e9:.4f}" for cost in costs))
-    table.add_row("forward and backward, GFLOPs", *(f"{cost.step / 1e9:.4f}" for cost in costs))
-    table.add_row("  of it the loss", *(f"{cost.loss_step / 1e9:.4f}" for cost in costs))
-    if repeats:
-        times = [step_times(c, image_size, parts.make_objective(c, 0.0), repeats) for c in columns]
-        _add_times(table, times)
+        table.add_row("    the paper", *(f"{PAPER[d] / 1e9:.4f}" if d in PAPER else "-" for d in depths))
+    table.add_row("    of it the loss", *(f"{cost.loss_forward / 1e9:.4f}" for cost in costs))
+    table.add_row("  forward and backward", *(f"{cost.step / 1e9:.4f}" for cost in costs))
+    table.add_row("    of it the loss", *(f"{cost.loss_step / 1e9:.4f}" for cost in costs))
+    if timed:
+        _add_times(table, step_times(config, image_size, [parts.make_objective(c, 0.0) for c in columns], repeats))
     return table
 
 
 def _add_times(table: Table, times: list[StepTimes]) -> None:
     table.add_section()
-    table.add_row("seconds, median step", *(f"{time.step:.4f}" for time in times))
-    table.add_row("  of it the loss", *(f"{time.loss:.4f} ({time.loss_share:.1%})" for time in times))
-    table.add_row("peak memory so far, MiB", *(f"{time.peak_bytes / 2**20:,.0f}" for time in times))
+    table.add_row("seconds")
+    table.add_row("  median step", *(f"{time.step:.4f}" for time in times))
+    table.add_row("    of it the loss", *(f"{time.loss:.4f}" for time in times))
+    ranges = (f"{time.loss_range[0]:.4f}, {time.loss_range[1]:.4f}" for time in times)
+    table.add_row("      from, to", *ranges)
+    table.add_row("peak memory of all, MiB", *(f"{time.peak_bytes / 2**20:,.0f}" for time in times))
 
 
 def _is_papers(config: Config, image_size: int) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rkdo_dist.files import write_atomic
+from rkdo_dist.studies.palette import PAGE
 from rkdo_dist.studies.sheets import Sheet
 
+_FEW = 3  # columns that a narrow screen has room for
+_MEDIA = {"svg": "svg+xml"}
 _VOID = ("img", "meta", "br")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched, nothing runs
 
@@ -40,13 +43,25 @@ def joined(children: Iterable[str | float | None], separator: str = "") -> Eleme
     return Element(separator.join(shown))
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str | float | None]], class_: str | None = None) -> Element:
-    """A table in a box that scrolls sideways; the first cell of a row is its name."""
+def table(header: Sequence[str], rows: Iterable[Iterable[str | float | None]], class_: str = "") -> Element:
+    """A table; the first cell of a row is its name. A wide one becomes a list of its rows on a narrow screen.
+
+    Args:
+        header: of the columns, which every cell repeats where the head is not shown.
+        class_: "text" for columns that are no numbers.
+    """
     head = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in header)))
     body = [
-        tag("tr", *(tag("td" if n else "th", c, scope=None if n else "row") for n, c in enumerate(row))) for row in rows
+        tag("tr", *(_cell(n, c, title) for n, (c, title) in enumerate(zip(row, header, strict=True)))) for row in rows
     ]
-    return tag("div", tag("table", head, tag("tbody", *body), class_=class_), class_="wide")
+    kind = " ".join(word for word in (class_, "many" if len(header) > _FEW else "") if word)
+    return tag("div", tag("table", head, tag("tbody", *body), class_=kind or None), class_="wide")
+
+
+def _cell(number: int, content: str | float | None, title: str) -> Element:
+    if number:
+        return tag("td", content, data_label=" ".join(title.split()))
+    return tag("th", content, scope="row")
 
 
 def image(data: bytes, kind: str, alt: str, width: int | None = None, class_: str | None = None) -> Element:
@@ -54,16 +69,23 @@ def image(data: bytes, kind: str, alt: str, width: int | None = None, class_: st
 
     Args:
         data: the file.
-        kind: "svg+xml" or "png".
+        kind: "svg" or "png".
         alt: what it shows.
     """
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    source = f"data:image/{_MEDIA.get(kind, kind)};base64,{base64.b64encode(data).decode()}"
     return tag("img", src=source, alt=alt, width=width, class_=class_)
 
 
-def figure(data: bytes, kind: str, alt: str, caption: str) -> Element:
-    """An image with a caption."""
-    return tag("figure", tag("div", image(data, kind, alt), class_="wide"), tag("figcaption", caption))
+def figure(pieces: Sequence[tuple[str, bytes]], kind: str, alt: str, caption: str, class_: str = "panels") -> Element:
+    """Images that stand side by side where there is room, with a caption.
+
+    Args:
+        pieces: (title, file) each, as `plots.pieces` makes them; one called "legend" has a line of its own.
+        class_: "panels", or "panels small" or "panels large" for images that need little room or much.
+    """
+    shown = [image(data, kind, f"{alt}: {title}" if title else alt) for title, data in pieces if title != "legend"]
+    below = [image(data, kind, f"{alt}: legend", class_="legend") for title, data in pieces if title == "legend"]
+    return tag("figure", tag("div", *shown, class_=class_), *below, tag("figcaption", caption))
 
 
 def section(title: str, name: str, *children: Element | None) -> Element:
@@ -71,7 +93,7 @@ def section(title: str, name: str, *children: Element | None) -> Element:
     return tag("section", tag("h2", title), *children, id=name)
 
 
-def sheet(table_: Sheet, class_: str | None = None) -> Element:
+def sheet(table_: Sheet, class_: str = "") -> Element:
     """A table with its caption as a note below."""
     note = tag("p", table_.caption, class_="note") if table_.caption else None
     return joined([table(table_.columns, table_.rows, class_), note])
@@ -93,14 +115,19 @@ def write(path: Path, title: str, *children: Element | None) -> Path:
     return path
 
 
-_STYLE = """
-:root { color-scheme: light;
-  --ink: #1d2326; --soft: #5b6468; --line: #d9dee0; --accent: #1f6f8b; --bad: #c8553d; --good: #6a8d2f; }
+def _colours(scheme: str) -> str:
+    return " ".join(f"--{name}: {value};" for name, value in PAGE[scheme].items())
+
+
+_STYLE = f"""
+:root {{ color-scheme: light dark; {_colours("light")} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_colours("dark")} }} }}
+""" + """
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 "Source Sans 3", "Segoe UI", Roboto,
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 "Source Sans 3", "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.5rem 5rem; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 1.3rem; margin: 2.8rem 0 .8rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .3rem; }
 p { max-width: 46rem; margin: .5rem 0 .9rem; }
@@ -113,22 +140,61 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .32rem .9rem .32rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid var(--ink); font-weight: 600; }
+thead th { border-bottom: 2px solid var(--ink); font-weight: 600; white-space: normal; vertical-align: bottom; }
 tbody th { font-weight: 400; }
+.text th, .text td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 3.5rem; }
+.text thead th { overflow-wrap: normal; }
 figure { margin: 1.2rem 0 1.8rem; }
-figure img { max-width: 100%; height: auto; display: block; }
-@media (max-width: 44rem) { main { padding: 1.2rem .9rem 3rem; } figure .wide img { max-width: none; width: 42rem; } }
-@media print { .wide { overflow: visible; } figure, table { break-inside: avoid; } details > * { display: block; } }
 figcaption { margin-top: .4rem; }
+.panels { display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-start; }
+.panels img { flex: 1 1 17.5rem; min-width: 0; max-width: min(100%, 29.5rem); height: auto; background: #fff;
+  border-radius: 4px; }
+.large img { flex-basis: 27rem; max-width: min(100%, 32rem); }
+.small img { flex: 1 1 8.5rem; max-width: min(100%, 15rem); }
+.legend { display: block; max-width: 100%; height: auto; margin-top: .6rem; background: #fff; border-radius: 4px; }
 details summary { cursor: pointer; color: var(--accent); margin: .8rem 0; }
-.text th, .text td { text-align: left; }
 .sheet td, .sheet td:first-child { border: 0; padding: .15rem 0 .5rem; width: 86px; min-width: 86px; text-align: center;
-  font-size: .75rem; color: var(--soft); }
+  font-size: .75rem; color: var(--soft); white-space: normal; }
 .sheet td span { display: block; line-height: 1.2; margin-top: .15rem; }
 .sheet img { image-rendering: pixelated; border: 3px solid transparent; width: 62px; height: 62px;
   display: inline-block; }
 .sheet .query, .sheet td.query:first-child { padding-right: 1.6rem; color: var(--ink); font-weight: 600; }
 .sheet .right img { border-color: var(--good); }
-.sheet .wrong img { border-color: var(--bad); }
+.sheet .wrong img { border: 3px dashed var(--bad); }
 .sheet .wrong { color: var(--bad); }
-"""
+@media (max-width: 44rem) {
+  main { padding: 1.2rem .9rem 3rem; }
+  h1 { font-size: 1.6rem; }
+  table:not(.sheet):not(.many) th, table:not(.sheet):not(.many) td { white-space: normal; padding-right: .6rem; }
+  .many thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .many, .many tbody, .many tr, .many th, .many td { display: block; }
+  .many tr { border-bottom: 2px solid var(--line); padding: .5rem 0; }
+  .many tbody th { border: 0; font-weight: 600; white-space: normal; overflow-wrap: anywhere; }
+  .many tbody td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0;
+    text-align: right; white-space: normal; }
+  .many tbody td::before { content: attr(data-label); color: var(--soft); text-align: left; flex: none;
+    max-width: 50%; }
+  .sheet tr { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line); padding: .4rem 0; }
+  .sheet .query, .sheet td.query:first-child { padding-right: 0; }
+}
+@media print {
+  :root { color-scheme: light; LIGHT }
+  main { max-width: none; padding: 0; }
+  body { font-size: 10.5pt; }
+  h1, h2, h3, summary { break-after: avoid; }
+  h2 { margin-top: 1.4rem; }
+  figure, tr, .verdict, .remark { break-inside: avoid; }
+  h2 + p, h2 + div, h2 + figure, h3 + p, h3 + div { break-before: avoid; }
+  p, figcaption { orphans: 3; widows: 3; break-before: avoid; }
+  thead { display: table-header-group; }
+  .wide { overflow: visible; }
+  table:not(.sheet) { width: 100%; font-size: 8.5pt; }
+  table.many { font-size: 7pt; }
+  table:not(.sheet) th, table:not(.sheet) td { white-space: normal; overflow-wrap: anywhere; padding-right: .5rem; }
+  table:not(.sheet) thead th { overflow-wrap: normal; }
+  .panels img { max-width: 3.4in; flex-basis: 2.2in; }
+  .large img { max-width: 4.6in; flex-basis: 4.2in; }
+  .small img { max-width: 1.7in; flex-basis: 1.2in; }
+  details::details-content { content-visibility: visible; block-size: auto; display: block; }
+}
+""".replace("LIGHT", _colours("light"))

@@ -17,6 +17,12 @@ LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (4, 1.2, 1, 1.2)), (0, (2, 1))
 DARK, GREY = "#222222", "#76808a"  # what is compared with; what is aside
 GOOD, BAD = COLOURS[2], COLOURS[1]
 FIELD = "magma"  # of maps of numbers, dark for little
+PAGE = {  # of pages, by `prefers-color-scheme`; figures stay on white paper
+    "light": {"paper": "#ffffff", "ink": "#1d2326", "soft": "#5b6468", "line": "#d9dee0", "accent": "#00639a"}
+    | {"good": "#007a59", "bad": "#b84f00"},
+    "dark": {"paper": "#16191b", "ink": "#e6e9ea", "soft": "#a7b0b4", "line": "#3a4145", "accent": "#63b3e4"}
+    | {"good": "#3fc79e", "bad": "#f08c45"},
+}
 _FIRST = ("rkdo", "icon", "infonce")  # objectives that are seen together most
 
 

@@ -163,11 +163,16 @@ def pieces(figure: Any, kind: str) -> list[tuple[str, bytes]]:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     parts = [(panel.get_title(loc="left"), panel) for panel in figure.axes] + [("legend", it) for it in figure.legends]
-    boxes = [part.get_tightbbox().padded(5).transformed(figure.dpi_scale_trans.inverted()) for _, part in parts]
+    inches = figure.dpi_scale_trans.inverted()
+    boxes = [part.get_tightbbox().padded(5).transformed(inches) for _, part in parts]
+    named = [box for box, (title, _) in zip(boxes, parts, strict=True) if title not in ("", "legend")]
+    wide, high = (max((getattr(box, side) for box in named), default=0) for side in ("width", "height"))
     made = []
     for (title, part), box in zip(parts, boxes, strict=True):
         for _, other in parts:
             other.set_visible(other is part)
+        if title not in ("", "legend"):  # panels of one size stand in line
+            box.x0, box.y1 = box.x1 - wide, box.y0 + high
         made.append((title, _file(figure, kind, bbox_inches=box)))
     pyplot().close(figure)
     return made
@@ -201,3 +206,8 @@ def over(counts: Sequence[int]) -> str:
     if high == 1:
         return "one seed: no spread is known"
     return f"mean ± sd over {seeds(high) if low == high else f'{low} to {high} seeds'}"
+
+
+def sentence(words: str) -> str:
+    """These words with a capital and a full stop."""
+    return f"{words[0].upper()}{words[1:]}."

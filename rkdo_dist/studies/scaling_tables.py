@@ -8,7 +8,7 @@ from typing import Any
 from rkdo_dist.measure.scaling import Row, Study
 from rkdo_dist.studies import html
 from rkdo_dist.studies.palette import DARK, GREY, style
-from rkdo_dist.studies.plots import encoded, pyplot
+from rkdo_dist.studies.plots import encoded, pieces, pyplot
 from rkdo_dist.studies.sheets import Sheet
 
 _SHORT = {"forward/backward": "fwd/bwd", "optimizer": "optim."}
@@ -134,7 +134,7 @@ def write(study: Study, folder: Path) -> Path:
     picture = encoded(figure(study), "png")
     (folder / "scaling.png").write_bytes(picture)
     said = html.tag("ul", *(html.tag("li", note) for note in notes(study)))
-    shown = html.figure(picture, "png", "Scaling figure", "Medians of the measured steps.")
+    shown = html.figure(pieces(figure(study), "svg"), "svg", "Scaling figure", "Medians of the measured steps.")
     body = [html.tag("h1", f"Scaling study, {study.mode}"), said]
     body += [html.section(sheet.title, sheet.name, html.sheet(sheet)) for sheet in tables(study)]
     return html.write(folder / "scaling.html", "Scaling study", *body, html.section("Figure", "figure", shown))

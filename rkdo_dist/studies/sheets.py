@@ -147,10 +147,13 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def spread(mean: float, sd: float, digits: int = 4) -> str:
     """mean ± sd; the mean alone if there is no spread, a dash if there is nothing."""
-    return number(mean, digits) if sd != sd else f"{number(mean, digits)} ± {number(sd, digits)}"
+    shown = number(mean, digits)
+    return shown if sd != sd else f"{shown} ± {sd:.1e}" if "e" in shown else f"{shown} ± {sd:.{digits}f}"
 
 
 def of_values(values: Sequence[float | None], digits: int = 4, percent: bool = False) -> str:
     """mean ± sd of the values that there are."""
     mean, sd = mean_sd([(100 if percent else 1) * value for value in values if value is not None])
-    return spread(mean, sd, digits) + (" %" if percent and mean == mean else "")
+    if percent and mean == mean:
+        return f"{mean:z.{digits}f} %" if sd != sd else f"{mean:z.{digits}f} ± {sd:.{digits}f} %"
+    return spread(mean, sd, digits)

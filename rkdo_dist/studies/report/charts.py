@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist.rundir import SCORE_TITLES
-from rkdo_dist.studies.plots import band, encoded, legend_below, panels, pyplot, whole_numbers
+from rkdo_dist.studies.plots import band, calm, encoded, legend_below, over, panels, pyplot, title, whole_numbers
 from rkdo_dist.studies.report.groups import Group
 from rkdo_dist.studies.report.words import COMMON
 from rkdo_dist.studies.sheets import mean_sd
 
+_WIDTH = {1: 4.6, 2: 8.4, 3: 9.9}  # inches, by panels side by side
+_UNITS = {  # of scores; all others are shares
+    "infonce": "nats",
+    "alignment": "squared distance",
+    "uniformity": "log of a mean",
+    "effective_rank": "dimensions",
+}
+_FLOPS = ((1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 _SHOWN = ("linear_accuracy", "knn_accuracy", "infonce", "alignment", "uniformity", "effective_rank")
 
 
@@ -19,17 +27,18 @@ def loss_chart(groups: Sequence[Group]) -> Any | None:
     """A figure of each objective's own loss by step, and of its attained share; None before any step."""
     if not any(run.epochs for group in groups for run in group.runs):
         return None
-    figure, (own, share) = panels(1, 2, (11.5, 3.9))
+    figure, (own, share) = panels(1, 2, (_WIDTH[2], 3.9))
     for group in groups:
         band(own, group.curve(lambda run: {e.steps: e.loss for e in run.epochs}), group.style, group.label)
         band(share, group.curve(lambda run: {e.steps: e.attained for e in run.epochs}), group.style, group.label)
         first = next((run.epochs[0] for run in group.runs if run.epochs), None)
         if first is not None:
-            own.axhline(first.at_uniform, color=group.style.colour, linestyle=":", linewidth=1)
+            own.plot(0, first.at_uniform, **group.style.points, markerfacecolor="white")
     whole_numbers(own, share)
-    own.set(title="Own loss, epoch means (dotted: untrained)", xlabel="step")
-    share.set(title="Attained share: untrained 0 %, ideal 100 %", xlabel="step")
-    share.yaxis.set_major_formatter(pyplot().matplotlib.ticker.PercentFormatter(1, decimals=0))
+    calm(own)
+    own.set(title="Own loss, epoch means (hollow: untrained)", xlabel="step", ylabel="nats")
+    share.set(title="Attained share (untrained 0 %, ideal 100 %)", xlabel="step", ylabel="% of the way")
+    share.yaxis.set_major_formatter(pyplot().matplotlib.ticker.PercentFormatter(1))
     legend_below(figure)
     return figure
 
@@ -42,6 +51,7 @@ def write_loss_chart(groups: Sequence[Group], path: Path) -> bool:
     """
     figure = loss_chart(groups)
     if figure is not None:
+        title(figure, over([len(group.runs) for group in groups]))
         picture = encoded(figure, path.suffix[1:])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture)
@@ -54,12 +64,13 @@ def score_chart(groups: Sequence[Group]) -> Any | None:
     if not names:
         return None
     rows = -(-len(names) // 3)
-    figure, axes = panels(rows, 3, (11.5, 3.3 * rows + 0.5))
+    figure, axes = panels(rows, 3, (_WIDTH[3], 3.2 * rows + 0.5))
     for panel, name in zip(axes, names, strict=False):
         for group in groups:
             band(panel, group.scores(name), group.style, group.label)
-        panel.set(title=COMMON[name], xlabel="step")
+        panel.set(title=COMMON[name], xlabel="step", ylabel=_UNITS.get(name, "share"))
         whole_numbers(panel)
+        calm(panel)
     for panel in axes[len(names) :]:
         panel.remove()
     legend_below(figure)
@@ -73,15 +84,16 @@ def probe_chart(groups: Sequence[Group]) -> Any | None:
     def curves(name: str) -> list[dict[int, list[float]]]:
         return [group.curve(lambda run: run.curve(name)) for group in groups]
 
-    shown = {title: found for name, title in names.items() if any(found := curves(name))}
+    shown = {called: found for name, called in names.items() if any(found := curves(name))}
     if not shown:
         return None
-    figure, axes = panels(1, len(shown), (5.75 * len(shown), 3.8))
-    for panel, (title, found) in zip(axes, shown.items(), strict=True):
+    figure, axes = panels(1, len(shown), (_WIDTH[len(shown)], 3.8))
+    for panel, (name, found) in zip(axes, shown.items(), strict=True):
         for group, curve in zip(groups, found, strict=True):
             band(panel, curve, group.style, group.label)
-        panel.set(title=title, xlabel="step")
+        panel.set(title=name, xlabel="step", ylabel="share")
         whole_numbers(panel)
+        calm(panel)
     legend_below(figure)
     return figure
 
@@ -95,19 +107,28 @@ def resource_chart(groups: Sequence[Group], flops: Mapping[int, float], name: st
     """
     if not any(group.scores(name) for group in groups):
         return None
-    figure, (by_step, by_flops, by_second) = panels(1, 3, (11.5, 3.8))
+    figure, (by_step, by_flops, by_second) = panels(1, 3, (_WIDTH[3], 3.6))
+    most = max((max(group.scores(name), default=0) * flops.get(group.number, 0) for group in groups), default=0)
+    unit, called = next(((size, word) for size, word in _FLOPS if most >= size), _FLOPS[-1])
     for group in groups:
         means = {step: mean_sd(values)[0] for step, values in group.scores(name).items()}
-        style: dict[str, Any] = {**group.style.curve, "label": group.label}
-        by_step.plot(list(means), list(means.values()), **style)
+        look: dict[str, Any] = {**group.style.curve, "label": group.label}
+        by_step.plot(list(means), list(means.values()), **look)
         if group.number in flops:
-            by_flops.plot([step * flops[group.number] / 1e12 for step in means], list(means.values()), **style)
-        by_second.plot(mean_seconds(group, list(means)), list(means.values()), **style)
-    units = ("steps", "TFLOPs, forward and backward", "seconds in steps")
-    for panel, unit in zip((by_step, by_flops, by_second), units, strict=True):
-        panel.set(xlabel=unit, title=SCORE_TITLES[name])
+            by_flops.plot([step * flops[group.number] / unit for step in means], list(means.values()), **look)
+        by_second.plot(mean_seconds(group, list(means)), list(means.values()), **look)
+    for panel, what in (
+        (by_step, "steps"),
+        (by_flops, f"{called}, forward and backward"),
+        (by_second, "seconds in steps"),
+    ):
+        panel.set(xlabel=what, title=f"by {what.partition(',')[0]}", ylabel=SCORE_TITLES[name])
         panel.set_xlim(left=0)
-        panel.locator_params(axis="x", nbins=5)
+        panel.locator_params(axis="x", nbins=4)
+        calm(panel)
+        if not panel.lines:
+            panel.text(0.5, 0.5, "the images' size is not known", ha="center", transform=panel.transAxes)
+            panel.set(xticks=[], yticks=[])
     legend_below(figure)
     return figure
 

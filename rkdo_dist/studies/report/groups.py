@@ -13,6 +13,7 @@ from rkdo_dist.field.presets import PRESETS, named
 from rkdo_dist.history import Epoch, History
 from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES, RunDirectory
 from rkdo_dist.studies import palette
+from rkdo_dist.studies.plots import over, sentence
 from rkdo_dist.studies.sheets import Sheet, mean_sd, number, of_values
 
 
@@ -123,8 +124,8 @@ def overview(groups: Sequence[Group]) -> Sheet:
         "scores",
         "Scores",
         ["", *(group.label for group in groups)],
-        "Mean ± standard deviation over seeds. Losses of different objectives are different functions: compare the "
-        "scores, and each loss with its own value at uniform (an untrained encoder).",
+        f"{sentence(over([len(group.runs) for group in groups]))} Losses of different objectives are different "
+        "functions: compare the scores, and each loss with its own value at uniform (an untrained encoder).",
     )
     sheet.rows.append(["seeds", *(", ".join(str(run.seed) for run in group.runs) for group in groups)])
     lasts = [last_common_epoch([group]) for group in groups]

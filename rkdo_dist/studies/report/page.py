@@ -13,9 +13,9 @@ from rkdo_dist import parts
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.measure.flops import step_flops
 from rkdo_dist.rundir import SCORE_TITLES
-from rkdo_dist.studies import audit, html
+from rkdo_dist.studies import audit, datasets, html
 from rkdo_dist.studies.html import Element, figure, section, tag
-from rkdo_dist.studies.plots import encoded
+from rkdo_dist.studies.plots import over, pieces, sentence
 from rkdo_dist.studies.report import charts, pictures, words
 from rkdo_dist.studies.report.groups import Group, last_common_epoch, overview, read_groups
 from rkdo_dist.studies.sheets import Sheet, mean_sd, number, spread
@@ -77,7 +77,9 @@ def _scope(report: _Report, count: int) -> str:
     seeds = sorted({run.seed for group in report.groups for run in group.runs})
     runs = "1 run" if count == 1 else f"{count} runs"
     named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    data = Path(first.data.source or first.data.shards).name or "unnamed data"
+    index = datasets.index_of(first)
+    known = "" if index is None else datasets.name_of(index)
+    data = known or Path(first.data.source or first.data.shards).name or "unnamed data"
     return f"{runs} on {data}, {first.encoder.backbone}, {named}."
 
 
@@ -184,8 +186,7 @@ def _curves(report: _Report) -> Element | None:
     losses, scores = charts.loss_chart(report.groups), charts.score_chart(report.groups)
     if losses is None:
         return None
-    several = any(len(group.runs) > 1 for group in report.groups)
-    band = "Lines: mean over seeds. Bands: one standard deviation." if several else "One seed: no spread is known."
+    band = sentence(over([len(group.runs) for group in report.groups]))
     drawn = [_picture(losses, "Loss curves", f"Training. Left: values of different functions. {band}")]
     probes = charts.probe_chart(report.groups)
     if probes is not None:
@@ -198,7 +199,7 @@ def _curves(report: _Report) -> Element | None:
 
 
 def _picture(drawing: Any, alt: str, caption: str) -> Element:
-    return figure(encoded(drawing, "svg"), "svg+xml", alt, caption)
+    return figure(pieces(drawing, "svg"), "svg", alt, caption)
 
 
 def _resources(report: _Report) -> Element | None:
@@ -211,18 +212,32 @@ def _resources(report: _Report) -> Element | None:
         f"Resources needed to reach a {title}, by evaluation. FLOPs are counted (a multiply-add is two, products and "
         "convolutions only); seconds are those of the runs' machines, and include whatever else these did."
     )
+    drawn = _picture(chart, "Accuracy against steps, operations and seconds", text)
+    levels, said = _levels(report.groups)
+    if not levels:
+        return section("Resources", "resources", drawn, tag("p", said, class_="note"))
     curves = [_means_of(group) for group in report.groups]
-    reached = [value for means in curves for value in means.values()]
-    low, high = min(reached), max(reached)
-    levels = [low + (high - low) * k / 4 for k in range(5)] if high > low else [high]
     rows = [
         [f"{level:.4f}", *(_spent(g, c, level, flops) for g, c in zip(report.groups, curves, strict=True))]
         for level in levels
     ]
     header = [f"{title} of at least", *(group.label for group in report.groups)]
-    note = "Steps, TFLOPs and seconds at the first evaluation whose mean over seeds reaches this score."
-    drawn = _picture(chart, "Accuracy against steps, operations and seconds", text)
-    return section("Resources", "resources", drawn, html.table(header, rows), tag("p", note, class_="note"))
+    return section("Resources", "resources", drawn, html.table(header, rows), tag("p", said, class_="note"))
+
+
+def _levels(groups: Sequence[Group]) -> tuple[list[float], str]:
+    """Scores worth asking what they took, and a sentence on them: none that lie closer together than seeds do."""
+    if min(len(group.runs) for group in groups) < 2:
+        return [], "One seed: no spread is known, so no score is called reached or not reached."
+    spreads = [mean_sd(values)[1] for group in groups for values in group.scores(_TARGET).values()]
+    noise = max((spread for spread in spreads if spread == spread), default=math.inf)
+    reached = [value for group in groups for value in _means_of(group).values()]
+    low, high = min(reached), max(reached)
+    count = min(5, 1 + int((high - low) / (2 * noise))) if noise else 5
+    if count < 2 or low == high:
+        return [], "All scores lie within two standard deviations over seeds: what a score took is not told apart."
+    said = "Steps, operations and seconds at the first evaluation whose mean over seeds reaches this score."
+    return [low + (high - low) * k / (count - 1) for k in range(count)], said
 
 
 def _means_of(group: Group) -> dict[int, float]:
@@ -266,7 +281,7 @@ def _audits(report: _Report) -> Element | None:
             shown.append(tag("h3", f"{group.label}, seed {run.seed}, step {found['step']}"))
             if drawn is not None:
                 text = "Share of a row's mass on the sample's own class, by how the row is made."
-                shown.append(figure(encoded(drawn, "svg"), "svg+xml", "Supervisors", text))
+                shown.append(_picture(drawn, "Supervisors", text))
             shown += made
     return section("Supervisors", "audit", *shown) if shown else None
 

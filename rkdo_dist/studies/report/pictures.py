@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from rkdo_dist.field.objectives import Objective, rows_of
 from rkdo_dist.history import History
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import field_figure
+from rkdo_dist.studies.field_figure import SAME_CLASS
 from rkdo_dist.studies.html import Element, figure, image, joined, section, tag
-from rkdo_dist.studies.plots import encoded, legend_below, panels, pyplot
+from rkdo_dist.studies.palette import FIELD
+from rkdo_dist.studies.plots import clouds, encoded, legend_below, panels, pieces, pyplot
 from rkdo_dist.studies.report.groups import Group
 
 PICTURED = 4  # groups with pictures, at most
@@ -69,8 +72,8 @@ def sections(groups: Sequence[Group], progress: Callable[[str], None]) -> list[E
         about = f"Seed {run.seed}, checkpoint of step {seen.step}, the first {len(seen.images)} test images."
         drawn = [
             figure(
-                encoded(embedding_map(seen), "svg"),
-                "svg+xml",
+                pieces(embedding_map(seen), "svg"),
+                "svg",
                 "Embedding map",
                 f"{about} For illustration: distances in t-SNE mean little.",
             ),
@@ -80,27 +83,31 @@ def sections(groups: Sequence[Group], progress: Callable[[str], None]) -> list[E
             last = run.records[-1] if run.records else {}
             objective = parts.as_recorded(run.config, parts.make_objective(run.config, 1.0), last)
             text = (
-                f"The field of {len(seen.u)} test pairs ordered by class, rows against columns, logarithmic colours: "
-                "supervisory rows p, then learned rows q, by level."
+                f"The field of {len(seen.u)} test pairs ordered by class, rows against columns, logarithmic colours "
+                "that are the same for all runs: supervisory rows p, then learned rows q, by level."
             )
-            drawn.append(figure(encoded(field_maps(seen, objective), "png"), "png", "Field heat maps", text))
+            shown = pieces(field_maps(seen, objective), "png")
+            drawn.append(figure(shown, "png", "Field heat maps", text, "panels small"))
         else:
-            drawn.append(_rows(run))
+            drawn += _rows(run)
         made.append(section(title, name, *drawn))
     return made
 
 
-def _rows(run: History) -> Element:
+def _rows(run: History) -> list[Element]:
     """How rows of a persistent field have evolved (test samples have none, so there are no heat maps)."""
     try:
         shown = field_figure.evolution(run.path)
     except (ValueError, OSError) as error:
-        return tag("p", f"No picture of the rows: {error}", class_="remark")
-    text = (
-        f"Rows of the persistent field, seed {run.seed}: their composition at every step, and some training "
-        "samples with their nearest stored neighbours at checkpoints (probabilities below; green: the same class)."
-    )
-    return figure(encoded(field_figure.field_figure(shown, ""), "png"), "png", "Rows of the field", text)
+        return [tag("p", f"No picture of the rows: {error}", class_="remark")]
+    curves, *samples = field_figure.parts(shown)
+    text = f"Rows of the persistent field, seed {run.seed}: their composition at every step."
+    words = f"Some training samples, their nearest stored neighbours at checkpoints and probabilities ({SAME_CLASS})."
+    rows = [("", encoded(one, "png")) for one in samples]
+    return [
+        figure(pieces(curves, "svg"), "svg", "Composition of the rows", text),
+        figure(rows, "png", "Rows of the field", words, "panels large"),
+    ]
 
 
 def _sheet(sheet: list[list[Neighbour]]) -> Element:
@@ -169,18 +176,16 @@ def _square(index: ShardIndex) -> int | None:
 
 def embedding_map(seen: Seen) -> Any:
     """A figure of principal components and t-SNE side by side, coloured by class."""
-    drawing, axes = panels(1, 2, (11.5, 5.2))
+    drawing, axes = panels(1, 2, (8.4, 5.0))
     plane, shares = maps.principal_components(seen.embeddings)
-    drawn = [(plane, f"Principal components ({shares[0]:.0%} and {shares[1]:.0%} of the variance)")]
+    drawn = [(plane, f"PCA: {shares[0]:.0%} and {shares[1]:.0%} of the variance")]
     if len(seen.embeddings) >= 8:
         drawn.append((maps.tsne(seen.embeddings), "t-SNE"))
-    colours = pyplot().get_cmap("tab10" if seen.labels.max() < 10 else "turbo")
     for panel, (points, title) in zip(axes, drawn, strict=False):
-        for label in np.unique(seen.labels):
-            some = seen.labels == label
-            colour = colours(label) if seen.labels.max() < 10 else colours(label / seen.labels.max())
-            panel.scatter(*points[some].T, s=11, color=colour, label=_name(seen, label), linewidths=0, alpha=0.85)
+        clouds(panel, points, seen.labels, partial(_name, seen))
         panel.set(title=title, xticks=[], yticks=[])
+    for panel in axes[len(drawn) :]:
+        panel.remove()
     if len(np.unique(seen.labels)) <= 20:
         legend_below(drawing)
     return drawing
@@ -249,16 +254,14 @@ def _heat(supervisory: list[torch.Tensor], learned: list[torch.Tensor]) -> Any:
     """p above q, a column per level; side by side where there is one level."""
     depth, (rows, columns) = len(learned), learned[0].shape
     grid = (1, 2) if depth == 1 else (2, depth)
-    shape = (2.75 * grid[1] * columns / rows + 1.0, 2.95 * grid[0])
-    drawing, axes = panels(*grid, shape)
-    top = max(float(q.max()) for q in [*supervisory, *learned])
-    norm = pyplot().matplotlib.colors.LogNorm(vmin=0.1 / columns, vmax=max(top, 0.2 / columns), clip=True)
+    drawing, axes = panels(*grid, (2.4 * grid[1] * columns / rows, 2.6 * grid[0] + 0.6))
+    norm = pyplot().matplotlib.colors.LogNorm(vmin=0.1 / columns, vmax=1, clip=True)  # the same for all runs
     drawn = None
     named = [(f"{n}({t})", f) for n, fields in (("p", supervisory), ("q", learned)) for t, f in enumerate(fields, 1)]
     for panel, (name, field) in zip(axes, named, strict=True):
-        drawn = panel.imshow(field.numpy(), norm=norm, cmap="magma", interpolation="nearest")
+        drawn = panel.imshow(field.numpy(), norm=norm, cmap=FIELD, interpolation="nearest")
         panel.set(title=name, xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
         panel.grid(False)
-    drawing.colorbar(drawn, ax=axes, shrink=0.85, label="probability")
+    drawing.colorbar(drawn, ax=axes, location="bottom", aspect=30, label="probability")
     return drawing
