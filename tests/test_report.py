@@ -84,6 +84,22 @@ def test_noise_is_no_evidence_and_a_real_difference_is(tmp_path: Path) -> None:
     assert "There is no evidence of a difference in the others: InfoNCE" in text
 
 
+def test_what_supervisors_could_transfer_and_what_a_study_could_see(tmp_path: Path) -> None:
+    rows = ["field.recursion=persistent", "train.epochs=12", "train.batches_per_epoch=null"]
+    runs = [fake_run(tmp_path / f"p{s}", "rkdo", s, [2.0], {4: scores_of(0.3 + 0.01 * s)}, *rows) for s in (1, 2, 3)]
+    runs += [fake_run(tmp_path / f"i{s}", "icon", s, [2.0], {4: scores_of(0.3 + 0.02 * s)}) for s in (1, 2, 3)]
+    (runs[0] / "audit.json").write_text(json.dumps({"best": {"precision": 0.4}, "student": 0.15}))
+    persistent, icon = groups_of(*runs)
+    said = " ".join(words.supervisors(persistent))
+    assert "dilution: a batch of 64 out of 256 samples keeps 24.71%" in said
+    assert "forgetting: field.coupling=0.5 leaves 0.00024" in said
+    assert "precision gap +0.250" in said
+    assert words.supervisors(icon) == []
+    (found,) = [c for c in words.comparisons([persistent, icon]) if c.name == "linear_accuracy"]
+    assert found.result.detectable == pytest.approx(3.26 * 0.01, rel=0.01)
+    assert "a difference of 0.0326 in linear accuracy" in " ".join(words.evidence(persistent, icon, [found]))
+
+
 def test_equal_differences_of_a_few_seeds_are_no_certainty(tmp_path: Path) -> None:
     """Accuracies are multiples of 1/n: the same difference twice has no spread, which is no certainty."""
     paths = [

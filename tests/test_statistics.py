@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -60,6 +60,7 @@ def test_a_known_data_set() -> None:
     assert found.interval[0] > 0.8
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=9))
 def test_wilcoxon_with_ties_is_the_enumeration_of_signs(differences: list[int]) -> None:
     d = np.array([x for x in differences if x], dtype=float)
@@ -150,3 +151,15 @@ def test_verdicts() -> None:
     assert verdict(paired(B, A), names=("RKDO", "I-Con")).startswith("I-Con higher by 0.0300")
     assert verdict(paired(A, B), p=0.2) == NO_EVIDENCE
     assert "p < 0.001" in verdict(paired([x + 1 for x in A], B))
+
+
+@pytest.mark.parametrize(("n", "size"), [(3, 3.27), (4, 2.13), (5, 1.69), (6, 1.44), (8, 1.16), (10, 1.00)])
+def test_the_difference_that_a_study_sees(n: int, size: float) -> None:
+    """Published power of the paired t-test at 80 %, and counted on draws of that size."""
+    spread = np.r_[-1.0, 1.0, np.zeros(n - 2)]
+    spread /= spread.std(ddof=1)
+    assert paired(list(spread), [0.0] * n).detectable == pytest.approx(size, abs=0.015)
+    draws = np.random.default_rng(n).normal(size, 1, (4000, n))
+    seen = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert seen.mean() == pytest.approx(0.8, abs=0.03)
+    assert np.isnan(paired([1.0], [0.0]).detectable)

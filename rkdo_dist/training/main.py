@@ -31,6 +31,7 @@ from rkdo_dist.training.callbacks import Callbacks
 from rkdo_dist.training.job import Job
 from rkdo_dist.training.journal import Journal
 from rkdo_dist.training.micro_batch import resolved
+from rkdo_dist.training.outlook import expectations
 from rkdo_dist.training.readiness import made_ready
 from rkdo_dist.training.saving import own_checkpoint, restore
 
@@ -214,6 +215,7 @@ def _remarks(job: Job, plan: EvaluationPlan, config: Config) -> list[str]:
     rt, before, lines = job.runtime, job.launch_before, [*job.index.notes]
     if plan.note is not None:
         lines.append(plan.note)
+    lines += expectations(config, job.index.split(config.data.split).samples, job.steps_per_epoch)
     train = config.train
     if train.scale_lr != "none":
         lines.append(

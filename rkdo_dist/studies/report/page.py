@@ -98,7 +98,7 @@ def _summary(report: _Report) -> Element:
     if not pairs:
         said.append(_paragraphs(["A single configuration: there is no loss gap to explain.", *_alone(report)]))
     unfinished = [r for g in report.groups for r in g.runs if not r.evaluations or not r.epochs]
-    remarks = [*report.remarks]
+    remarks = [*report.remarks, *(line for group in report.groups for line in words.supervisors(group))]
     for run in (run for group in report.groups for run in group.runs):
         if (step := run.collapsed) is not None:
             remarks.append(f"{run.path} collapsed: at step {step} its loss had long been that of an untrained encoder.")

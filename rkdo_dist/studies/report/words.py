@@ -9,12 +9,16 @@ from itertools import combinations
 
 from rkdo_dist.history import History
 from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES
+from rkdo_dist.studies import datasets
+from rkdo_dist.studies.audit import find
 from rkdo_dist.studies.report.groups import Group, last_common_epoch
 from rkdo_dist.studies.statistics import LEVEL, NO_EVIDENCE, Paired, holm, paired, verdict
+from rkdo_dist.training.outlook import expectations
 
 NO_IDEAL = "Its value for ideal embeddings has no closed form (other affinities, relations): no share is attained."
 # The same function for every objective, so that differences mean something.
 COMMON = {k: t for k, t in (SCORE_TITLES | COMMON_METRIC_TITLES).items() if not k.startswith("own_")}
+_SIZES = 2  # scores whose smallest visible difference is said
 _MANY = 3  # with more groups, each is compared with the first only
 
 
@@ -165,10 +169,38 @@ def evidence(first: Group, second: Group, found: Sequence[Comparison]) -> list[s
         f"{names} were compared on {len(mine)} scores that are the same function for both, after step {step}, "
         f"{n} seeds."
     ]
+    named = [one for one in mine if one.name in SCORE_TITLES] or mine
+    sizes = ", ".join(f"{one.result.detectable:.4f} in {COMMON[one.name]}" for one in named[:_SIZES])
+    said.append(f"By their spread over seeds these tests see, with 80 % power, a difference of {sizes}.")
     if not clear:
         return [*said, f"There is {NO_EVIDENCE} in any of them (paired t-tests, Holm's correction, level {LEVEL})."]
     said.append("; ".join(f"{COMMON[one.name]}: {one.says}" for one in clear) + ".")
     if len(clear) < len(mine):
         rest = ", ".join(COMMON[one.name] for one in mine if not one.evident)
         said.append(f"There is {NO_EVIDENCE} in the others: {rest}.")
+    return said
+
+
+def supervisors(group: Group) -> list[str]:
+    """Sentences on what a group's supervisors could transfer: dilution, forgetting, and how often rows were right."""
+    run, config = group.runs[0], group.config
+    index = datasets.index_of(config)
+    batch = config.train.global_batch
+    samples = run.steps_per_epoch * batch if index is None else index.split(config.data.split).samples
+    said = [f"{group.label}: {line}." for line in expectations(config, samples, run.steps_per_epoch)]
+    right = [one.epochs[-1].means.get("relation_precision") for one in group.runs if one.epochs]
+    numbers = [share for share in right if share is not None]
+    if numbers:
+        said.append(
+            f"{group.label}: in the last epoch {sum(numbers) / len(numbers):.3f} of the relation's mass lay on samples "
+            "of the same class. What transfers is the gap to the student's own rows (`rkdo audit` measures both)."
+        )
+    for one in group.runs:
+        audit = find(one.path)
+        if audit is not None and audit["best"] is not None and audit["student"] is not None:
+            best, student = audit["best"]["precision"], audit["student"]
+            said.append(
+                f"{one.path}: precision gap {best - student:+.3f} (best rows of the audit {best:.3f}, the student's "
+                f"own {student:.3f})."
+            )
     return said
