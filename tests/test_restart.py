@@ -54,7 +54,7 @@ POINTS = [
     ("a step", "torch.optim:Adam.step", 4, 1, (0,)),
     ("a restore", "rkdo_dist.checkpoint:tensors_to_optimizer", 1, 2, (0, 1)),
     ("a save, all files written", "rkdo_dist.checkpoint.store:_put_in_place", 2, 4, (0,)),
-    ("an evaluation", "rkdo_dist.evaluate.evaluation:gather_features", 1, 1, (0,)),
+    ("an evaluation", "rkdo_dist.evaluate.evaluation:own_features", 1, 1, (0,)),
     ("a step of one rank", "torch.optim:Adam.step", 5, 4, (2,)),
     ("a step of all ranks", "torch.optim:Adam.step", 4, 2, (0, 1)),
 ]

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from rkdo_dist.evaluate import scores
+from rkdo_dist.evaluate.features import OwnFeatures
+from rkdo_dist.evaluate.full_protocol import full_protocol
 
 # --- slow transcriptions ----------------------------------------------------------------------------------
 
@@ -77,6 +80,20 @@ def frozen(n: int, seed: int = 0) -> Any:
 
 def rows_of(data: Any, rows: Any) -> Any:
     return SimpleNamespace(**{name: values[rows] for name, values in vars(data).items()})
+
+
+def own(data: Any) -> OwnFeatures:
+    """As the only rank has it."""
+    facts = (torch.from_numpy(np.asarray(x)).long() for x in (data.ids, data.labels))
+    return OwnFeatures(*facts, *(torch.from_numpy(np.ascontiguousarray(x)) for x in (data.backbone, data.embeddings)))
+
+
+def full(train: Any, test: Any, k: int = 5) -> dict[str, Any]:
+    """The scores of the full protocol, as an evaluation puts them together."""
+    result, rows = full_protocol(own(train), own(test), k), test.labels >= 0
+    with scores.gathered_warnings() as said:
+        found = scores.structure(test.embeddings[rows], test.labels[rows])
+    return result | found | {"warnings": result["warnings"] + said}
 
 
 # --- each score -------------------------------------------------------------------------------------------
@@ -185,7 +202,7 @@ MAIN = ("linear_accuracy", "nmi", "ari", "neighbourhood", "linear_accuracy_backb
 
 def test_full_protocol_fits_on_train_and_scores_on_test() -> None:
     train, test = frozen(300), frozen(120, seed=1)
-    result = scores.full_protocol(train, test)
+    result = full(train, test)
     assert result["protocol"] == "full"
     counts = [result[name] for name in ("train_samples", "test_samples", "clusters", "unlabelled")]
     assert counts == [300, 120, 4, 0]
@@ -199,7 +216,7 @@ def test_full_protocol_fits_on_train_and_scores_on_test() -> None:
     )
     assert (result["nmi"], result["ari"]) == scores.clustering(test.embeddings, test.labels)
     assert result["neighbourhood"] == scores.neighbourhood_preservation(test.embeddings, test.labels)
-    assert result["neighbourhood"] != scores.full_protocol(train, test, neighbours=20)["neighbourhood"]
+    assert result["neighbourhood"] != full(train, test, k=20)["neighbourhood"]
 
 
 def test_paper_protocol_is_the_notebooks() -> None:
@@ -238,13 +255,13 @@ def test_scores_do_not_follow_the_number_of_threads() -> None:
     found = []
     for threads in (1, 2, 4):
         with threadpool_limits(threads):
-            found.append((scores.full_protocol(train, test), scores.paper_protocol(test)))
+            found.append((full(train, test), scores.paper_protocol(test)))
     assert found[0] == found[1] == found[2]
 
 
 def test_order_of_classes_and_of_samples_and_rotations_do_not_matter() -> None:
     train, test = frozen(300), frozen(200, seed=1)
-    result = scores.full_protocol(train, test)
+    result = full(train, test)
     names = np.array([7, 2, 5, 0])  # other numbers for the classes
     renamed = [SimpleNamespace(**{**vars(d), "labels": names[d.labels]}) for d in (train, test)]
     order = np.random.default_rng(0).permutation(200)
@@ -252,9 +269,9 @@ def test_order_of_classes_and_of_samples_and_rotations_do_not_matter() -> None:
     turned = [SimpleNamespace(**{**vars(d), "embeddings": d.embeddings @ turn}) for d in (train, test)]
     unseeded = ("linear_accuracy", "neighbourhood", "knn_accuracy")  # k-means starts elsewhere
     for other, names_that_hold in (
-        (scores.full_protocol(*renamed), MAIN),
-        (scores.full_protocol(train, rows_of(test, order)), unseeded),
-        (scores.full_protocol(*turned), unseeded),
+        (full(*renamed), MAIN),
+        (full(train, rows_of(test, order)), unseeded),
+        (full(*turned), unseeded),
     ):
         for name in names_that_hold:
             assert other[name] == pytest.approx(result[name], abs=1e-9), name
@@ -267,13 +284,13 @@ def test_unlabelled_samples_are_left_out_and_counted() -> None:
     train, test = frozen(200), frozen(150, seed=1)
     some = SimpleNamespace(**{**vars(test), "labels": np.where(np.arange(150) % 3 == 0, -1, test.labels)})
     kept = rows_of(test, np.arange(150) % 3 != 0)
-    with_gaps, without = scores.full_protocol(train, some), scores.full_protocol(train, kept)
+    with_gaps, without = full(train, some), full(train, kept)
     assert with_gaps.pop("unlabelled") == 50
     assert without.pop("unlabelled") == 0
     assert with_gaps == without
     none = SimpleNamespace(**{**vars(test), "labels": np.full(150, -1)})
-    with pytest.raises(ValueError, match="test split has no labelled sample"):
-        scores.full_protocol(train, none)
+    with pytest.raises(ValueError, match="the test split has no labels"):
+        full(train, none)
     with pytest.raises(ValueError, match="50 of 150 samples have no label"):
         scores.neighbourhood_preservation(some.embeddings, some.labels)
 
@@ -298,7 +315,7 @@ def test_warnings_are_results_not_noise() -> None:
     collapsed = SimpleNamespace(**{**vars(test), "embeddings": np.ones((100, 3), dtype=np.float32)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = scores.full_protocol(train, collapsed)
+        result = full(train, collapsed)
     assert any("ConvergenceWarning" in sentence for sentence in result["warnings"])
     assert len(result["warnings"]) == len(set(result["warnings"]))
     assert result["nmi"] == pytest.approx(0, abs=1e-12)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rkdo_dist.evaluate.scores import unscorable, without_scores
+from rkdo_dist.evaluate.scores import class_counts, unscorable, without_scores
 from rkdo_dist.rundir import SCORE_TITLES
 from tests.conftest import SMALL
 from tests.jobs import command
@@ -84,11 +84,12 @@ def test_what_labels_allow() -> None:
     import numpy as np
 
     two, none, few = np.array([0, 1] * 10), np.full(20, -1), np.array([0, 1, 1, -1, -1])
+    two, none, few, one = (class_counts(labels) for labels in (two, none, few, np.zeros(20, int)))
     assert unscorable(two) is None
     assert unscorable(two, two) is None
     assert unscorable(none) == "the test split has no labels"
     assert unscorable(two, none) == "the train split has no labels"
-    assert unscorable(np.zeros(20, int)) == "the samples have one class only"
+    assert unscorable(one) == "the samples have one class only"
     assert unscorable(few, two) == "the test split has 3 labelled samples only"
     fields = without_scores("full", "why")
     assert fields["unscored"] == "why"

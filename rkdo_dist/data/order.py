@@ -318,6 +318,11 @@ def partner_draws(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
     return (finalised(states) >> np.uint64(11)) * 2.0**-53
 
 
+def chosen_blocks(blocks: int, spread: int | None) -> Sequence[int]:
+    """All of so many blocks, or where there are more than `spread` so many of them, evenly spaced."""
+    return range(blocks) if spread is None or blocks <= spread else [k * blocks // spread for k in range(spread)]
+
+
 def evaluation_blocks(
     counts: Sequence[int],
     batch_size: int,
@@ -344,7 +349,7 @@ def evaluation_blocks(
     total = int(ends[-1]) if len(ends) else 0
     total = total if limit is None else min(total, limit)
     blocks = -(-total // batch_size)
-    chosen = range(blocks) if spread is None or blocks <= spread else [k * blocks // spread for k in range(spread)]
+    chosen = chosen_blocks(blocks, spread)
     for number in range(rank, len(chosen), world):
         block = chosen[number]
         place, stop = block * batch_size, min(total, (block + 1) * batch_size)

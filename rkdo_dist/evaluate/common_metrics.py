@@ -154,7 +154,7 @@ def _field_means(objective: Objective, u: Array, v: Array, batch: int, labels: A
     """Loss and parts, with labels also the value at the ideal: means over whole batches of rows, in float64."""
     loss_fn = FieldLoss(objective, exchange="local")
     found: list[dict[str, float]] = []
-    with _one_thread(), torch.no_grad():
+    with one_thread(), torch.no_grad():
         for start in range(0, len(u) - batch + 1, batch):
             rows = slice(start, start + batch)
             pair = (torch.from_numpy(x[rows].astype(np.float64)) for x in (u, v))
@@ -190,7 +190,8 @@ def _check(u: Array, v: Array) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """One thread for torch on CPUs, on whose number last bits depend."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

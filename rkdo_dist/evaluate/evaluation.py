@@ -1,7 +1,8 @@
-"""Evaluation of an encoder: frozen features from all ranks, scores on rank zero, one JSON file and one table."""
+"""Evaluation of an encoder: frozen features on all ranks, scores of them, one JSON file and one table."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +20,23 @@ from rkdo_dist import parts
 from rkdo_dist.config import Config
 from rkdo_dist.console import progress_bar, say
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.order import chosen_blocks
 from rkdo_dist.data.own_order import first_samples
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate import common_metrics as common
 from rkdo_dist.evaluate import scores
-from rkdo_dist.evaluate.features import Block, Embed, FrozenFeatures, gather_features
+from rkdo_dist.evaluate.features import Block, Embed, FrozenFeatures, OwnFeatures, at_rank_zero, own_features
+from rkdo_dist.evaluate.full_protocol import class_counts, full_protocol
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import signals
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES, RunDirectory
 
 _PEEKED = 64  # samples of a split whose labels are looked at before training
-BLOCK = 256  # images embedded at a time
+BLOCK = 256  # images embedded at a time, and the unit of `evaluate.linear`'s sums
+SAMPLE = 40  # blocks of the test split at most, evenly spaced, that k-means and the common metrics see
 # Backbone features (n, f) float32 and labels (n,) int64, -1 for none, of the test split -> a number.
 Metric = Callable[[NDArray[np.float32], NDArray[np.int64]], float]
 _FIELDS = {
@@ -141,12 +145,25 @@ def evaluate_encoder(
         pairs = _pairs(config, runtime, index, encoder, plan.test, console)
     finally:
         encoder.train(was_training)
+    test = found[plan.test]
+    counts = {split: class_counts(found[split]) for split in plan.splits}
+    reason = plan.unscored or scores.unscorable(counts[plan.test], None if plan.train is None else counts[plan.train])
+    classified = None
+    if reason is None and plan.train is not None:
+        with contextlib.nullcontext() if console is None else console.status("fitting and searching"):
+            classified = full_protocol(found[plan.train], test)
+    shown = _sample(config, index, test, plan.test)
+    whole = at_rank_zero(test, test.ids, _samples(config, index, plan.test)) if metrics else None
 
     def score() -> int:
-        """On rank zero alone, where minutes may pass: a request to stop ends it."""
+        """On rank zero alone, of a sample that does not grow with the data: a request to stop ends it."""
         try:
             with signals.current().at_once():
-                _score(config, index, run, step, plan, found, pairs, console, metrics or {})
+                assert shown is not None
+                result = _scores(config, plan, classified, reason, shown)
+                result |= {name: _value(name, metric, whole) for name, metric in (metrics or {}).items()}
+                result["yardsticks"] = _common_metrics(config, index, run, step, shown, pairs)
+                _report(config, run, step, result, console, list(metrics or {}))
         except signals.Stopped as stopped:
             return stopped.code
         return 0
@@ -157,15 +174,15 @@ def evaluate_encoder(
 
 def _features(
     config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str, console: Console | None
-) -> FrozenFeatures | None:
-    """Backbone features and embeddings of a split's images as they are."""
+) -> OwnFeatures:
+    """Backbone features and embeddings of this rank's part of a split's images as they are."""
     views = parts.make_views(config, index)
 
     def embed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with runtime.autocast():
             return encoder.features(views.plain(images.to(runtime.device)))
 
-    return _gathered(config, runtime, index, split, f"features of {split}", console, lambda blocks: blocks, embed)
+    return _embedded(config, runtime, index, split, f"features of {split}", console, lambda blocks: blocks, embed)
 
 
 @dataclass(frozen=True)
@@ -180,23 +197,56 @@ class _PairBlock:
 def _pairs(
     config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str, console: Console | None
 ) -> FrozenFeatures | None:
-    """Embeddings of the two held-out views of a split: the first in `backbone`, the second in `embeddings`."""
+    """Embeddings of the two held-out views of the sample of a split (`_sample`), on rank zero: the first in `backbone`,
+    the second in `embeddings`."""
     views = parts.make_views(config, index)
 
     def drawn(blocks: Iterable[tuple[int, MicroBatch]]) -> Iterator[tuple[int, Block]]:
         for number, block in blocks:
             images = block.images.to(runtime.device)
             both = [views(images, block.ids, common.SEED, common.EPOCH, view) for view in (0, 1)]
-            yield number, _PairBlock(block.ids, torch.stack(both, dim=1), block.labels)
+            places = number * BLOCK + torch.arange(len(block.ids))
+            yield number, _PairBlock(places, torch.stack(both, dim=1), block.labels)
 
     def embed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with runtime.autocast():
             return encoder(images[:, 0]), encoder(images[:, 1])
 
-    return _gathered(config, runtime, index, split, f"held-out pairs of {split}", console, drawn, embed)
+    of = config, runtime, index, split, f"held-out pairs of {split}", console, drawn, embed
+    own = _embedded(*of, spread=_spread(config))
+    return at_rank_zero(own, own.ids, _size(_samples(config, index, split), _spread(config)))
 
 
-def _gathered(
+def _sample(config: Config, index: ShardIndex, test: OwnFeatures, split: str) -> FrozenFeatures | None:
+    """The sample of the test split that scores on rank zero see, in the order of the split (collective)."""
+    samples, spread = _samples(config, index, split), _spread(config)
+    blocks = -(-samples // BLOCK)
+    chosen = chosen_blocks(blocks, spread)
+    place = torch.full((blocks,), -1, device=test.ids.device)
+    place[list(chosen)] = torch.arange(len(chosen), device=place.device)
+    place = place[test.ids // BLOCK]
+    places = torch.where(place >= 0, place * BLOCK + test.ids % BLOCK, -1)
+    return at_rank_zero(test, places, _size(samples, spread))
+
+
+def _samples(config: Config, index: ShardIndex, split: str) -> int:
+    """How many samples of a split are evaluated: all, or the paper protocol's subset."""
+    samples = index.split(split).samples
+    return min(samples, PAPER_BATCHES * config.train.global_batch) if config.evaluate.protocol == "paper" else samples
+
+
+def _spread(config: Config) -> int | None:
+    """How many blocks of the test split the sample has at most; None: any number, as the paper protocol's subset."""
+    return None if config.evaluate.protocol == "paper" else SAMPLE
+
+
+def _size(samples: int, spread: int | None) -> int:
+    """Samples in `chosen_blocks`."""
+    chosen = chosen_blocks(-(-samples // BLOCK), spread)
+    return (len(chosen) - 1) * BLOCK + min(samples - chosen[-1] * BLOCK, BLOCK)
+
+
+def _embedded(
     config: Config,
     runtime: Runtime,
     index: ShardIndex,
@@ -205,25 +255,25 @@ def _gathered(
     console: Console | None,
     prepare: Callable[[Iterable[tuple[int, MicroBatch]]], Iterable[tuple[int, Block]]],
     embed: Embed,
-) -> FrozenFeatures | None:
-    """What `embed` makes of a split (of the paper protocol's subset), on rank zero (collective)."""
-    samples = group.together(lambda: index.split(split).samples, "looking up the split")
-    limit = None
-    if config.evaluate.protocol == "paper":
-        limit = samples = min(samples, PAPER_BATCHES * config.train.global_batch)
-    size = BLOCK
+    spread: int | None = None,
+) -> OwnFeatures:
+    """What `embed` makes of this rank's part of a split, of the paper protocol's subset or of `spread` blocks
+    (collective)."""
+    samples = group.together(lambda: _samples(config, index, split), "looking up the split")
     blocks = evaluation_stream(
         index,
         split,
-        size,
+        BLOCK,
         rank=runtime.rank,
         world=runtime.world,
-        limit=limit,
+        limit=samples,
+        spread=spread,
         size=config.data.image_size,
         workers=config.data.workers,
     )
-    shown = _shown(blocks, label, -(-samples // size), runtime, console)
-    return gather_features(prepare(shown), embed, samples, device=runtime.device)
+    count = _size(samples, spread)
+    shown = _shown(blocks, label, -(-count // BLOCK), runtime, console)
+    return own_features(prepare(shown), embed, count, device=runtime.device)
 
 
 def _shown(
@@ -244,37 +294,32 @@ def _shown(
             bar.update(task, completed=min(total, number + runtime.world))
 
 
-def _score(
+def _scores(
     config: Config,
-    index: ShardIndex,
-    run: RunDirectory,
-    step: int,
     plan: EvaluationPlan,
-    found: dict[str, FrozenFeatures | None],
-    pairs: FrozenFeatures | None,
-    console: Console | None,
-    metrics: Mapping[str, Metric],
+    classified: dict[str, Any] | None,
+    reason: str | None,
+    shown: FrozenFeatures,
+) -> dict[str, Any]:
+    """The scores of a protocol: those of classifiers, found on all ranks, and those of the test images `shown`."""
+    if reason is not None:
+        return scores.without_scores(config.evaluate.protocol, reason)
+    if classified is None:
+        return scores.paper_protocol(shown, config.train.global_batch, PAPER_BATCHES)
+    rows = shown.labels >= 0
+    with scores.gathered_warnings() as said:
+        found = scores.structure(shown.embeddings[rows], shown.labels[rows])
+    return classified | found | {"warnings": classified["warnings"] + said}
+
+
+def _report(
+    config: Config, run: RunDirectory, step: int, result: dict[str, Any], console: Console | None, metrics: list[str]
 ) -> None:
     assert console is not None
-    test = found[plan.test]
-    train = None if plan.train is None else found[plan.train]
-    assert test is not None
-    protocol, subset = config.evaluate.protocol, PAPER_BATCHES * config.train.global_batch
-    labels = test.labels[:subset] if protocol == "paper" else test.labels
-    reason = plan.unscored or scores.unscorable(labels, None if train is None else train.labels)
-    with console.status("scoring"):
-        if reason is not None:
-            result = scores.without_scores(protocol, reason)
-        elif train is None:
-            result = scores.paper_protocol(test, config.train.global_batch, PAPER_BATCHES)
-        else:
-            result = scores.full_protocol(train, test)
-        result |= {name: _value(name, metric, test) for name, metric in metrics.items()}
-        result["yardsticks"] = _common_metrics(config, index, run, step, test, pairs)
     path = run.write_evaluation(step, {"step": step, **result}, config.evaluate.weights)
-    console.print(_table(step, result, list(metrics)))
-    if reason is not None:
-        say(console, f"no scores that need labels: {reason}")
+    console.print(_table(step, result, metrics))
+    if result.get("unscored"):
+        say(console, f"no scores that need labels: {result['unscored']}")
     say(console, f"evaluation: {path}")
 
 
@@ -312,8 +357,9 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
             raise ValueError(f"metrics: {name} is {type(metric).__name__}, not a function of features and labels")
 
 
-def _value(name: str, metric: Metric, test: FrozenFeatures) -> float:
+def _value(name: str, metric: Metric, test: FrozenFeatures | None) -> float:
     """What a metric says of the test split."""
+    assert test is not None
     try:
         value: Any = metric(test.backbone.copy(), test.labels.copy())
     except Exception as error:  # code of the user's

@@ -1,4 +1,4 @@
-"""Frozen features of a whole split, from all ranks to rank zero, each sample exactly once."""
+"""Frozen features of a whole split, each sample exactly once: where they were computed, or all on rank zero."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rkdo_dist.ranks import signals
 
 # images (m, 3, H, W) as the stream gives them -> backbone features (m, f), embeddings (m, d)
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
+_TRAVELLING = 4096  # rows that travel at once, of all ranks together
 
 
 class Block(Protocol):
@@ -28,6 +29,23 @@ class Block(Protocol):
     def images(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class OwnFeatures:
+    """This rank's part of the features of a split: the blocks that it embedded, in order, where tensors travel.
+
+    Attributes:
+        ids: (m,) int64.
+        labels: (m,) int64, -1 where there is none.
+        backbone: (m, f) float32.
+        embeddings: (m, d) float32, rows of norm 1.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    backbone: Tensor
+    embeddings: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,9 +75,27 @@ def gather_features(
 ) -> FrozenFeatures | None:
     """Embed this rank's blocks and bring the features of all ranks to rank zero (collective).
 
-    A block is embedded whole, by one rank, so the features do not depend on how many ranks there are.
-    Blocks travel one per rank and round; rank zero keeps the features of all samples, the others never more
-    than a block.
+    Arguments and errors are those of `own_features`.
+
+    Returns:
+        The features on rank zero, None on the others.
+    """
+    own = own_features(blocks, embed, samples, first_id, device, group)
+    return at_rank_zero(own, own.ids - first_id, samples, first_id, group)
+
+
+def own_features(
+    blocks: Iterable[tuple[int, Block]],
+    embed: Embed,
+    samples: int,
+    first_id: int = 0,
+    device: torch.device | str = "cpu",
+    group: ranks.Group = None,
+) -> OwnFeatures:
+    """Embed this rank's blocks; the features stay here (collective).
+
+    A block is embedded whole, by one rank, so the features do not depend on how many ranks there are. After each block
+    the ranks agree on whether to go on.
 
     Args:
         blocks: (block number, block) for this rank; ranks may have different numbers of blocks, also none.
@@ -69,64 +105,40 @@ def gather_features(
         device: where tensors travel: the accelerator for nccl, the CPU for gloo.
         group: the ranks; the default group if None.
 
-    Returns:
-        The features on rank zero, None on the others.
-
     Raises:
         Stopped: on every rank, when one was asked to stop.
         ValueError: on a single rank, if a sample comes twice, has an id outside the range, or is missing.
         RankError: the same with several ranks, and for any error of reading or embedding on any rank: on
             all.
     """
-    table = _Table(samples, first_id) if ranks.rank(group) == 0 else None
     iterator = iter(blocks)
+    found: list[OwnFeatures] = []
     failure: Exception | None = None
+    widths = [0, 0]
     while True:
-        rows: _Rows | None = None
-        if failure is None:
-            try:
-                rows = _next(iterator, embed, device)
-            except Exception as error:  # shared with all ranks below
-                failure = error
-        round_ = _agree(rows, failure is not None, device, group)
-        if round_.failed:
-            ranks.together(_raising(failure), "embedding the samples to evaluate")
-        if round_.stop:
-            raise signals.Stopped(round_.stop)
-        if not round_.blocks:
-            break
+        rows: OwnFeatures | None = None
         try:
-            for received in _to_rank_zero(rows, round_, device, group):
-                assert table is not None  # only rank zero receives
-                table.put(received)
-        except ValueError as error:  # shared in the next round, which there always is
+            rows = _next(iterator, embed, device)
+        except Exception as error:  # shared with all ranks below
             failure = error
-    ranks.together(table.check if table is not None else _raising(None), "gathering features")
-    return table.features() if table is not None else None
+        if rows is not None:
+            found.append(rows)
+            widths = [rows.backbone.shape[1], rows.embeddings.shape[1]]
+        header = torch.tensor([failure is not None, signals.current().code, rows is not None, *widths], device=device)
+        failed, code, any_blocks, *widths = _largest(header, group)
+        if failed:
+            ranks.together(_raising(failure), "embedding the samples to evaluate")
+        if code:
+            raise signals.Stopped(code)
+        if not any_blocks:
+            break
+    found.append(_rows([], [], torch.zeros(0, widths[0]), torch.zeros(0, widths[1]), device))
+    own = OwnFeatures(*(torch.cat(parts) for parts in zip(*(vars(part).values() for part in found), strict=True)))
+    _check(own.ids - first_id, samples, first_id, group)
+    return own
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """m samples: facts (m, 2) int64 are ids and labels; backbone (m, f) and embeddings (m, d) are float32."""
-
-    facts: Tensor
-    backbone: Tensor
-    embeddings: Tensor
-
-
-@dataclass(frozen=True)
-class _Round:
-    """What all ranks know of a round: whether any failed, is to stop or has a block, the largest one's rows, f, d."""
-
-    failed: bool
-    stop: int
-    blocks: bool
-    rows: int
-    f: int
-    d: int
-
-
-def _next(iterator: Iterator[tuple[int, Block]], embed: Embed, device: torch.device | str) -> _Rows | None:
+def _next(iterator: Iterator[tuple[int, Block]], embed: Embed, device: torch.device | str) -> OwnFeatures | None:
     """This rank's next block, embedded; None after the last."""
     entry = next(iterator, None)
     if entry is None:
@@ -137,35 +149,66 @@ def _next(iterator: Iterator[tuple[int, Block]], embed: Embed, device: torch.dev
     for name, rows in (("labels", block.labels), ("backbone features", backbone), ("embeddings", embeddings)):
         if len(rows) != len(block.ids):
             raise ValueError(f"block {number} has {len(block.ids)} samples but {len(rows)} {name}")
-    facts = torch.stack([block.ids, block.labels], dim=1).to(device)
-    return _Rows(facts, backbone.to(device, torch.float32), embeddings.to(device, torch.float32))
+    return _rows(block.ids, block.labels, backbone, embeddings, device)
 
 
-def _agree(rows: _Rows | None, failed: bool, device: torch.device | str, group: ranks.Group) -> _Round:
-    shape = [0, 0, 0] if rows is None else [len(rows.facts), rows.backbone.shape[1], rows.embeddings.shape[1]]
-    header = torch.tensor([failed, signals.current().code, rows is not None, *shape], dtype=torch.int64, device=device)
+def _rows(ids: object, labels: object, backbone: Tensor, embeddings: Tensor, device: torch.device | str) -> OwnFeatures:
+    facts = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (ids, labels))
+    return OwnFeatures(*facts, *(x.to(device, torch.float32) for x in (backbone, embeddings)))
+
+
+def _check(places: Tensor, samples: int, first_id: int, group: ranks.Group) -> None:
+    """Check that all ranks together have every place once: a whole number for each travels (collective)."""
+    stray = places[(places < 0) | (places >= samples)]
+    inside = places[(places >= 0) & (places < samples)]
+    counts = torch.bincount(inside, minlength=samples).int()
     if ranks.world_size(group) > 1:
-        dist.all_reduce(header, op=dist.ReduceOp.MAX, group=group)
-    any_failed, code, any_blocks, largest, f, d = header.tolist()
-    return _Round(bool(any_failed), code, bool(any_blocks), largest, f, d)
+        dist.all_reduce(counts, group=group)
+
+    def complain() -> None:
+        if len(stray):
+            where = f"{first_id} to {first_id + samples - 1}"
+            raise ValueError(f"sample {int(stray[0]) + first_id} is not among those to evaluate, {where}")
+        twice, missing = (counts > 1).nonzero(), (counts == 0).nonzero()
+        if len(twice):
+            raise ValueError(f"sample {int(twice[0]) + first_id} came twice; each must be evaluated once")
+        if len(missing):
+            first = f", the first is {int(missing[0]) + first_id}"
+            raise ValueError(f"{len(missing)} of {samples} samples to evaluate are missing{first}")
+
+    ranks.together(complain, "gathering features")
 
 
-_PADDING = -(2**62)  # the id of rows that only fill up a block
+def at_rank_zero(
+    own: OwnFeatures, places: Tensor, samples: int, first_id: int = 0, group: ranks.Group = None
+) -> FrozenFeatures | None:
+    """Features of some samples on rank zero, None on the others (collective).
 
-
-def _to_rank_zero(
-    rows: _Rows | None, round_: _Round, device: torch.device | str, group: ranks.Group
-) -> Iterator[_Rows]:
-    """Every rank's rows on rank zero, none on others. Blocks are padded to the largest, as gather asks."""
-    facts = torch.full((round_.rows, 2), _PADDING, dtype=torch.int64, device=device)
-    values = torch.zeros((round_.rows, round_.f + round_.d), device=device)
-    if rows is not None:
-        facts[: len(rows.facts)] = rows.facts
-        values[: len(rows.facts)] = torch.cat([rows.backbone, rows.embeddings], dim=1)
-    all_facts, all_values = _gather(facts, group), _gather(values, group)
-    for some_facts, some_values in zip(all_facts, all_values, strict=True):
-        real = some_facts[:, 0] != _PADDING
-        yield _Rows(some_facts[real].cpu(), *some_values[real].cpu().split([round_.f, round_.d], dim=1))
+    Args:
+        own: what each rank has.
+        places: (m,) int64, the place of each of its rows in the result; -1: not in it.
+        samples: how many places there are; each must be taken by one row of one rank.
+        first_id: the `ids` of the result count from here.
+    """
+    chosen, world = places >= 0, ranks.world_size(group)
+    facts = torch.stack([places[chosen], own.labels[chosen]], dim=1)
+    values = torch.cat([own.backbone[chosen], own.embeddings[chosen]], dim=1)
+    f, main = own.backbone.shape[1], ranks.rank(group) == 0
+    labels = np.empty(samples if main else 0, dtype=np.int64)
+    table = np.empty((len(labels), values.shape[1]), dtype=np.float32)
+    each = max(1, _TRAVELLING // world)
+    for start in range(0, _largest(places.new_tensor([len(facts)]), group)[0], each):
+        part = slice(start, start + each)
+        padded = facts.new_full((each, 2), -1), values.new_zeros(each, values.shape[1])
+        padded[0][: len(facts[part])], padded[1][: len(facts[part])] = facts[part], values[part]
+        for some_facts, some_values in zip(*(_gather(x, group) for x in padded), strict=True):
+            real = some_facts[:, 0] >= 0
+            at = some_facts[real, 0].cpu().numpy()
+            labels[at], table[at] = some_facts[real, 1].cpu().numpy(), some_values[real].cpu().numpy()
+    if not main:
+        return None
+    ids = np.arange(first_id, first_id + samples, dtype=np.int64)
+    return FrozenFeatures(ids, labels, *(np.ascontiguousarray(x) for x in np.split(table, [f], axis=1)))
 
 
 def _gather(tensor: Tensor, group: ranks.Group) -> list[Tensor]:
@@ -178,54 +221,16 @@ def _gather(tensor: Tensor, group: ranks.Group) -> list[Tensor]:
     return out
 
 
+def _largest(numbers: Tensor, group: ranks.Group) -> list[int]:
+    """The largest of every rank's `numbers` (c,) int64, where tensors travel."""
+    if ranks.world_size(group) > 1:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+    return numbers.tolist()
+
+
 def _raising(failure: Exception | None) -> Callable[[], None]:
     def action() -> None:
         if failure is not None:
             raise failure
 
     return action
-
-
-class _Table:
-    """The rows of all samples, put in any order, each once."""
-
-    def __init__(self, samples: int, first_id: int) -> None:
-        self._first, self._seen = first_id, np.zeros(samples, dtype=bool)
-        self._labels = np.full(samples, -1, dtype=np.int64)
-        self._values: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-
-    def put(self, rows: _Rows) -> None:
-        """Put rows at their ids.
-
-        Raises:
-            ValueError: for an id outside the range or one that was there already.
-        """
-        places = rows.facts[:, 0].numpy() - self._first
-        stray = places[(places < 0) | (places >= len(self._seen))]
-        if len(stray):
-            last = self._first + len(self._seen) - 1
-            raise ValueError(f"sample {stray[0] + self._first} is not among those to evaluate, {self._first} to {last}")
-        unique, counts = np.unique(places, return_counts=True)
-        twice = np.concatenate([unique[counts > 1], places[self._seen[places]]])
-        if len(twice):
-            raise ValueError(f"sample {twice[0] + self._first} came twice; each must be evaluated once")
-        if self._values is None:
-            widths = rows.backbone.shape[1], rows.embeddings.shape[1]
-            f, d = (np.empty((len(self._seen), width), dtype=np.float32) for width in widths)
-            self._values = f, d
-        self._seen[places] = True
-        self._labels[places] = rows.facts[:, 1].numpy()
-        self._values[0][places] = rows.backbone.numpy()
-        self._values[1][places] = rows.embeddings.numpy()
-
-    def check(self) -> None:
-        """Raises ValueError unless every sample has been put."""
-        missing = np.flatnonzero(~self._seen)
-        if len(missing) or self._values is None:
-            first = f", the first is {missing[0] + self._first}" if len(missing) else ""
-            raise ValueError(f"{len(missing)} of {len(self._seen)} samples to evaluate are missing{first}")
-
-    def features(self) -> FrozenFeatures:
-        assert self._values is not None  # `check` has passed
-        ids = np.arange(self._first, self._first + len(self._seen), dtype=np.int64)
-        return FrozenFeatures(ids, self._labels, *self._values)

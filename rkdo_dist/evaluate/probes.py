@@ -110,7 +110,7 @@ def _accuracies(
 ) -> dict[str, float | None]:
     assert train is not None
     assert test is not None
-    reason = scores.unscorable(test.labels, train.labels)
+    reason = scores.unscorable(scores.class_counts(test.labels), scores.class_counts(train.labels))
     if reason is not None:
         warnings.warn(f"evaluate.probes: {reason}, as far as the {SAMPLES} images of a probe go", stacklevel=2)
         return {f"probe_{name}": None for name in names}

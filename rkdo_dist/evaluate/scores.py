@@ -1,10 +1,9 @@
-"""Scores of frozen features: linear evaluation, clustering, neighbourhoods. Plain arrays in, plain numbers
-out.
+"""Scores of a few frozen features: linear evaluation, clustering, neighbourhoods. Plain arrays in, plain
+numbers out.
 
-Two protocols. `full_protocol` is the field's ordinary one: classifiers are fitted on the train split and
-scored on the test split. `paper_protocol` is what the released notebook of the paper did: everything on the
-first 11 batches of the test split, the linear classifier on an 80/20 split of those 704 images (352 at
-batch size 32).
+`paper_protocol` is what the released notebook of the paper did: everything on the first 11 batches of the
+test split, the linear classifier on an 80/20 split of those 704 images (352 at batch size 32). For the
+field's ordinary protocol, on whole splits and many ranks, see `full_protocol`.
 
 All of it runs on one thread: sums of BLAS and of k-means depend on the number of threads in their last
 bits, and launchers choose the number of threads by the number of ranks. The scores must not depend on it.
@@ -33,48 +32,12 @@ if TYPE_CHECKING:
 
 SEED = 42  # the released notebook's random_state, for every random choice here
 NEIGHBOURS = 5  # of neighbourhood preservation
-VOTERS = 20  # of the k-NN classifier
+VOTERS, TEMPERATURE = 20, 0.07  # of the k-NN classifier
 _BLOCK_BYTES = 2**26  # of the largest array in the search for neighbours
 
+_COUNTS = ["train_samples", "test_samples", "clustered_samples", "unlabelled", "standardised", "neighbours", "voters"]
+
 Array = NDArray[Any]
-
-
-def full_protocol(train: FrozenFeatures, test: FrozenFeatures, neighbours: int = NEIGHBOURS) -> dict[str, Any]:
-    """Score frozen features: fitted on the train split, scored on the test split.
-
-    Unlabelled samples (label -1) are left out and counted.
-
-    Args:
-        train, test: whole splits.
-        neighbours: k of the neighbourhood preservation.
-
-    Returns:
-        `protocol` "full"; on the projected embeddings `linear_accuracy` and `knn_accuracy` (fitted on
-        train) and `nmi`, `ari`, `neighbourhood` (test split alone); on the backbone's features
-        `linear_accuracy_backbone` and `knn_accuracy_backbone`; counts; `warnings`, those of scikit-learn as
-        a list of sentences.
-
-    Raises:
-        ValueError: if a split has no labelled sample, one class only, too few samples, or features that are
-            not finite.
-    """
-    train_rows, test_rows = _labelled(train.labels, "train"), _labelled(test.labels, "test")
-    train_labels, test_labels = train.labels[train_rows], test.labels[test_rows]
-    result: dict[str, Any] = {
-        "protocol": "full",
-        "train_samples": len(train_labels),
-        "test_samples": len(test_labels),
-        "unlabelled": len(train.labels) + len(test.labels) - len(train_labels) - len(test_labels),
-        "standardised": True,
-    }
-    with _gathered_warnings() as said:
-        for suffix, name in (("", "embeddings"), ("_backbone", "backbone")):
-            fitted = getattr(train, name)[train_rows], train_labels
-            scored = getattr(test, name)[test_rows], test_labels
-            result[f"linear_accuracy{suffix}"] = linear_evaluation(*fitted, *scored, standardise=True)
-            result[f"knn_accuracy{suffix}"] = knn_accuracy(*fitted, *scored)
-        result |= _structure(test.embeddings[test_rows], test_labels, neighbours)
-    return result | {"warnings": said}
 
 
 def paper_protocol(
@@ -109,30 +72,39 @@ def paper_protocol(
         "unlabelled": len(test.labels[: batches * batch_size]) - len(rows),
         "standardised": False,
     }
-    with _gathered_warnings() as said:
+    with gathered_warnings() as said:
         for suffix, array in (("", test.embeddings[rows]), ("_backbone", test.backbone[rows])):
             pair = (array[fitted], labels[fitted], array[scored], labels[scored])
             result[f"linear_accuracy{suffix}"] = linear_evaluation(*pair)
             result[f"knn_accuracy{suffix}"] = knn_accuracy(*pair)
-        result |= _structure(test.embeddings[rows], labels, neighbours)
+        result |= {
+            **structure(test.embeddings[rows], labels),
+            "neighbourhood": neighbourhood_preservation(test.embeddings[rows], labels, neighbours),
+            "neighbours": neighbours,
+            "voters": VOTERS,
+        }
     return result | {"warnings": said}
+
+
+def class_counts(labels: Array) -> Array:
+    """Samples of each class (C,) among labels (n,), of which -1 is none."""
+    return np.bincount(labels[labels >= 0])
 
 
 def unscorable(test: Array, train: Array | None = None, neighbours: int = NEIGHBOURS) -> str | None:
     """Why labels do not allow the scores of a protocol; None if they do.
 
     Args:
-        test: (n,) labels that are scored (and for the paper protocol fitted), -1 for none.
-        train: labels that are fitted; None for the paper protocol.
+        test: (C,) `class_counts` of the samples that are scored (and for the paper protocol fitted).
+        train: of those that are fitted; None for the paper protocol.
         neighbours: k of the neighbourhood preservation.
     """
-    for name, labels in (("test", test), ("train", train)):
-        if labels is not None and not (labels >= 0).any():
+    for name, counts in (("test", test), ("train", train)):
+        if counts is not None and not counts.sum():
             return f"the {name} split has no labels"
-    fitted = test if train is None else train
-    if len(np.unique(fitted[fitted >= 0])) < 2:
+    if np.count_nonzero(test if train is None else train) < 2:
         return "the samples have one class only"
-    scored = int((test >= 0).sum())
+    scored = int(test.sum())
     if scored <= neighbours or (train is None and scored < 10):
         return f"the test split has {scored} labelled samples only"
     return None
@@ -142,21 +114,14 @@ def without_scores(protocol: str, reason: str) -> dict[str, Any]:
     """What a protocol gives where labels do not allow its scores: the same fields, null, and the reason."""
     names = [f"{kind}_accuracy{suffix}" for suffix in ("", "_backbone") for kind in ("linear", "knn")]
     scores = dict.fromkeys([*names, "nmi", "ari", "clusters", "neighbourhood"])
-    counts = dict.fromkeys(["train_samples", "test_samples", "unlabelled", "standardised", "neighbours", "voters"])
+    counts = dict.fromkeys(_COUNTS)
     return {"protocol": protocol, **counts, **scores, "unscored": reason, "warnings": []}
 
 
-def _structure(embeddings: Array, labels: Array, neighbours: int) -> dict[str, Any]:
-    """The scores that need no classifier, with the numbers that they depend on."""
+def structure(embeddings: Array, labels: Array) -> dict[str, Any]:
+    """Agreement of k-means with the labels, and what it depends on: `nmi`, `ari`, `clusters`, `clustered_samples`."""
     nmi, ari = clustering(embeddings, labels)
-    return {
-        "nmi": nmi,
-        "ari": ari,
-        "clusters": len(np.unique(labels)),
-        "neighbourhood": neighbourhood_preservation(embeddings, labels, neighbours),
-        "neighbours": neighbours,
-        "voters": VOTERS,
-    }
+    return {"nmi": nmi, "ari": ari, "clusters": len(np.unique(labels)), "clustered_samples": len(labels)}
 
 
 def linear_evaluation(
@@ -249,7 +214,7 @@ def knn_accuracy(
     test: Array,
     test_labels: Array,
     k: int = VOTERS,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
 ) -> float:
     """Accuracy of the weighted k-NN classifier (Wu et al. 2018, section 3.4): votes exp(cosine /
     temperature).
@@ -345,7 +310,7 @@ def _check(features: Array, labels: Array) -> None:
 
 
 @contextmanager
-def _gathered_warnings() -> Iterator[list[str]]:
+def gathered_warnings() -> Iterator[list[str]]:
     """Collect warnings as sentences, each once, instead of printing them."""
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:

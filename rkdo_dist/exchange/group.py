@@ -233,6 +233,13 @@ def all_reduce_max(value: float) -> float:
     return float(tensor)
 
 
+def all_reduce_integers(numbers: Tensor, group: Group = None) -> Tensor:
+    """Replace `numbers`, integers on the device that messages need, by their sum over ranks, which no order changes."""
+    if world_size(group) > 1:
+        dist.all_reduce(numbers, group=group)
+    return numbers
+
+
 def gather_objects(value: object, group: Group = None) -> list[object]:
     """Every rank's `value` in rank order, on every rank.
 
