@@ -21,6 +21,7 @@ from rkdo_dist.encoders import is_code
 from rkdo_dist.evaluate.evaluation import Metric
 from rkdo_dist.export.pretrained import PretrainedEncoder, load_encoder
 from rkdo_dist.history import History
+from rkdo_dist.ranks.arithmetic import as_before
 from rkdo_dist.ranks.relaunch import missing_ranks
 from rkdo_dist.ranks.signals import INTERRUPTED
 from rkdo_dist.rundir import RunDirectory
@@ -187,12 +188,6 @@ def _refuse_missing_ranks() -> None:
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
     """Leave torch's random state, number of threads and choice of algorithms as they were."""
-    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-    chosen = cudnn.benchmark, cudnn.deterministic
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-            cudnn.benchmark, cudnn.deterministic = chosen
+    with torch.random.fork_rng(devices), as_before():
+        yield

@@ -231,10 +231,13 @@ def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Opti
 
     Without `train.decay_norms`, and with LARS, it has two groups: parameters of one dimension at most (biases; weights
     of batch, layer and group norm) have no weight decay. Those of more than one are weight matrices and filters.
+    Adam and AdamW are torch's fused ones on a GPU.
     """
     train = config.train
-    options = {"momentum": 0.9} if train.optimizer == "sgd" else {}
+    options: dict[str, Any] = {"momentum": 0.9} if train.optimizer == "sgd" else {}
     trained = [p for p in encoder.parameters() if p.requires_grad]
+    if train.optimizer in ("adam", "adamw") and trained[0].is_cuda:
+        options["fused"] = True  # one kernel for all weights
     groups: list[dict[str, Any]] = [{"params": trained}]
     if not train.decay_norms or train.optimizer == "lars":
         groups = [{"params": [p for p in trained if p.ndim > 1]}]

@@ -35,6 +35,20 @@ def of_rank() -> nn.Module:
     return network
 
 
+class Unpooling(nn.Module):
+    """A network with an operator that has no deterministic algorithm: torch.nn.MaxUnpool2d."""
+
+    feature_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.unpool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) to (n, 4)."""
+        return self.unpool(*self.pool(self.conv(images))).mean(dim=(2, 3))
+
+
 def unpooled() -> nn.Module:
     """Gives maps instead of features."""
     return nn.Conv2d(3, 4, 3)

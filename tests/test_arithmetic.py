@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from rkdo_dist.checkpoint import optimizer_to_tensors, tensors_to_optimizer
+from rkdo_dist.ranks.arithmetic import as_before, choose
 from tests.jobs import command, on_ranks, rank_command, run_of
-from tests.ranks import Ranks
+from tests.ranks import Ranks, run_ranks
 
 
 def _on_other_arithmetic(rank: int, world: int, arguments: list[str]) -> tuple[int, str]:
@@ -42,3 +47,69 @@ def test_a_resume_on_another_kind_of_cpu_is_said(small: list[str], monkeypatch: 
     )
     monkeypatch.delenv("MKL_CBWR")
     assert [code for code, _ in on_ranks(2, [*small, "run.resume=auto"])] == [0, 0]
+
+
+def test_fast_sums_are_formed_by_any_arithmetic_and_that_is_said(small: list[str]) -> None:
+    with Ranks(_on_other_arithmetic, 2, ([*small, "run.reduction=fast"],), timeout=60) as ranks:
+        answers = ranks.answers()
+    (code, text), (other, silence) = (answers[rank][1] for rank in (0, 1))
+    assert (code, other) == (0, 0), text + silence
+    assert "ranks compute by different arithmetic (MKL_CBWR: and COMPATIBLE)" in " ".join(text.split())
+
+
+def _chosen() -> tuple[bool, ...]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    deterministic = cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+    return matmul.allow_tf32, cudnn.allow_tf32, *deterministic, torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize(
+    ("exact", "precision", "expected"),
+    [
+        (True, None, (False, False, True, True, False)),
+        (True, "high", (True, True, True, True, False)),
+        (False, None, (True, True, False, False, True)),
+        (False, "highest", (False, False, False, False, True)),
+    ],
+)
+def test_algorithms_of_a_gpu_are_chosen_and_left_as_they_were(exact: bool, precision: Any, expected: Any) -> None:
+    before = _chosen()
+    with as_before():
+        choose(torch.device("cpu"), exact, precision)
+        assert _chosen() == before  # a CPU leaves no choice
+        choose(torch.device("cuda"), exact, precision)
+        assert _chosen() == expected
+    assert _chosen() == before
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_backbone_without_deterministic_algorithms_is_refused_by_name(small: list[str], world: int) -> None:
+    """MaxUnpool2d has none on a CPU either."""
+    words = [*small, "encoder.backbone=tests.nets:Unpooling"]
+    for code, text in run_ranks(_deterministic_command, world, words):
+        assert code == 2, text
+        assert (
+            "encoder.backbone=tests.nets:Unpooling uses max_unpooling2d_forward_out, which has no deterministic "
+            "algorithm on cpu, so run.reduction=exact cannot keep its promise"
+        ) in " ".join(text.split())
+    assert not (run_of(small) / "metrics.jsonl").exists()
+
+
+def _deterministic_command(rank: int, world: int, arguments: list[str]) -> tuple[int, str]:
+    torch.use_deterministic_algorithms(True)
+    return command(arguments)
+
+
+def test_how_a_device_computes_is_no_part_of_a_checkpoint() -> None:
+    module = nn.Linear(3, 2)
+    fused, plain = (
+        torch.optim.Adam(module.parameters(), lr=rate, fused=fused) for rate, fused in ((0.1, True), (1, None))
+    )
+    module(torch.ones(3)).sum().backward()
+    fused.step()
+    saved = optimizer_to_tensors(fused, module.named_parameters())
+    tensors_to_optimizer(saved, plain, module.named_parameters())
+    assert plain.param_groups[0]["fused"] is None
+    assert plain.param_groups[0]["lr"] == 0.1
+    assert all(torch.equal(plain.state[p]["exp_avg"], fused.state[p]["exp_avg"]) for p in module.parameters())
+    plain.step()  # its counter of steps is where it wants it

@@ -26,7 +26,7 @@ SETTINGS = {
     "learning_rate scale_lr weight_decay decay_norms clip_gradient schedule warmup_steps warmup_epochs ema "
     "early_stop_slope early_stop_window checkpoint_every keep_checkpoints evaluate_every evaluate_at",
     "evaluate": "protocol train_split test_split at_end weights probes probe_every",
-    "run": "dir seed resume branch reduction threads timeout trackers",
+    "run": "dir seed resume branch reduction threads timeout matmul_precision trackers",
 }
 
 

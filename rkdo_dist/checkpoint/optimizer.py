@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 # State that torch.optim shapes like its parameter; other state (of Adafactor, say) has shapes of its own.
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+# Hyper-parameters that say how a device computes, not what: a run may continue on another kind.
+_OF_A_DEVICE = ("fused", "foreach", "capturable")
 Named = Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
 
 
@@ -74,6 +76,8 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer, named_parameters: Nam
 def tensors_to_optimizer(saved: OptimizerState, optimizer: torch.optim.Optimizer, named_parameters: Named) -> None:
     """Give `optimizer` the saved state and hyper-parameters, bit by bit, on its parameters' devices.
 
+    How it computes there (fused, foreach, capturable) stays its own.
+
     Args:
         saved: from `optimizer_to_tensors`.
         optimizer: of the same kind, with the same parameters in the same groups, in any order.
@@ -104,7 +108,7 @@ def tensors_to_optimizer(saved: OptimizerState, optimizer: torch.optim.Optimizer
         state.setdefault(owner, {})[key] = value
     for number, (group, plain) in enumerate(zip(optimizer.param_groups, saved.groups, strict=True)):
         for key, value in plain.items():
-            if key != "params":
+            if key != "params" and key not in _OF_A_DEVICE:
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         prefix = f"#{number}."
         group.update({n.removeprefix(prefix): t.clone() for n, t in saved.tensors.items() if n.startswith(prefix)})

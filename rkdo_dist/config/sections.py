@@ -399,8 +399,9 @@ class RunConfig:
         "columns passed around a ring, at most two blocks of them at a time",
     )
     threads: int = setting(1, "CPU threads of each process; on a CPU the arithmetic depends on it", least=1, most=4096)
-    timeout: int = setting(
-        1800, "seconds after which a silent process counts as lost", least=1, most=10_000_000, free=True
+    timeout: int = setting(1800, "seconds after which a silent process is lost", least=1, most=10_000_000, free=True)
+    matmul_precision: Literal["highest", "high"] | None = setting(
+        None, "of float32 on a GPU: highest, or high (TF32); null: highest for run.reduction=exact, else high"
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
         (), "written beside metrics.jsonl", free=True

@@ -202,11 +202,14 @@ def probe(network: nn.Module, side: int) -> Any:
     """The output of `network` for one black image of side x side, in evaluation mode; its state is restored."""
     parameter = next(network.parameters(), torch.empty(0))
     modes = {module: module.training for module in network.modules()}
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     network.eval()
+    torch.use_deterministic_algorithms(False)  # the shape is what is asked for
     try:
         with torch.random.fork_rng([parameter.device] if parameter.is_cuda else []):
             return network(torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device))
     finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
         for module, training in modes.items():
             module.training = training
 

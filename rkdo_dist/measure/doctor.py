@@ -29,6 +29,7 @@ from rkdo_dist.measure import wire
 from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import code_digest
+from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training import memory, micro_batch
@@ -62,7 +63,7 @@ def doctor(config: Config) -> int:
         per_host = max(sum(r["host"] == other["host"] for r in ranks) for other in ranks)
         _print(
             console,
-            _run_table(config, index, shape, asked.train.micro_batch == "auto"),
+            _run_table(config, index, shape, asked.train.micro_batch == "auto", job.kernel),
             _wire_table(shape),
             _memory_table(need, rt, per_host),
         )
@@ -123,6 +124,13 @@ def _launch_table(config: Config, rt: Runtime, ranks: list[Any]) -> Table:
         "" if rt.reduction == config.run.reduction else f" (run.reduction={config.run.reduction} is not possible here)"
     )
     table.add_row("reduction", rt.reduction + note)
+    if rt.device.type == "cuda":
+        numbers = arithmetic(rt.device)
+        table.add_row("libraries", ", ".join(f"{name} {numbers[name]}" for name in ("CUDA", "cuDNN", "NCCL")))
+        tf32 = [what for what in ("products", "convolutions") if numbers[f"TF32 in {what}"] == "True"]
+        table.add_row("float32 on the GPU", f"TF32 in {' and '.join(tf32)}" if tf32 else "full (no TF32)")
+        only = numbers["deterministic algorithms"] == "True"
+        table.add_row("algorithms", "deterministic ones only" if only else "the fastest")
     table.add_row("rkdo_dist", f"{__version__}, code {code_digest()[:12]}")
     table.add_row("torch", torch.__version__)
     table.add_row("other packages", ", ".join(f"{name} {version}" for name, version in _versions().items()))
@@ -140,7 +148,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _run_table(config: Config, index: ShardIndex, shape: StepShape, chosen: bool) -> Table:
+def _run_table(config: Config, index: ShardIndex, shape: StepShape, chosen: bool, kernel: str) -> Table:
     steps, total = parts.run_length(config, index)
     f, train = config.field, config.train
     table = _table("This run", "", "")
@@ -150,6 +158,7 @@ def _run_table(config: Config, index: ShardIndex, shape: StepShape, chosen: bool
     table.add_row("index digest", index.digest()[:16])
     table.add_row("settings digest", configuration.digest(config)[:16])
     table.add_row("objective", f"{named(f.objective, f.recursion)}, depth {f.depth}, pairing {f.value('pairing')}")
+    table.add_row("kernel of the field", kernel)
     table.add_row("encoder", f"{config.encoder.backbone}, {shape.parameters:,} parameters, d = {shape.dimension}")
     lanes = f"{shape.lanes} lanes of {shape.micro_batch}{' (auto)' if chosen else ''}"
     table.add_row("step", f"{shape.batch} pairs = {lanes}; {shape.rows} per process")

@@ -15,6 +15,9 @@ from rkdo_dist import __version__
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.exchange import group
+from rkdo_dist.field import fused
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.ranks.messages import warn_once
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Settings that may differ between nodes: paths, and what a rank does by itself.
@@ -39,6 +42,38 @@ def agree(facts: dict[str, Any]) -> None:
                 f"ranks disagree on {name}: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}{_others(odd)}; "
                 "start all ranks with the same code, configuration and shards, on machines of one kind"
             )
+
+
+def differing(facts: dict[str, str]) -> str:
+    """What ranks have different values of, in words; empty if nothing (collective). For facts that they may differ in.
+
+    Args:
+        facts: as for `agree`.
+    """
+    everyone: list[Any] = group.gather_objects(facts)
+    values = {name: list(dict.fromkeys(theirs.get(name) for theirs in everyone)) for name in everyone[0]}
+    return ", ".join(f"{name}: {' and '.join(map(str, those))}" for name, those in values.items() if len(those) > 1)
+
+
+def agreed_kernel(objective: Objective, device: torch.device) -> str:
+    """The kernel of the field, in words: the fused one if its self-check finds nothing on any rank (collective).
+
+    If it fails on one, all use the eager kernel from now on, and rank zero says so once.
+
+    Args:
+        objective: of the run.
+    """
+    if group.world_size() == 1 and not fused.fusible(objective, device):
+        return "eager"
+    there = fused.fusible(objective, device)
+    verdicts: list[Any] = group.gather_objects((there, fused.self_check(objective, torch.float32, device)))
+    wrong = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(verdicts) if why is not None]
+    use = all(able for able, _ in verdicts) and not wrong
+    if any(able for able, _ in verdicts):
+        fused.settle(use)
+    if wrong:
+        warn_once(f"the fused kernel fails its self-check, so all ranks use the eager one ({wrong[0]})")
+    return "fused (self-check passed)" if use else f"eager ({wrong[0]})" if wrong else "eager"
 
 
 def same_request(config: Config) -> None:

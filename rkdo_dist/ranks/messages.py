@@ -112,6 +112,12 @@ def collected(rank: int) -> Iterator[Messages]:
         _current, warnings.showwarning = before, show
 
 
+def warn_once(text: str) -> None:
+    """A warning that every rank has, shown by rank zero."""
+    if group.rank() == 0:
+        logger.warning("%s", text)
+
+
 class _Handler(logging.Handler):
     def __init__(self, messages: Messages) -> None:
         super().__init__(logging.WARNING)

@@ -16,9 +16,12 @@ import dataclasses
 import gc
 import importlib.util
 import os
+import stat
+import tempfile
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +32,8 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from rkdo_dist.exchange import group
+from rkdo_dist.ranks import arithmetic
+from rkdo_dist.ranks.arithmetic import Precision
 from rkdo_dist.ranks.loss_scale import LossScale
 
 Reduction = Literal["exact", "fast", "ring"]
@@ -101,18 +106,20 @@ class Runtime:
         return self.accelerator.prepare(model, optimizer)[0]
 
 
-def start(threads: int, timeout: int, reduction: Reduction) -> Runtime:
+def start(threads: int, timeout: int, reduction: Reduction, precision: Precision | None = None) -> Runtime:
     """Join the process group that the launcher described and choose the device.
 
     Args:
         threads: CPU threads per rank. On a CPU the order of additions inside an operator depends on it.
         timeout: seconds after which a collective gives up on a peer that does not answer.
         reduction: `run.reduction`.
+        precision: `run.matmul_precision`.
 
     Raises:
         LaunchError: for a strategy or precision that this version does not run.
     """
     _refuse_what_is_not_run()
+    _before_a_device()
     _membership.enter(timeout)
     deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     on_cpu = not torch.accelerator.is_available()
@@ -136,25 +143,42 @@ def start(threads: int, timeout: int, reduction: Reduction) -> Runtime:
     group.open_control(timeout)
     torch.set_num_threads(threads)  # after Accelerate, which sets its own guess
     strategy = _strategy(accelerator)
-    precision = accelerator.mixed_precision
-    if precision not in ("no", *_LOW_PRECISION):
-        raise LaunchError(f"mixed_precision={precision} is not supported: use fp16, bf16 or no")
+    mixed = accelerator.mixed_precision
+    if mixed not in ("no", *_LOW_PRECISION):
+        raise LaunchError(f"mixed_precision={mixed} is not supported: use fp16, bf16 or no")
     if strategy.startswith("zero-"):
         reduction = "fast" if reduction == "exact" else reduction
         _settle_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, on_cpu)
-    if reduction == "exact":
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
+    arithmetic.choose(accelerator.device, reduction == "exact", precision)
     return Runtime(
         accelerator=accelerator,
         rank=group.rank(),
         world=group.world_size(),
         device=accelerator.device,
-        precision=precision,
+        precision=mixed,
         strategy=strategy,
         reduction=reduction,
-        loss_scale=_loss_scale(accelerator) if precision == "fp16" else None,
+        loss_scale=_loss_scale(accelerator) if mixed == "fp16" else None,
     )
+
+
+def _before_a_device() -> None:
+    """Set what libraries of a GPU read from the environment when they start, unless the user has.
+
+    cuBLAS is deterministic with a workspace of fixed size; NCCL's flight recorder keeps the last collectives of every
+    rank, and writes them to a file at a timeout; Triton's kernels are compiled on a local disk, not by all ranks of all
+    nodes at once on a shared one.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_DEBUG", "WARN")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    cache = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        cache.mkdir(mode=0o700, exist_ok=True)
+        there = cache.lstat()
+        if stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid() and not there.st_mode & 0o022:  # ours alone
+            os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
 
 
 def _flag(name: str) -> bool:
@@ -256,8 +280,7 @@ def _settle_deepspeed(config: dict[str, Any], on_cpu: bool) -> None:
     )
     config.pop("torch_autocast", None)
     zero["compute_grad_norm"] = True  # by which a gradient that is not finite is found
-    if on_cpu or zero["stage"] == 1:
-        zero["overlap_comm"] = False
+    zero["overlap_comm"] = False  # a path that only GPUs take, and that has not been run with a backward for each lane
 
 
 class _Membership:

@@ -15,6 +15,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.parts import open_index, require_source
 from rkdo_dist.ranks import messages, runtime
 from rkdo_dist.ranks.agreement import agree, same_request
+from rkdo_dist.ranks.arithmetic import Precision
 from rkdo_dist.ranks.messages import Messages
 from rkdo_dist.ranks.peers import ALIKE, PeerLostError, Peers
 from rkdo_dist.ranks.runtime import Reduction, Runtime
@@ -101,7 +102,7 @@ def meet(
     """
     require_source(config)
     wanted = config.run.reduction if reduction is None else reduction
-    with joined(config.run.threads, config.run.timeout, wanted) as around:
+    with joined(config.run.threads, config.run.timeout, wanted, config.run.matmul_precision) as around:
         same_request(config)
         agree(around.runtime.launch)
         around.index = group.together(open_data or (lambda: open_index(config)), "reading the index")
@@ -110,11 +111,13 @@ def meet(
 
 
 @contextlib.contextmanager
-def joined(threads: int, timeout: int, reduction: Reduction) -> Iterator[Surroundings]:
+def joined(
+    threads: int, timeout: int, reduction: Reduction, precision: Precision | None = None
+) -> Iterator[Surroundings]:
     """Join the ranks that a launcher has started (collective): `meet` without what a configuration says.
 
     Args:
-        threads, timeout, reduction: of the settings `run`.
+        threads, timeout, reduction, precision: of the settings `run`.
 
     Raises:
         LaunchError: for a launch that cannot be used, on every rank.
@@ -126,7 +129,7 @@ def joined(threads: int, timeout: int, reduction: Reduction) -> Iterator[Surroun
         try:
             try:
                 with around.peers.explained():
-                    around.runtime = runtime.start(threads, timeout, reduction)
+                    around.runtime = runtime.start(threads, timeout, reduction, precision)
                     around.peers.meet(around.last_words)
                     yield around
                 intact = True

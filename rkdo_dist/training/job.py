@@ -61,6 +61,7 @@ class Job:
         skipped_in_a_row: steps before the position that were not finite.
         metrics: further scores of evaluations, by name.
         collapse: watches the loss.
+        kernel: of the field, in words (`ranks.agreement.agreed_kernel`).
         step: encoder and strategy; from `begin` on, they own weights and optimizer state.
     """
 
@@ -88,6 +89,7 @@ class Job:
     sampled: Sampled | None = None
     collapse: Collapse = dataclasses.field(default_factory=Collapse)
     snapshots: Snapshots | None = None
+    kernel: str = "eager"
     step: Step = dataclasses.field(init=False)
 
     def supervise(self) -> None:

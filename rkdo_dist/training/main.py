@@ -173,6 +173,8 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
             "device": str(rt.device),
             **rt.launch,
             "arithmetic": arithmetic(rt.device),
+            "kernel": job.kernel,
+            "fused_optimizer": bool(job.optimizer.defaults.get("fused")),
             "threads": config.run.threads,
             "image_size": job.views.size,
             "peak_learning_rate": config.train.peak_rate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from rkdo_dist import parts
 from rkdo_dist.config import Config
@@ -15,12 +15,14 @@ from rkdo_dist.encoders import is_code
 from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, plan_evaluation
 from rkdo_dist.evaluate.probes import check_probes
 from rkdo_dist.exchange import group
-from rkdo_dist.ranks.agreement import agree
+from rkdo_dist.ranks.agreement import agree, agreed_kernel, differing
 from rkdo_dist.ranks.arithmetic import arithmetic
+from rkdo_dist.ranks.messages import warn_once
 from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training import memory, tracking
 from rkdo_dist.training.job import Job, build
+from rkdo_dist.training.reproducible import check_deterministic
 from rkdo_dist.training.saving import branch
 
 
@@ -51,12 +53,25 @@ def made_ready(
     group.together(lambda: branch(job), "looking at run.branch")
     job.supervise()
     agree(job.facts())
+    numbers = arithmetic(rt.device)
     if rt.reduction == "exact":
-        agree(arithmetic(rt.device))  # ranks apply the same update, each by its own arithmetic
+        agree(numbers)  # ranks apply the same update, each by its own arithmetic
+        group.together(lambda: _check_deterministic(job), "looking for deterministic algorithms")
+    elif odd := differing(numbers):
+        warn_once(f"ranks compute by different arithmetic ({odd}): a run again need not give the same numbers")
+    job.kernel = agreed_kernel(job.objective(0), rt.device)
     if config.encoder.weights != "none" or config.run.branch != "none" or is_code(config.encoder.backbone):
         # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.
         agree({"the encoder's weights (digest)": job.encoder.digest()})
     return job, plan
+
+
+def _check_deterministic(job: Job) -> None:
+    def forward(images: Tensor) -> Tensor:
+        with job.runtime.autocast():
+            return job.encoder(images)
+
+    check_deterministic(forward, job.encoder, job.config.encoder.backbone, job.views.size)
 
 
 def _fitting_plan(config: Config, index: ShardIndex) -> EvaluationPlan:
