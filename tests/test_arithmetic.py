@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from rkdo_dist.checkpoint import optimizer_to_tensors, tensors_to_optimizer
+from rkdo_dist.field import fused
+from rkdo_dist.field.objectives import Objective
+from rkdo_dist.ranks.agreement import agreed_kernel
 from rkdo_dist.ranks.arithmetic import as_before, choose
-from tests.jobs import command, on_ranks, rank_command, run_of
+from tests.jobs import command, metrics, on_ranks, rank_command, run_of
 from tests.ranks import Ranks, run_ranks
 
 
@@ -113,3 +116,25 @@ def test_how_a_device_computes_is_no_part_of_a_checkpoint() -> None:
     assert plain.param_groups[0]["lr"] == 0.1
     assert all(torch.equal(plain.state[p]["exp_avg"], fused.state[p]["exp_avg"]) for p in module.parameters())
     plain.step()  # its counter of steps is where it wants it
+
+
+NO_COMPILER = "RuntimeError: Failed to find C compiler. Please specify via CC environment variable."
+
+
+def _with_kernels(rank: int, world: int, arguments: list[str], broken: bool) -> tuple[Any, str, bool | None]:
+    """A job whose devices have a fused kernel; on rank 1 there is no C compiler for it, if `broken`."""
+    fused.fusible = lambda *_: True  # type: ignore[assignment]
+    fused.self_check = lambda *_: NO_COMPILER if broken and rank == 1 else None  # type: ignore[assignment]
+    if broken:
+        return *command(arguments), fused._settled
+    return 0, agreed_kernel(Objective.rkdo(), torch.device("cpu")), fused._settled
+
+
+def test_all_ranks_use_the_eager_kernel_if_the_fused_one_fails_on_one(small: list[str], reference: Path) -> None:
+    answers = run_ranks(_with_kernels, 2, small, True)
+    assert [(code, settled) for code, _, settled in answers] == [(0, False), (0, False)], answers
+    said = f"the fused kernel fails its self-check, so all ranks use the eager one (rank 1: {NO_COMPILER})"
+    assert " ".join("".join(text for _, text, _ in answers).split()).count(said) == 1
+    assert json.loads((run_of(small) / "environment.json").read_text())["kernel"] == f"eager (rank 1: {NO_COMPILER})"
+    assert metrics(run_of(small)) == metrics(reference)
+    assert run_ranks(_with_kernels, 2, small, False) == [(0, "fused (self-check passed)", True)] * 2
