@@ -314,7 +314,7 @@ def mock_device(world: int = 1) -> Iterator[Device]:
         "torch.distributed.get_backend": lambda group=None: "nccl",
         "torch.distributed.all_gather_object": lambda out, value, group=None: _objects(device, out, value),
         # Kernels of Triton cannot be launched: the field is computed by eager operators, as without a compiler.
-        "rkdo_dist.field.tiled.find_spec": lambda name: None,
+        "rkdo_dist.field.fused.find_spec": lambda name: None,
     }
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rkdo_dist.field import tiled
+from rkdo_dist.field import rows as rows_of_the_field
 from rkdo_dist.field.affinity import AFFINITIES, Affinity, Clusters, Cosine, Gaussian, Student
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.field.tiled import field_normaliser, log_sum, value_and_gradient
@@ -90,9 +90,9 @@ def in_two_calls(objective: Objective, u: Tensor, v: Tensor, labels: Tensor) -> 
 
 @pytest.mark.parametrize("affinity", [*KINDS, Student(1e6)], ids=repr)
 def test_strips_equal_the_dense_formula(affinity: Affinity, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiled.STRIP_BUFFER_ELEMENTS, "cpu", 700)
-    monkeypatch.setattr(tiled, "PANEL_ROWS", 6)
-    monkeypatch.setitem(tiled.PANEL_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(rows_of_the_field.STRIP_BUFFER_ELEMENTS, "cpu", 700)
+    monkeypatch.setattr(rows_of_the_field, "PANEL_ROWS", 6)
+    monkeypatch.setitem(rows_of_the_field.PANEL_ELEMENTS, "cpu", 1)
     u, v, labels = embeddings(affinity)
     for objective in objectives(affinity):
         expected = oracle(objective, u, v, labels)

@@ -34,9 +34,7 @@ def require(found: Counter[str], most: int, what: str) -> None:
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_a_step(case: Case) -> None:
     lane, rest = of_a_lane(case)
-    in_field = Counter({place: n for place, n in lane.waits.items() if place.startswith("field/")})
-    require(lane.waits - in_field, 0, "synchronisations of a lane")
-    require(in_field, 2, "synchronisations of a lane in the field")  # goal 0
+    require(lane.waits, 0, "synchronisations of a lane")
     require(rest.waits, 4, "synchronisations of a step")  # goal 2
     require(lane.collectives, 0, "collectives of a lane")
     require(rest.collectives, {1: 0, 8: {"exact": 6, "fast": 4}[case.reduction]}[case.world], "collectives of a step")
@@ -45,11 +43,11 @@ def test_a_step(case: Case) -> None:
     images = Counter({place: n for place, n in lane.copies.items() if place.endswith("pinned")})
     require(images, 2 if case.recompute else 1, "copies from pinned memory of a lane")  # goal 1
     others = Counter({place: n for place, n in lane.copies.items() if not place.startswith("data/views")}) - images
-    require(others, 2, "copies from pageable memory of a lane")  # goal 0
+    require(others, 0, "copies from pageable memory of a lane")
     operators = operators_of(lane)
     again = 2 if case.recompute else 1
     assert operators["views"] <= 660 * again, operators  # goal 250
-    assert operators["field"] <= 245, operators
+    assert operators["field"] <= 5, operators  # products, whose kernel a library chooses by their shape
     assert operators["step"] <= 85, operators
 
 

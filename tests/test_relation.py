@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize, softmax
 
 from rkdo_dist.field import relation as restart
-from rkdo_dist.field import tiled
+from rkdo_dist.field import rows as rows_of_the_field
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.field.persistent import BatchColumns, identity, recur_in_batch
 from rkdo_dist.field.presets import Relation
@@ -67,7 +67,7 @@ def queue_of(keys: Tensor, older: Tensor) -> restart.Columns:
 @pytest.mark.parametrize("rows", [9, 70])  # one panel, and several
 def test_a_queue_of_keys_equals_the_published_loss(method: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     relation, oracle = METHODS[method]
-    monkeypatch.setitem(tiled.PANEL_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(rows_of_the_field.PANEL_ELEMENTS, "cpu", 1)
     u, k, older = unit(rows, 5, 0).requires_grad_(), unit(rows, 5, 1), unit(40, 5, 2)
     columns = queue_of(k, older)
     found = restart.value_and_gradient(relation, TAU, relation.weight, u.detach(), k, columns, torch.arange(rows))

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rkdo_dist.field import tiled
+from rkdo_dist.field import rows as rows_of_the_field
+from rkdo_dist.field.affinity import AFFINITIES
 from rkdo_dist.field.objectives import Objective, dense
-from rkdo_dist.field.tiled import FieldRows, value_and_gradient
+from rkdo_dist.field.rows import FieldRows
+from rkdo_dist.field.tiled import value_and_gradient
 from tests import fields
 
 OBJECTIVES = ["rkdo", "debiased rkdo", "rkdo of labels", "icon", "infonce", "supervised"]
@@ -76,9 +78,9 @@ def assert_agree(found: dict, expected: dict[str, Tensor], objective: Objective,
 
 def with_tiles(strip: int, panel: int, rows: int):
     patch = pytest.MonkeyPatch()
-    patch.setitem(tiled.STRIP_BUFFER_ELEMENTS, "cpu", strip)
-    patch.setitem(tiled.PANEL_ELEMENTS, "cpu", panel)
-    patch.setattr(tiled, "PANEL_ROWS", rows)
+    patch.setitem(rows_of_the_field.STRIP_BUFFER_ELEMENTS, "cpu", strip)
+    patch.setitem(rows_of_the_field.PANEL_ELEMENTS, "cpu", panel)
+    patch.setattr(rows_of_the_field, "PANEL_ROWS", rows)
     return patch
 
 
@@ -172,6 +174,36 @@ def test_the_result_is_a_function_of_the_arguments_bit_for_bit() -> None:
     assert torch.equal(first.columns_v, again.columns_v)
     assert float(first.loss) == float(again.loss)
     assert {k: float(x) for k, x in first.parts.items()} == {k: float(x) for k, x in again.parts.items()}
+
+
+@pytest.mark.parametrize("objective", fields.objectives_of(0.5, 3, 0.5), ids=lambda o: f"{o.name}-{o.pairing}")
+@pytest.mark.parametrize("affinity", ["cosine", "clusters"])
+def test_lanes_together_have_the_bits_of_each_alone(objective: Objective, affinity: str, monkeypatch) -> None:
+    """Three panels of two lanes, one panel of all, or two and a half panels for a lane: the same sums, lane by lane."""
+    objective = dataclasses.replace(objective, affinity=AFFINITIES[affinity]())
+    u, v = (x.float() for x in fields.embeddings(96, 8))
+    labels, m, first = torch.arange(96) % 7, 12, 24
+    views = {"u": u[first : first + 5 * m], "v": v[first : first + 5 * m]}
+    block = torch.stack([{"u": u, "v": v}[name] for name in objective.column_views])
+    pooled = objective.affinity.pool(block, len(block) * 96)
+
+    def found(rows: slice, lanes: int) -> list[list[Tensor]]:
+        homes: list[Tensor] = []
+        own = {name: x[rows] for name, x in views.items()}
+        field = FieldRows(objective, own, 96, first + rows.start, 96, labels, pooled=pooled, lanes=lanes)
+        field.fused_by_lane(block, homes.append)
+        sums = torch.stack([field.loss(), field.temperature_gradient(), *field.parts().values()])
+        gradients = [field.gradients[name].split(m) for name in "uv"]
+        return [list(of_lane) for of_lane in zip(homes, sums.unbind(1), *gradients, strict=True)]
+
+    width = 96 * len(objective.slices[0].columns)
+    for panel_rows in (2 * m * len(objective.slices), 10 * m, 5):
+        monkeypatch.setattr(rows_of_the_field, "PANEL_ROWS", 1)
+        monkeypatch.setitem(rows_of_the_field.PANEL_ELEMENTS, "cpu", panel_rows * width)
+        together = found(slice(0, 5 * m), 5)
+        for number in range(5):
+            (alone,) = found(slice(number * m, (number + 1) * m), 1)
+            assert all(torch.equal(a, b) for a, b in zip(together[number], alone, strict=True)), (number, panel_rows)
 
 
 def test_where_a_tensor_lies_in_memory_changes_no_bit() -> None:

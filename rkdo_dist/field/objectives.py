@@ -3,7 +3,7 @@
     loss = mean_i KL(p(.|i) || q(.|i)), summed over the levels of an in-batch recursion,
     q(j|i) = softmax_j(l_ij / tau), with the logit l of an affinity (`field.affinity`): of the cosine <row_i, column_j>
 
-`field.presets` names the combinations; here is what is computed of them, dense and readable. `field.tiled` computes the
+`field.presets` names the combinations; here is what is computed of them, dense and readable. `field.rows` computes the
 same in bounded memory.
 """
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rkdo_dist.field.presets import Relation
 from rkdo_dist.field.recursion import cross_entropy, entropy
-from rkdo_dist.field.tiled import computing_dtype, tile_rows
+from rkdo_dist.field.rows import computing_dtype, tile_rows
 
 # --- dense: r x N matrices, autograd ----------------------------------------------------------------------------------
 

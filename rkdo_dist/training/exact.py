@@ -15,7 +15,8 @@ from rkdo_dist.exchange import group
 from rkdo_dist.exchange.columns import ExactColumns
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Restricted
-from rkdo_dist.field.tiled import field_normaliser, log_sum, value_and_gradient
+from rkdo_dist.field.rows import FieldRows, computing_dtype
+from rkdo_dist.field.tiled import field_normaliser
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
 from rkdo_dist.training.strategy import (
@@ -105,7 +106,7 @@ def exact_field(
     labels: Tensor | None = None,
     temperature: bool = False,
 ) -> LossAndGradient:
-    """Loss and embedding gradients, formed per lane against the columns of the whole global batch (collective).
+    """Loss and embedding gradients, summed per lane, against the columns of the whole global batch (collective).
 
     Parameter gradients are then to be SUMMED over all lanes of all ranks. Computed in float32 at least.
 
@@ -121,48 +122,31 @@ def exact_field(
         `sums` are sums over each lane, (lanes,).
     """
     count, m = len(lanes), lanes[0][0].shape[0]
+    views = {name: torch.cat([pair[k] for pair in lanes]) for k, name in enumerate("uv")}
     columns = ExactColumns()
-    columns_u, columns_v = columns.gather(torch.stack([torch.cat([pair[k] for pair in lanes]) for k in (0, 1)]))
+    block = columns.gather(torch.stack([views[name] for name in objective.column_views]))
+    block = block.to(computing_dtype(block.dtype))
+    batch = block.shape[1]
     everyones = None if labels is None else group.all_gather_rows(labels)
     rows = persistent if objective.supervisor == "rows" else None
-    supervisors: Sequence[Restricted | None] = [None] * count if rows is None else rows.supervisors(lanes, objective)
-
-    first_rows, normaliser = [(first_lane + i) * m for i in range(count)], None
+    supervisor = None if rows is None else Restricted.cat(list(rows.supervisors(lanes, objective)))
+    pooled = objective.affinity.pool(block, len(block) * batch)
+    given = views, batch, first_lane * m, batch, everyones
+    field = FieldRows(objective, *given, supervisor=supervisor, temperature=temperature, pooled=pooled, lanes=count)
     if objective.normaliser == "field":
-        own = [
-            log_sum(objective, u, v, columns_u, columns_v, row) for (u, v), row in zip(lanes, first_rows, strict=True)
-        ]
-        normaliser = field_normaliser(group.all_gather_rows(torch.stack(own)), len(columns_u) * len(objective.slices))
-    results = []
-    trees: dict[str, group.TreeSum[Tensor]] = {}
-    for i, (u, v) in enumerate(lanes):
-        result = value_and_gradient(
-            objective,
-            u,
-            v,
-            columns_u,
-            columns_v,
-            first_rows[i],
-            everyones,
-            supervisor=supervisors[i],
-            temperature=temperature,
-            log_normaliser=normaliser,
-        )
-        for name, part in (("u", result.columns_u), ("v", result.columns_v)):
-            if part is not None:
-                trees.setdefault(name, group.TreeSum(count)).add(part)
-        results.append(result)
-    home = dict(zip(trees, columns.send_home(torch.stack([tree.total() for tree in trees.values()])), strict=True))
-    du = [r.rows_u + home["u"][i * m : (i + 1) * m] if "u" in home else r.rows_u for i, r in enumerate(results)]
-    dv = [r.rows_v + home["v"][i * m : (i + 1) * m] if "v" in home else r.rows_v for i, r in enumerate(results)]
+        log_sums = group.all_gather_rows(field.log_sum(block))
+        field.normalise_by(field_normaliser(log_sums, batch * len(objective.slices)))
+    tree: group.TreeSum[Tensor] = group.TreeSum(count)
+    field.fused_by_lane(block, tree.add)
+    field.release()
+    for name, home in zip(objective.column_views, columns.send_home(tree.total()), strict=True):
+        field.gradients[name] += home
 
-    sums = {"loss": torch.stack([r.loss.double() for r in results])}
-    sums |= {name: torch.stack([r.parts[name].double() for r in results]) for name in results[0].parts}
-    slopes = [r.temperature for r in results if r.temperature is not None]
-    if slopes:
-        sums["temperature_slope"] = torch.stack(slopes)
+    sums = {"loss": field.loss(), **field.parts()}
+    if temperature:
+        sums["temperature_slope"] = field.temperature_gradient()
     if rows is not None:
-        sums |= rows.recur(lanes, columns_v, objective)
-    batch = len(columns_u)
+        sums |= rows.recur(lanes, block[-1], objective)
     known = {} if everyones is None else {"ideal": objective.at_ideal(batch, everyones)}
-    return LossAndGradient([(a / batch, b / batch) for a, b in zip(du, dv, strict=True)], sums, known)
+    gradients = [(field.gradients[name] / batch).split(m) for name in "uv"]
+    return LossAndGradient(list(zip(*gradients, strict=True)), sums, known)

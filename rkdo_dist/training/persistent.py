@@ -36,7 +36,7 @@ from rkdo_dist.field.persistent import (
     recur_with_bank,
     restrict,
 )
-from rkdo_dist.field.tiled import computing_dtype
+from rkdo_dist.field.rows import computing_dtype
 
 Pair = tuple[Tensor, Tensor]  # of both views of a lane: embeddings (m, d), or gradients with respect to them
 BANK_TEMPERATURE = 0.1  # of the learned rows over the bank

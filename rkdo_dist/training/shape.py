@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkdo_dist.config import Config
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.field.tiled import FieldRows
+from rkdo_dist.field.rows import FieldRows
 
 
 @dataclasses.dataclass(frozen=True)
