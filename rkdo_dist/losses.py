@@ -29,9 +29,8 @@ from rkdo_dist.exchange.inputs import FieldInputError as FieldInputError
 from rkdo_dist.field.affinity import Affinity
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import COOLING, COUPLING, DEPTH, PRESETS
-from rkdo_dist.field.rows import FieldRows, add_through_pool, computing_dtype
+from rkdo_dist.field.rows import FieldRows, add_through_pool, computing_dtype, field_normaliser
 from rkdo_dist.field.supervisors import Supervisor
-from rkdo_dist.field.tiled import field_normaliser
 
 EXCHANGES = ("gather", "ring", "local")
 _RKDO, _ICON, _INFONCE, _SUPCON = (PRESETS[name] for name in ("rkdo", "icon", "infonce", "supcon"))

@@ -17,7 +17,8 @@ from torch.nn.functional import normalize
 from rkdo_dist.field import rows as rows_of_the_field
 from rkdo_dist.field.affinity import AFFINITIES, Affinity, Clusters, Cosine, Gaussian, Student
 from rkdo_dist.field.objectives import Objective, dense
-from rkdo_dist.field.tiled import field_normaliser, log_sum, value_and_gradient
+from rkdo_dist.field.rows import field_normaliser
+from rkdo_dist.field.tiled import log_sum, value_and_gradient
 from rkdo_dist.losses import FieldInputError, FieldLoss, InfoNCELoss, RKDOLoss, SupervisedLoss
 from rkdo_dist.training.exact import exact_field
 from tests.ranks import run_ranks

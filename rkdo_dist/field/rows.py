@@ -367,6 +367,16 @@ def add_through_pool(objective: Objective, columns: Tensor, gradient: Tensor, ho
     home += pulled_back(pool, columns, gradient)
 
 
+def field_normaliser(log_sums: Tensor, rows: int) -> Tensor:
+    """log(Z / R): what every row is normalised by where the field is one distribution.
+
+    Args:
+        log_sums: (k,), `FieldRows.log_sum` of parts of the batch, together all of it, in an order that does not change.
+        rows: R, rows of all matrices: B for one, 2B for two.
+    """
+    return torch.logsumexp(log_sums, 0) - math.log(rows)
+
+
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of the computation: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -5,14 +5,13 @@ What rows are and how they are visited is in `field.rows`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rkdo_dist.field.objectives import Objective
-from rkdo_dist.field.rows import FieldRows, add_through_pool, computing_dtype
+from rkdo_dist.field.rows import FieldRows, add_through_pool, computing_dtype, field_normaliser
 from rkdo_dist.field.supervisors import Supervisor
 
 
@@ -115,16 +114,6 @@ def log_sum(
         anyone = replace(objective, supervisor="rows")  # the sums do not depend on p
         field, columns = _of_whole_columns(anyone, *whole, first_row)
         return field.log_sum(columns)
-
-
-def field_normaliser(log_sums: Tensor, rows: int) -> Tensor:
-    """log(Z / R): what every row is normalised by where the field is one distribution.
-
-    Args:
-        log_sums: (k,), `log_sum` of parts of the batch, together all of it, in an order that does not change.
-        rows: R, rows of all matrices: B for one, 2B for two.
-    """
-    return torch.logsumexp(log_sums, 0) - math.log(rows)
 
 
 def _of_whole_columns(

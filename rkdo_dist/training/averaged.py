@@ -13,7 +13,8 @@ from rkdo_dist.exchange import group
 from rkdo_dist.exchange.columns import GatheredColumns
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Restricted
-from rkdo_dist.field.tiled import field_normaliser, log_sum, value_and_gradient
+from rkdo_dist.field.rows import field_normaliser
+from rkdo_dist.field.tiled import log_sum, value_and_gradient
 from rkdo_dist.losses import FieldLoss
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField

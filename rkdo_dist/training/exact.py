@@ -15,8 +15,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.exchange.columns import ExactColumns
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Restricted
-from rkdo_dist.field.rows import FieldRows, computing_dtype
-from rkdo_dist.field.tiled import field_normaliser
+from rkdo_dist.field.rows import FieldRows, computing_dtype, field_normaliser
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
 from rkdo_dist.training.strategy import (
