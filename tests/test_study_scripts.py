@@ -34,7 +34,7 @@ def one_gpu(experiment: str, out: Path, digits: Path, **changes: str) -> subproc
     }
     command = ["bash", str(ROOT / "launch" / "one-gpu.sh"), experiment, str(out)]
     environment = os.environ | variables | changes
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.nightly

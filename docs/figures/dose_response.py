@@ -18,7 +18,7 @@ from scipy import stats
 
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies.palette import BAD, DARK, GREY, style
-from rkdo_dist.studies.plots import encoded, panels
+from rkdo_dist.studies.plots import encoded, legend_below, panels
 from rkdo_dist.studies.statistics import holm, paired
 
 HERE = Path(__file__).resolve().parent
@@ -127,16 +127,16 @@ def main() -> None:
         shift = 0.008 * (arm == "O'(.5)")
         panel.errorbar(x + shift, test.difference, yerr=test.margin, label=words, capsize=3, ms=6, **mine)
     panel.axhline(0, color=DARK, lw=1)
-    if np.isfinite([low, high]).all():
-        panel.axvspan(low, high, color=look.colour, alpha=0.12, lw=0)
-    own = {"the student's": real["student"], "best of a teacher's": real["best"]["precision"]}
-    for number, (words, x) in enumerate(own.items()):
+    if np.isfinite(low):
+        panel.axvspan(low, min(high, 1.05), color=look.colour, alpha=0.12, lw=0)
+    for words, x in (("the student's own rows", real["student"]), ("best teacher's rows", real["best"]["precision"])):
         panel.axvline(x, color=GREY, ls=":", lw=1.4)
-        panel.annotate(f"{words}\nown rows: {x:.2f}", (x, 0.98 - 0.14 * number), xycoords=("data", "axes fraction"),
-                       va="top", fontsize=8, color=GREY, xytext=(4, 0), textcoords="offset points")  # fmt: skip
+        panel.annotate(f"{words}: {x:.2f}", (x, 0.03), xycoords=("data", "axes fraction"), rotation=90, fontsize=8,
+                       ha="right", color=GREY, xytext=(-2, 0), textcoords="offset points")  # fmt: skip
+    said = f"at {point:.2f} [{low:.2f}, {high:.2f}]" if point <= 1 else f"above 1 (95 %: not below {low:.2f})"
     panel.set(xlabel="precision of a row: its mass on the sample's own class", ylabel="k-NN accuracy minus SimCLR's",
-              title=f"Break-even at {point:.2f} [{low:.2f}, {high:.2f}]", xlim=(0.08, 1.05))  # fmt: skip
-    panel.legend(loc="lower right", frameon=False, fontsize=8)
+              title=f"Break-even {said}", xlim=(0.08, 1.05))  # fmt: skip
+    legend_below(figure)
     (HERE / "dose_response.svg").write_bytes(encoded(figure, "svg"))
 
 
