@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
 import json
 import os
@@ -213,6 +214,33 @@ def test_a_study_without_its_shards(tmp_path: Path) -> None:
     assert len(again.read_text()) == pytest.approx(len(text), rel=0.01)
 
 
+def test_the_page_is_for_narrow_screens_dark_rooms_and_paper(tmp_path: Path) -> None:
+    """No table or figure that only a wide screen has room for; nothing folded on paper (the nightly test looks)."""
+    write_report(study(tmp_path), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    for table in re.findall(r"<table.*?</table>", text):
+        columns = table.count('<th scope="col"')
+        assert (columns > 3) == ("many" in table.split(">")[0]), "a list of its rows on a narrow screen"
+        assert all("data-label=" in cell for cell in re.findall(r"<td[^>]*>", table))
+    widths = [float(width) for svg in svgs(text) for width in re.findall(r'<svg[^>]*? width="([\d.]+)pt"', svg)]
+    assert len(widths) == 10
+    assert max(widths) < 330, "a panel of 440 pixels at most: letters of 8 points have 9 pixels where there are 370"
+    style = text.split("<style>")[1].split("</style>")[0]
+    for rule in (
+        "@media (prefers-color-scheme: dark)",
+        "@media print",
+        "@media (max-width: 44rem)",
+        "break-after: avoid",
+        "details::details-content { content-visibility: visible",
+    ):
+        assert rule in style, rule
+
+
+def svgs(text: str) -> list[str]:
+    """The drawings of a page."""
+    return [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     path = fake_run(tmp_path / "begun", "rkdo", 1, [])
     code, text = command(["report", str(path)])
@@ -333,6 +361,24 @@ def test_a_browser_shows_a_real_run_and_asks_for_nothing(page: Path, tmp_path: P
     picture = np.asarray(Image.open(tmp_path / "page.png").convert("L"))
     assert picture.shape == (1400, 1100)
     assert 0.002 < np.mean(picture < 128) < 0.3, "text on white paper, neither empty nor black"
+
+
+@pytest.mark.nightly
+def test_a_narrow_dark_screen_and_paper_show_everything(page: Path, tmp_path: Path) -> None:
+    """500 pixels (less than any browser's window here): the right margin is empty; dark; every setting is on paper."""
+    shot = f"--screenshot={tmp_path / 'narrow.png'}"
+    dark = "--blink-settings=preferredColorScheme=0"
+    open_page(page, tmp_path / "narrow", shot, "--window-size=500,9000", "--hide-scrollbars", dark)
+    picture = np.asarray(Image.open(tmp_path / "narrow.png").convert("L")).astype(int)
+    assert picture.shape == (9000, 500)
+    assert np.ptp(picture[:, -8:]) < 8, "nothing leaves the page on its right"
+    assert picture[:, -8:].max() < 60, "dark"
+    open_page(page, tmp_path / "print", f"--print-to-pdf={tmp_path / 'page.pdf'}", "--no-pdf-header-footer")
+    folded = page.with_name("folded.html")
+    folded.write_text(page.read_text().replace("details::details-content", "details::nothing"))
+    open_page(folded, tmp_path / "again", f"--print-to-pdf={tmp_path / 'folded.pdf'}", "--no-pdf-header-footer")
+    pages = [(tmp_path / name).read_bytes().count(b"/Type /Page\n") for name in ("page.pdf", "folded.pdf")]
+    assert pages[0] > pages[1] > 0, "the folded settings are printed"
 
 
 @pytest.mark.nightly

@@ -198,17 +198,18 @@ def map_figure(plane: Array, labels: Array | None, classes: Sequence[str]) -> An
 def couplings_figure(found: Sequence[dict[str, Any]]) -> Any:
     """A matplotlib figure: KL to p(0), own loss and trustworthiness over the coupling."""
     found = sorted(found, key=lambda one: one["coupling"])
-    drawn, (left, right) = plots.panels(1, 2, (8.4, 3.4))
+    drawn, (left, right) = plots.panels(1, 2, (8.4, 3.8))
     x, ticks = range(len(found)), [f"{one['coupling']:g}" for one in found]
     left.plot(x, [one["kl"] for one in found], **style(0).curve, label="KL to p(0)")
     left.plot(x, [one["own_loss"] for one in found], **style(1).curve, label="own loss")
     left.set_title("Own loss, and loss against p(0)")
     left.set_ylabel("nats")
     left.set_ylim(bottom=0)
-    left.legend(frameon=False)
     right.plot(x, [one["trustworthiness"] for one in found], **style(2).curve)
-    right.set_title("Trustworthiness of the map")
+    right.set_title("Trustworthiness of the map (1 is best)")
     for panel in (left, right):
         panel.set_xticks(list(x), ticks)
         panel.set_xlabel("coupling of the recursion")
+    plots.calm(right)
+    plots.legend_below(drawn)
     return drawn

@@ -63,7 +63,7 @@ def table(audit: dict[str, Any]) -> Sheet:
         for row in audit["rows"]
     ]
     title = f"Supervisors at step {audit['step']}: mass on a sample's own class"
-    return Sheet("audit", title, ("row over", "view", "", "share", "s.e.", "samples"), "", rows)
+    return Sheet("audit", title, ("row over", "view", "kind", "share", "s.e.", "samples"), "", rows, names=3)
 
 
 def sentences(audit: dict[str, Any]) -> list[str]:
@@ -88,10 +88,10 @@ def sentences(audit: dict[str, Any]) -> list[str]:
     )
     verdict = "no gain is to be expected" if best["precision"] < high else "a gain is possible, not certain"
     said.append(
-        f"Worth: {verdict}. In our measurements (10,000 CIFAR-10 images, ResNet-8, 15 epochs) rows with random errors "
-        f"changed k-NN accuracy by {SLOPE:+.2f} per unit above a precision of {low} (on a stronger base they broke "
-        f"even near {high}): {SLOPE * (best['precision'] - low):+.3f} here; a teacher's own errors cost a further "
-        f"{OWN_ERRORS}. One data set, one length, few seeds: an indication, not a prediction."
+        f"Worth: {verdict}. In our measurements (docs/audit.md: photographs, ResNet-8, 15 epochs) rows with random "
+        f"errors changed k-NN accuracy by {SLOPE:+.2f} per unit above a precision of {low} (on a stronger base they "
+        f"broke even near {high}): {SLOPE * (best['precision'] - low):+.3f} here; a teacher's own errors cost "
+        f"another {OWN_ERRORS}. One data set, one length, few seeds: an indication, not a prediction."
     )
     return said
 
@@ -100,11 +100,13 @@ def figure(audit: dict[str, Any]) -> Any:
     """A matplotlib figure: precision by view and temperature, and of all other kinds of rows; None without labels."""
     if audit["best"] is None:
         return None
-    drawn, (left, right) = plots.panels(1, 2, (10.5, 4.2))
+    drawn, (left, right) = plots.panels(1, 2, (10.5, 4.6))
     looks = {view: style(n) for n, view in enumerate(("plain", "strong", "weak"))}
     for view, look in looks.items():
         line = [row for row in audit["rows"] if row["group"] == "view" and row["view"] == view]
-        left.plot([row["temperature"] for row in line], [row["precision"] for row in line], **look.curve, label=view)
+        size = {"markersize": 9 - 2 * list(looks).index(view), "fillstyle": "none"}  # lines that coincide are all seen
+        points = [row["temperature"] for row in line], [row["precision"] for row in line]
+        left.plot(*points, **{**look.curve, **size}, label=view)
     left.set_xscale("log")
     ticks = sorted({row["temperature"] for row in audit["rows"] if row["group"] == "view"})
     left.set_xticks(ticks, [f"{tau:g}" for tau in ticks], minor=False)
@@ -114,15 +116,10 @@ def figure(audit: dict[str, Any]) -> Any:
     left.set_title("Rows over all samples, by view")
     others = [row for row in audit["rows"] if row["group"] != "view"]
     places = range(len(others))
-    right.barh(
-        places,
-        [0 if row["precision"] is None else row["precision"] for row in others],
-        xerr=[0 if row["error"] is None else row["error"] for row in others],
-        color=[looks[row["view"]].colour for row in others],
-        height=0.7,
-        error_kw={"elinewidth": 0.8},
-    )
-    right.set_yticks(places, [f"{_GROUPS[row['group']]}, {name(row)}" for row in others])
+    for place, row in zip(places, others, strict=True):
+        width, error = (row[key] or 0 for key in ("precision", "error"))
+        right.barh(place, width, xerr=error, height=0.7, error_kw={"elinewidth": 0.8}, **looks[row["view"]].bar)
+    right.set_yticks(places, [f"{_GROUPS[row['group']]}, {name(row)} ({row['view']})" for row in others])
     right.invert_yaxis()
     right.set_title(f"Other rows (temperature {audit['temperature']:g})")
     right.set_xlabel("mass on the sample's own class")

@@ -16,6 +16,7 @@ from rkdo_dist.studies.sheets import mean_sd
 _PER_INCH = 11  # letters of a title
 _LETTERS, _KEY = 72, 9  # of a line of a legend; that the key of an entry takes
 _STYLE = {
+    "figure.max_open_warning": 0,
     "svg.hashsalt": "rkdo",  # the same file for the same figure
     "font.size": 9.5,
     "figure.titlesize": 11,
