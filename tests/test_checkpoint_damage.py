@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from rkdo_dist import checkpoint
-from rkdo_dist.checkpoint import CheckpointError, CheckpointWarning, store
+from rkdo_dist.checkpoint import CheckpointError, CheckpointWarning, manifest, store
 from tests.checkpoints import in_memory, quietly, whole, write
 from tests.disks import small_disk
 
@@ -118,7 +118,7 @@ def forge(root: Path, name: str, content: bytes) -> None:
     """Put a file into a checkpoint with a manifest that vouches for it."""
     (root / name).write_bytes(content)
     step = json.loads((root / "manifest.json").read_bytes())["step"]
-    (root / "manifest.json").write_bytes(store.manifest_of(root, step))
+    (root / "manifest.json").write_bytes(manifest.manifest_of(root, step))
 
 
 class Canary:
@@ -160,10 +160,10 @@ def test_a_manifest_reaches_nothing_outside_its_directory(tmp_path: Path) -> Non
     del honest["sha256"]
     for name in ("../secret", "/etc/passwd", "parts/../../secret", "parts/a/b", ".."):
         forged = {**honest, "files": {**honest["files"], name: {"bytes": 1, "sha256": "0" * 64}}}
-        (root / "manifest.json").write_bytes(store._signed(forged))
+        (root / "manifest.json").write_bytes(manifest._signed(forged))
         with pytest.raises(CheckpointError, match="not as it was written"):
             checkpoint.load(root)
-    (root / "manifest.json").write_bytes(store._signed(honest))
+    (root / "manifest.json").write_bytes(manifest._signed(honest))
     assert whole(checkpoint.load(root), 1)
     content = (root / "model.safetensors").read_bytes()
     (tmp_path / "elsewhere").write_bytes(content)
@@ -174,7 +174,7 @@ def test_a_manifest_reaches_nothing_outside_its_directory(tmp_path: Path) -> Non
 
 
 def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "FORMAT", 2)
+    monkeypatch.setattr(manifest, "FORMAT", 2)
     write(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="has format 2; this version reads 1"):

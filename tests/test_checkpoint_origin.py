@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rkdo_dist import config as configuration
-from rkdo_dist.checkpoint import store
+from rkdo_dist.checkpoint import manifest
 from rkdo_dist.data.prepare import prepare
 from tests.jobs import command, fingerprint, metrics, run_of
 
@@ -104,8 +104,8 @@ def as_the_first_edition_wrote_it(run: Path, step: int, **changes: Any) -> None:
     state = json.loads((root / "state.json").read_text())
     settings = configuration.digest_of_first_edition(configuration.from_tree(state["extra"].pop("configuration")))
     state["extra"] |= {"settings": settings, **changes}
-    (root / "state.json").write_bytes(store.to_json(state))
-    (root / "manifest.json").write_bytes(store.manifest_of(root, step))
+    (root / "state.json").write_bytes(manifest.to_json(state))
+    (root / "manifest.json").write_bytes(manifest.manifest_of(root, step))
 
 
 def test_a_checkpoint_of_the_first_edition_goes_on_if_its_digest_fits(small: list[str], run: Path) -> None:

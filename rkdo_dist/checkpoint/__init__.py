@@ -13,15 +13,16 @@ A checkpoint is built under a temporary name, flushed to the disk and renamed; t
 ones are removed. So a save can be killed at any instant, and the old or the new checkpoint loads. Nothing is keyed by
 rank: another world size can load it.
 
-`store` writes, reads and verifies; `optimizer` converts an optimizer's state to names and tensors. `latest` is kept for
-scripts, and to go back to an older checkpoint by hand: a loader follows it and says so where there are newer ones.
+`store` writes and reads; `manifest` verifies; `optimizer` converts an optimizer's state to names and tensors. `latest`
+is kept for scripts, and to go back to an older checkpoint by hand: a loader follows it and says so where there are
+newer ones.
 """
 
+from rkdo_dist.checkpoint.manifest import CheckpointError, Facts
 from rkdo_dist.checkpoint.optimizer import OptimizerState, optimizer_to_tensors, tensors_to_optimizer
 from rkdo_dist.checkpoint.store import (
     AVERAGE,
     Checkpoint,
-    CheckpointError,
     CheckpointWarning,
     begin,
     commit,
@@ -37,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",
+    "Facts",
     "OptimizerState",
     "begin",
     "commit",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,21 +18,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rkdo_dist.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    PARTS,
+    STATE,
+    CheckpointError,
+    Facts,
+    facts_of,
+    manifest_of,
+    plausible,
+    read_manifest,
+    to_json,
+    verify,
+)
 from rkdo_dist.checkpoint.optimizer import OptimizerState
-from rkdo_dist.files import TEMPORARY, read_regular, sha256_of, sync_directory, sync_file, write_atomic, write_synced
+from rkdo_dist.exchange import group
+from rkdo_dist.files import TEMPORARY, read_regular, sync_directory, sync_file, write_atomic, write_synced
 
-FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
-MODEL, OPTIMIZER, PARTS = "model.safetensors", "optimizer.safetensors", "parts"
-_LONGEST = 1 << 26  # bytes; a longer manifest is not parsed
 LATEST = "latest"
 AVERAGE = "average"  # the part that holds the moving average of the weights (train.ema)
 _SET_ASIDE = ".replaced"  # suffix of a checkpoint while another of the same step replaces it
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message names it and says what to do."""
 
 
 class CheckpointWarning(UserWarning):
@@ -121,9 +128,10 @@ def save(
     if keep < 1:
         raise ValueError(f"at least one checkpoint must be kept, got keep={keep}")
     building = begin(directory, step)
+    known: Facts = {}
     for name, tensors in (parts or {}).items():
-        write_part(building, name, tensors)
-    return commit(building, model, optimizer, extra, keep)
+        known |= write_part(building, name, tensors)
+    return commit(building, model, optimizer, extra, keep, known)
 
 
 def begin(directory: str | os.PathLike[str], step: int) -> Path:
@@ -152,13 +160,16 @@ def begin(directory: str | os.PathLike[str], step: int) -> Path:
     return building
 
 
-def write_part(building: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+def write_part(building: Path, name: str, tensors: Mapping[str, Tensor]) -> Facts:
     """Write one part of a checkpoint that `begin` has begun, flushed to the disk; on the part's owner.
 
     Args:
         building: from `begin`.
         name: a global name, the same whatever the world size; letters, digits, `_`, `.`, `-`.
         tensors: by name, on any device.
+
+    Returns:
+        Its line of the manifest, for `commit`, which need not read the file then.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -168,6 +179,7 @@ def write_part(building: Path, name: str, tensors: Mapping[str, Tensor]) -> None
         raise ValueError(f"a part's name has letters, digits, '_', '.' and '-' only, got {name!r}")
     with _explained(building, "written"):
         _write_tensors(building / PARTS / f"{name}.safetensors", tensors)
+        return facts_of(building, f"{PARTS}/{name}.safetensors")
 
 
 def commit(
@@ -176,8 +188,13 @@ def commit(
     optimizer: OptimizerState | None = None,
     extra: Mapping[str, Any] | None = None,
     keep: int = 2,
+    known: Facts | None = None,
 ) -> Path:
-    """Complete the checkpoint that `begin` has begun, after all parts are written; arguments as `save`."""
+    """Complete the checkpoint that `begin` has begun, after all parts are written; arguments as `save`.
+
+    Args:
+        known: from `write_part`, of any parts.
+    """
     root, step = building.parent, int(building.name[1:].removesuffix(TEMPORARY))
     with _explained(building, "written"):
         _write_tensors(building / MODEL, model)
@@ -187,7 +204,7 @@ def commit(
         state["optimizer"] = None if optimizer is None else {"groups": optimizer.groups, "scalars": optimizer.scalars}
         write_synced(building / STATE, to_json(state))
         sync_directory(building / PARTS)
-        write_synced(building / MANIFEST, manifest_of(building, step))
+        write_synced(building / MANIFEST, manifest_of(building, step, known))
         sync_directory(building)
         final = _put_in_place(building, root / str(step))
         sync_directory(root)
@@ -221,7 +238,7 @@ def _put_in_place(building: Path, final: Path) -> Path:
 def _prune(root: Path, step: int, keep: int) -> None:
     """Remove the oldest checkpoints below `step`, and those that are incomplete, which do not count."""
     older = sorted((s for s in _steps_in(root) if s < step), reverse=True)
-    whole = [s for s in older if _plausible(root / str(s))]
+    whole = [s for s in older if plausible(root / str(s))]
     for s in set(older) - set(whole[: keep - 1]):
         try:
             _remove(root / str(s))
@@ -285,13 +302,14 @@ def _explained(building: Path, done: str) -> Iterator[None]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def load_latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
+def load_latest(directory: str | os.PathLike[str], together: bool = False) -> Checkpoint | None:
     """The newest complete checkpoint: the one that `latest` names, or else the newest complete one before it.
 
     If it is not the one that `latest` names, a `CheckpointWarning` gives the reason.
 
     Args:
         directory: the `checkpoints` directory; it need not exist.
+        together: see `load`.
 
     Returns:
         None if there is no checkpoint at all; the remains of an interrupted first save do not count.
@@ -300,9 +318,32 @@ def load_latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
         CheckpointError: if there are checkpoints and none is complete.
     """
     root = Path(directory)
+    names, complaints = _candidates(root)
+    if together:
+        names, complaints = group.from_rank_zero((names, complaints))
+    for name in names:
+        try:
+            found = load(root / name, together)
+            if found.step != int(name.removesuffix(_SET_ASIDE)):
+                raise CheckpointError(f"the checkpoint {root / name} is of step {found.step}")
+        except (CheckpointError, group.RankError) as error:
+            complaints.append(str(error))
+            continue
+        if complaints:
+            warnings.warn(f"{'; '.join(complaints)}. Using {root / name}", CheckpointWarning, stacklevel=2)
+        return found
+    if not names:
+        return None
+    raise CheckpointError(
+        f"no checkpoint in {root} is complete: {'; '.join(complaints)}. Restore one, or remove them to start over"
+    )
+
+
+def _candidates(root: Path) -> tuple[list[str], list[str]]:
+    """Names of the directories to try, the one that `latest` names first; and what is wrong with that."""
     steps = sorted(_steps_in(root), reverse=True) if root.is_dir() else []
     if not steps:
-        return None
+        return [], []
     named, complaints = _pointer(root)
     if named is None or named not in steps:
         if named is not None:
@@ -313,33 +354,28 @@ def load_latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
         if newer:
             complaints.append(f"{root / LATEST} names step {named}, though there are newer: {newer[::-1]}")
         order = [named, *(s for s in steps if s < named), *newer]
-    for step in order:
-        for path in (root / str(step), root / f"{step}{_SET_ASIDE}"):
-            if not path.is_dir():
-                continue
-            try:
-                found = load(path)
-                if found.step != step:
-                    raise CheckpointError(f"the checkpoint {path} is of step {found.step}")
-            except CheckpointError as error:
-                complaints.append(str(error))
-                continue
-            if complaints:
-                warnings.warn(f"{'; '.join(complaints)}. Using {path}", CheckpointWarning, stacklevel=2)
-            return found
-    raise CheckpointError(
-        f"no checkpoint in {root} is complete: {'; '.join(complaints)}. Restore one, or remove them to start over"
-    )
+    names = [name for step in order for name in (str(step), f"{step}{_SET_ASIDE}")]
+    return [name for name in names if (root / name).is_dir()], complaints
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
+def load(path: str | os.PathLike[str], together: bool = False) -> Checkpoint:
     """Read a checkpoint's directory, after verifying the checksum of every file.
+
+    Args:
+        together: by all ranks (collective): the ranks of a node hash a share of its files each, and all get one verdict
+            (`RankError` with several ranks).
 
     Raises:
         CheckpointError: if it is missing, incomplete or damaged, naming the file.
     """
     root = Path(path)
-    manifest = verify(root)
+    if not together:
+        return _read(root, verify(root))
+    manifest = group.together(lambda: verify(root, *group.on_node()), f"verifying {root}")
+    return group.together(lambda: _read(root, manifest), f"reading {root}")
+
+
+def _read(root: Path, manifest: dict[str, Any]) -> Checkpoint:
     try:
         state = json.loads(read_regular(root / STATE))
         model = _read_tensors(root / MODEL)
@@ -388,93 +424,3 @@ def _pointer(root: Path) -> tuple[int | None, list[str]]:
     if not re.fullmatch(rb"(0|[1-9][0-9]{0,17})\n", text):
         return None, [f"{root / LATEST} is damaged"]
     return int(text), []
-
-
-# -- the manifest ------------------------------------------------------------------------------------------------------
-
-
-def manifest_of(root: Path, step: int) -> bytes:
-    """The manifest for the files in `root`, of which it reads every byte.
-
-    Raises:
-        OSError: if one cannot be read.
-    """
-    paths = [p for p in root.rglob("*.safetensors") if not p.name.startswith(".")] + [root / STATE]
-    files = {p.relative_to(root).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(paths)}
-    return _signed({"format": FORMAT, "step": step, "files": files})
-
-
-def to_json(value: Any) -> bytes:
-    """JSON in the form of all files of a checkpoint; floats are restored bit by bit."""
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _signed(manifest: dict[str, Any]) -> bytes:
-    """The manifest's bytes, with the digest of all the rest at its end."""
-    return to_json({**manifest, "sha256": hashlib.sha256(to_json(manifest)).hexdigest()})
-
-
-def verify(root: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after verifying every file.
-
-    Raises:
-        CheckpointError: if a file is missing or has changed, naming it.
-    """
-    manifest = read_manifest(root)
-    for name, facts in manifest["files"].items():
-        if not _as_long_as(root / name, facts["bytes"]):
-            raise CheckpointError(f"the checkpoint {root} is damaged: {name} is missing or has the wrong length")
-        try:
-            digest = sha256_of(root / name)
-        except OSError as error:
-            raise CheckpointError(f"the checkpoint {root} cannot be read: {name}: {error.strerror}") from error
-        if digest != facts["sha256"]:
-            raise CheckpointError(
-                f"the checkpoint {root} is damaged: {name} has changed since it was written (SHA-256)"
-            )
-    return manifest
-
-
-def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest, after verifying its own digest.
-
-    Raises:
-        CheckpointError: if it is missing, has changed, or is of another version.
-    """
-    try:
-        content = read_regular(root / MANIFEST, _LONGEST)
-        manifest = json.loads(content)
-        digest = manifest.pop("sha256")
-        whole = _signed(manifest) == content and len(digest) == 64
-        files = manifest["files"]
-        safe = {MODEL, STATE} <= set(files) and all(
-            re.fullmatch(rf"({PARTS}/)?[\w-][\w.-]*", name) and set(facts) == {"bytes", "sha256"}
-            for name, facts in files.items()
-        )
-    except FileNotFoundError as error:
-        raise CheckpointError(f"the checkpoint {root} is incomplete: it has no {MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the checkpoint {root} is damaged: {MANIFEST} cannot be read: {error}") from error
-    if not whole or not safe:
-        raise CheckpointError(f"the checkpoint {root} is damaged: {MANIFEST} is not as it was written")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"the checkpoint {root} has format {manifest['format']}; this version reads {FORMAT}")
-    return manifest
-
-
-def _plausible(root: Path) -> bool:
-    """Whether a checkpoint has its manifest and files of the right lengths, without reading them."""
-    try:
-        manifest = read_manifest(root)
-    except CheckpointError:
-        return False
-    return all(_as_long_as(root / name, facts["bytes"]) for name, facts in manifest["files"].items())
-
-
-def _as_long_as(path: Path, length: int) -> bool:
-    """Whether `path` is a regular file (not a link or device) of `length` bytes."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == length

@@ -116,6 +116,8 @@ class ShardIndex:
         address: of the index, if the shards lie elsewhere (see `remote`); None: they are files below `root`.
         notes: what a user should know of the source before training on it.
         title: what messages call the source, if it is not a directory.
+        verified: directory of this job on this node, where its processes note which shards they have verified; None:
+            each process verifies for itself.
     """
 
     root: Path
@@ -129,6 +131,7 @@ class ShardIndex:
     address: Address | None = field(default=None, repr=False, compare=False)
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
     title: str = field(default="", repr=False, compare=False)
+    verified: Path | None = field(default=None, repr=False, compare=False)
 
     @property
     def place(self) -> str:

@@ -7,12 +7,18 @@ a shard costs nothing, and an error knows its offset.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import secrets
+import shutil
+import socket
 import stat
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +29,7 @@ from rkdo_dist.data.archive import PIECE, Table, checksums, locate, scan
 from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.images import decode, parse_label
 from rkdo_dist.data.index import DataError, OpenSamples, Shard, ShardIndex
+from rkdo_dist.exchange import group
 from rkdo_dist.files import TEMPORARY, sync_directory
 
 _THOROUGH = 2 << 30  # bytes of a split up to which `check_shards` hashes it
@@ -172,15 +179,15 @@ def open_shard(index: ShardIndex, shard: Shard) -> OpenSamples:
         return shard.content.open(index.name_of(shard))
     path, name = index.file_of(shard), index.name_of(shard)
     try:
-        return _open_verified(path, name, shard)
+        return _open_verified(path, name, shard, index.verified)
     except DataError as error:
         if index.address is None or isinstance(error, Unreachable):
             raise
         path.unlink(missing_ok=True)
-        return _open_verified(index.file_of(shard), name, shard)
+        return _open_verified(index.file_of(shard), name, shard, index.verified)
 
 
-def _open_verified(path: Path, name: str, shard: Shard) -> OpenShard:
+def _open_verified(path: Path, name: str, shard: Shard, notes: Path | None) -> OpenShard:
     descriptor = open_plain(path, name)
     try:
         status = os.fstat(descriptor)
@@ -192,7 +199,10 @@ def _open_verified(path: Path, name: str, shard: Shard) -> OpenShard:
         key = (shard, _identity(status))
         table = _verified.get(key)
         if table is None:
-            table = _verify(descriptor, name, shard)
+            with _once(notes, key) as known:
+                if not known:
+                    _verify(descriptor, name, shard)
+            table = _table(descriptor, name, shard)
             _verified[key] = table
             while len(_verified) > 1 and sum(len(t.keys) for t in _verified.values()) > _cached_samples:
                 _verified.popitem(last=False)
@@ -227,7 +237,51 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _verify(descriptor: int, name: str, shard: Shard) -> Table:
+@contextmanager
+def verified_once(index: ShardIndex) -> Iterator[ShardIndex]:
+    """The index, of whose shards the processes of a node verify each once, all of them together (collective).
+
+    What has been verified is noted in a directory of the machine that nobody else can write to, by the file's identity
+    (inode, length, times), and removed with this context.
+    """
+    token = group.from_rank_zero(secrets.token_hex(16))
+    notes = Path(tempfile.gettempdir()) / f"rkdo-{socket.gethostname()}-{token}"
+
+    def make() -> None:
+        notes.mkdir(mode=0o700, exist_ok=True)
+        if notes.lstat().st_uid != os.geteuid():
+            raise DataError(f"{notes} belongs to somebody else")
+
+    group.together(make, "making a directory for what is verified")
+    try:
+        yield replace(index, verified=notes)
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+@contextmanager
+def _once(notes: Path | None, key: tuple) -> Iterator[bool]:
+    """Whether another process of the node has done what is to be done here; noted as done if this context ends well.
+
+    While one does it, the others wait.
+    """
+    note = -1
+    if notes is not None:
+        with suppress(OSError):  # where no note can be kept, everybody does it
+            name = hashlib.sha256(repr(key).encode()).hexdigest()
+            note = os.open(notes / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(note, fcntl.LOCK_EX)
+    try:
+        yield note >= 0 and os.fstat(note).st_size > 0
+        with suppress(OSError):
+            if note >= 0:
+                os.pwrite(note, b"1", 0)
+    finally:
+        if note >= 0:
+            os.close(note)
+
+
+def _verify(descriptor: int, name: str, shard: Shard) -> None:
     digest, offset = hashlib.sha256(), 0
     try:
         while piece := os.pread(descriptor, PIECE, offset):
@@ -240,6 +294,9 @@ def _verify(descriptor: int, name: str, shard: Shard) -> Table:
             f"{name} is damaged{_first_damage(descriptor, shard)}: its SHA-256 is {digest.hexdigest()[:16]}..., "
             f"the index says {shard.sha256[:16]}...; {_guess(descriptor)}"
         )
+
+
+def _table(descriptor: int, name: str, shard: Shard) -> Table:
     table = scan(descriptor, name)
     if len(table.keys) != shard.samples:
         raise DataError(f"{name} holds {len(table.keys)} samples, the index says {shard.samples}")
@@ -266,8 +323,9 @@ def _guess(descriptor: int) -> str:
 def check_shards(index: ShardIndex, split: str) -> None:
     """Check that the shards of a split are there and match the index, before training starts.
 
-    Lengths are always compared, SHA-256 too if the split has no more than 2 GiB (the stream verifies each shard again
-    before it uses it). Shards that lie elsewhere are not fetched for this.
+    Lengths are always compared, SHA-256 too if the split has no more than 2 GiB (the stream verifies each shard that
+    this process, or one of its node, has not verified yet). Shards that lie elsewhere are not fetched for this. The
+    ranks of a node check a share each: call it on all, and share the verdict.
 
     Raises:
         DataError: naming the first shard that is missing or differs.
@@ -276,7 +334,10 @@ def check_shards(index: ShardIndex, split: str) -> None:
     if index.address is not None:
         return
     thorough = sum(shard.bytes for shard in shards) <= _THOROUGH
-    for shard in (shard for shard in shards if shard.content is None):  # others are verified sample by sample
+    place, count = group.on_node()
+    for shard in shards[place::count]:
+        if shard.content is not None:  # verified sample by sample
+            continue
         path = index.file_of(shard)
         if thorough or not path.is_file() or path.stat().st_size != shard.bytes:
             open_shard(index, shard).close()

@@ -16,6 +16,7 @@ host: a collective on a device says nothing when a peer is gone, and gives up wh
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -47,6 +48,17 @@ def world_size(group: Group = None) -> int:
 def rank(group: Group = None) -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank(group) if is_distributed() else 0
+
+
+def on_node() -> tuple[int, int]:
+    """This process's number among the ranks of its node, and how many they are, as launchers say; (0, 1) if none does.
+
+    Work that is shared on a node is done by everybody then.
+    """
+    local, count = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    return (local, count) if world_size() > 1 and 0 <= local < count else (0, 1)
 
 
 class TreeSum(Generic[P]):

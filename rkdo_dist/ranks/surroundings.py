@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.shards import verified_once
 from rkdo_dist.diagnostics import logger
 from rkdo_dist.exchange import group
 from rkdo_dist.parts import open_index, require_source
@@ -107,7 +108,8 @@ def meet(
         agree(around.runtime.launch)
         around.index = group.together(open_data or (lambda: open_index(config)), "reading the index")
         agree({"the shards' index (digest)": around.index.digest()})
-        yield around
+        with verified_once(around.index) as around.index:
+            yield around
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from rkdo_dist.diagnostics import Lasting, lasting_output, logger
 from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics, evaluate_encoder
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
-from rkdo_dist.ranks.agreement import agree, code_digest
+from rkdo_dist.ranks.agreement import code_digest
 from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.signals import Stopped, StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
@@ -163,8 +163,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
     group.on_main(lambda: run.claim(config, source, data), "claiming run.dir")
     group.together(run.check_shared, "looking at run.dir")
     if config.run.resume != "never":
-        group.together(lambda: restore(job), "loading the checkpoint")
-    agree({"step of the checkpoint": job.position})
+        restore(job)
     changed_by = {callbacks.name_of(one) for one in given.callbacks if getattr(one, "changes_results", False)}
     if rt.is_main:
         run.write_environment({

@@ -153,10 +153,12 @@ class PersistentField:
         everyone: list[Any] = group.gather_objects(mine)
         return {"step": step, "samples": n, "rows": [row for part in everyone for row in part]}
 
-    def write_parts(self, building: Path) -> None:
+    def write_parts(self, building: Path) -> checkpoint.Facts:
         """Write this rank's tiles into a checkpoint that has been begun; call `store.finish` on all ranks before."""
+        facts: checkpoint.Facts = {}
         for tile in self.store.shards.tiles_of(group.rank()):
-            checkpoint.write_part(building, _part(tile), self.store.tensors(tile))
+            facts |= checkpoint.write_part(building, _part(tile), self.store.tensors(tile))
+        return facts
 
     def restore(self, found: Checkpoint) -> None:
         """Take this rank's tiles from a checkpoint, whatever the number of ranks that wrote it.

@@ -50,7 +50,7 @@ def made_ready(
     if backbone is None:
         group.together(lambda: memory.require(config, rt, index, sharing), "estimating memory")
     job = group.together(lambda: build(config, rt, index, run, backbone=backbone, metrics=metrics), "building the run")
-    group.together(lambda: branch(job), "looking at run.branch")
+    branch(job)
     job.supervise()
     agree(job.facts())
     numbers = arithmetic(rt.device)

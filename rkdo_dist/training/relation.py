@@ -189,13 +189,15 @@ class RelationalField:
         if self.queue is not None:
             self.queue.advance(len(self._keys))
 
-    def write_parts(self, building: Path) -> None:
+    def write_parts(self, building: Path) -> checkpoint.Facts:
         """Write the queue, or this rank's tiles of the bank, into a checkpoint that has been begun; on all ranks."""
+        facts: checkpoint.Facts = {}
         if self.queue is not None and group.rank() == 0:
-            checkpoint.write_part(building, QUEUE, self.queue.tensors())
+            facts |= checkpoint.write_part(building, QUEUE, self.queue.tensors())
         if self.bank is not None:
             for tile in self.bank.shards.tiles_of(group.rank()):
-                checkpoint.write_part(building, f"{BANK}.{tile:06d}", self.bank.tensors(tile))
+                facts |= checkpoint.write_part(building, f"{BANK}.{tile:06d}", self.bank.tensors(tile))
+        return facts
 
     def restore(self, found: Checkpoint) -> None:
         """Continue with the queue, or bank, of a checkpoint.

@@ -15,7 +15,6 @@ from rkdo_dist.diagnostics import logger
 from rkdo_dist.evaluate import probes
 from rkdo_dist.evaluate.evaluation import evaluate_encoder
 from rkdo_dist.exchange import group
-from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory, RunError
@@ -33,22 +32,28 @@ def save(job: Job, journal: Journal) -> bool:
     what = f"saving the checkpoint of step {job.position}"
     building = group.on_main(lambda: checkpoint.begin(job.run.checkpoints, job.position), what)
     everyones = Path(group.from_rank_zero(str(building)))
+    known: checkpoint.Facts = {}
     if job.relational is not None:
         relational = job.relational
-        group.together(lambda: relational.write_parts(everyones), what)
+        known |= group.together(lambda: relational.write_parts(everyones), what)
     if job.persistent is not None:
         persistent = job.persistent
         persistent.store.finish()
-        group.together(lambda: persistent.write_parts(everyones), what)
+        known |= group.together(lambda: persistent.write_parts(everyones), what)
         shown = persistent.snapshot(job.position)
         group.on_main(lambda: job.run.write_rows(shown), what)
 
+    hashed = group.gather_objects(known)  # by those who wrote them
+
     def commit() -> None:
         assert building is not None
+        parts: checkpoint.Facts = {}
+        for some in hashed:
+            parts.update(some)  # type: ignore[call-overload]
         if job.average is not None:
-            checkpoint.write_part(building, checkpoint.AVERAGE, job.average.model.state_dict())
+            parts |= checkpoint.write_part(building, checkpoint.AVERAGE, job.average.model.state_dict())
         if job.temperature is not None:
-            checkpoint.write_part(building, TEMPERATURE, job.temperature.tensors())
+            parts |= checkpoint.write_part(building, TEMPERATURE, job.temperature.tensors())
         extra = {
             **job.facts(),
             "configuration": configuration.decisive_tree(job.config),
@@ -60,7 +65,7 @@ def save(job: Job, journal: Journal) -> bool:
             "launch": job.runtime.launch,
             "arithmetic": arithmetic(job.runtime.device),
         }
-        checkpoint.commit(building, state.model, state.optimizer, extra, keep=job.config.train.keep_checkpoints)
+        checkpoint.commit(building, state.model, state.optimizer, extra, job.config.train.keep_checkpoints, parts)
         job.run.saved(job.position)
 
     group.on_main(commit, what)
@@ -69,14 +74,18 @@ def save(job: Job, journal: Journal) -> bool:
 
 
 def restore(job: Job) -> None:
-    """Continue from the newest complete checkpoint of the run, if it has one.
+    """Continue from the newest complete checkpoint of the run, if it has one (collective).
 
     Raises:
-        ValueError: if no checkpoint is whole (that it is this run's own, `RunDirectory.claim` has seen to).
+        ValueError: on every rank, if no checkpoint is whole (that it is this run's own, `RunDirectory.claim` has seen
+            to), or it does not fit; RankError with several ranks.
     """
     found = newest_checkpoint(job.run, job.runtime)
-    if found is None:
-        return
+    if found is not None:
+        group.together(lambda: _continue(job, found), "loading the checkpoint")
+
+
+def _continue(job: Job, found: checkpoint.Checkpoint) -> None:
     assert found.optimizer is not None  # `save` writes it
     job.encoder.load_state_dict(found.model)
     checkpoint.tensors_to_optimizer(found.optimizer, job.optimizer, job.encoder.named_parameters())
@@ -102,21 +111,33 @@ def restore(job: Job) -> None:
 
 
 def branch(job: Job) -> None:
-    """Begin with the last weights and the optimizer's state of the run that `run.branch` names, under own settings.
+    """Begin with the last weights and the optimizer's state of the run that `run.branch` names, under own settings
+    (collective).
 
     Steps, data order, rows and averages begin anew, the average with those weights. A run that has a checkpoint of its
     own continues from that (`restore`) and does not look at the other run again.
 
     Raises:
-        RunError: if there is no such run, it is not complete, or its encoder or optimizer is another.
+        RunError: if there is no such run, it is not complete, or its encoder or optimizer is another; RankError with
+            several ranks.
     """
     config = job.config
     if config.run.branch == "none" or newest_checkpoint(job.run, job.runtime) is not None:
         return
     source = RunDirectory(Path(config.run.branch.replace("{seed}", str(config.run.seed))))
-    if source.status()["status"] != "complete":
-        raise RunError(f"run.branch={source.path}: that run is not complete; continue it first with run.resume=auto")
+
+    def require_complete() -> None:
+        if source.status()["status"] != "complete":
+            raise RunError(
+                f"run.branch={source.path}: that run is not complete; continue it first with run.resume=auto"
+            )
+
+    group.together(require_complete, "looking at run.branch")
     found = newest_checkpoint(source, job.runtime)
+    group.together(lambda: _begin_with(job, source, found), "looking at run.branch")
+
+
+def _begin_with(job: Job, source: RunDirectory, found: checkpoint.Checkpoint | None) -> None:
     if found is None or found.optimizer is None:
         raise RunError(f"run.branch={source.path}: that run has no checkpoint any more")
     own = [{key: value for key, value in group.items() if key != "params"} for group in job.optimizer.param_groups]
@@ -132,10 +153,15 @@ def branch(job: Job) -> None:
 
 
 def newest_checkpoint(run: RunDirectory, runtime: Runtime) -> checkpoint.Checkpoint | None:
-    """The newest complete checkpoint of a run; if it is not the newest, rank zero says why."""
+    """The newest complete checkpoint of a run, the same on every rank (collective); if it is not the newest, rank zero
+    says why.
+
+    Raises:
+        CheckpointError: on every rank, if there are some and none is complete.
+    """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", checkpoint.CheckpointWarning)
-        found = checkpoint.load_latest(run.checkpoints)
+        found = checkpoint.load_latest(run.checkpoints, together=True)
     if runtime.is_main:
         for warning in said:
             logger.warning("%s", warning.message)
@@ -148,11 +174,10 @@ def own_checkpoint(run: RunDirectory, config: Config, runtime: Runtime) -> check
     Raises:
         RunError: if there is none, or it is not this run's own.
     """
-    found = group.together(lambda: newest_checkpoint(run, runtime), "loading the checkpoint")
+    found = newest_checkpoint(run, runtime)
     if found is None:
         raise RunError(f"{run.path} has no checkpoint yet: train it first")
     group.together(lambda: run.refuse_foreign(found, config), "comparing the checkpoint with config.yaml")
-    agree({"step of the checkpoint": found.step})
     return found
 
 
