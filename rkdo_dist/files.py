@@ -59,10 +59,12 @@ def read_regular(path: str | os.PathLike[str], limit: int = 64 << 20) -> bytes:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
-        content = file.read(limit + 1)
+        content = bytearray()  # grown by pieces: at once, the library makes room for the limit
+        while len(content) <= limit and (piece := file.read(_CHUNK)):
+            content += piece
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
-    return content
+    return bytes(content)
 
 
 def write_synced(path: str | os.PathLike[str], content: bytes | memoryview) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rkdo_dist.data import index as index_module
 from rkdo_dist.data.images import parse_label
-from rkdo_dist.data.index import DataError, load_index
+from rkdo_dist.data.index import DataError, load_index, save_index
+from rkdo_dist.data.order import EpochPlan, GlobalBatches
 from rkdo_dist.data.prepare import prepare
+from rkdo_dist.data.shards import open_shard
 from tests.pictures import image_folder
 
 
@@ -70,3 +76,62 @@ def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "index.json")
     with pytest.raises(DataError, match=r"index\.json: it is a pipe or a device"):
         load_index(tmp_path)
+
+
+def damage(root: Path) -> str:
+    """What is said of one changed byte in the middle of the second training shard."""
+    file = root / "train-00001.tar"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    index = load_index(root)
+    with pytest.raises(DataError, match="is damaged") as caught:
+        open_shard(index, index.split("train").shards[1])
+    return str(caught.value).replace(str(root), "")
+
+
+def test_long_checksums_of_samples_are_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage is located as before, a reader that knows nothing of the file reads the index, and a copy has it all."""
+    folder = image_folder(tmp_path / "f", train=40, test=5)
+    prepare("imagefolder", tmp_path / "inline", folder, shard_size=9)
+    monkeypatch.setattr(index_module, "_MAX_INLINE", 100)
+    made = prepare("imagefolder", tmp_path / "apart", folder, shard_size=9)
+    read = load_index(tmp_path / "apart")
+    assert made.digest() == read.digest()
+    assert (tmp_path / "apart" / "index.checks").stat().st_size == 8 * 45
+    assert not (tmp_path / "inline" / "index.checks").exists()
+    tree = json.loads((tmp_path / "apart" / "index.json").read_text())
+    assert "checks" not in tree["splits"]["train"][0]
+    for split in ("train", "test"):
+        inline = load_index(tmp_path / "inline").split(split).shards
+        assert [s.checks.read() for s in read.split(split).shards] == [s.checks for s in inline]  # type: ignore[union-attr]
+    shutil.copytree(tmp_path / "apart", tmp_path / "again")
+    save_index(load_index(tmp_path / "again"))
+    assert (tmp_path / "again" / "index.checks").read_bytes() == (tmp_path / "apart" / "index.checks").read_bytes()
+    said = damage(tmp_path / "inline")
+    assert "first in sample" in said
+    assert damage(tmp_path / "apart") == said
+    (tmp_path / "again" / "index.checks").unlink()
+    assert "first in" not in damage(tmp_path / "again")  # without the file damage is found, but not located
+    tree["splits"]["train"][0]["checks_bytes"] = -1
+    (tmp_path / "apart" / "index.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match='"checks_bytes" must be a whole number'):
+        load_index(tmp_path / "apart")
+
+
+def test_an_index_of_a_hundred_million_samples(tmp_path: Path) -> None:
+    """50,000 shards; the 800 MB of checksums are not touched (here they do not even exist)."""
+    entry = {"samples": 2000, "sha256": "0" * 64, "bytes": 200_000_000, "checks_bytes": 16_000}
+    shards = [{"name": f"train-{k:05d}.tar", **entry} for k in range(50_000)]
+    tree = {"format": "rkdo-shards", "version": 1, "classes": [], "image_size": None, "splits": {"train": shards}}
+    (tmp_path / "index.json").write_text(json.dumps(tree))
+    del shards, tree
+    tracemalloc.start()
+    index = load_index(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert index.split("train").samples == 100_000_000
+    assert index.split("train").shards[-1].checks.offset == 49_999 * 16_000  # type: ignore[union-attr]
+    assert peak < 150e6
+    batches = GlobalBatches(EpochPlan(index.split("train").counts, 1, 0, 512, 64))
+    assert len(np.unique(batches.ids(3050))) == 512 * 64

@@ -3,14 +3,19 @@
 `index.json` is beside the shards and is the only description of them that is trusted; a reader checks every
 shard against it before using a sample. It is plain JSON and is checked strictly: nothing in it can make a
 reader open a file outside its directory, start a program, or, unless that is allowed, fetch anything.
+
+Checksums of single samples, which only say where a damaged shard is damaged, are in it too; where they are long, they
+are in `index.checks` beside it, eight bytes a sample, which is read when there is damage to locate.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +25,39 @@ import numpy as np
 
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.remote import Address, default_cache, fetch, is_url, read_all
-from rkdo_dist.files import read_regular, write_atomic
+from rkdo_dist.files import TEMPORARY, read_regular, sync_file, write_atomic
 
 INDEX_NAME = "index.json"
 FORMAT, VERSION = "rkdo-shards", 1
 _MAX_INDEX_BYTES = 256 << 20
+_MAX_INLINE = 32 << 20  # characters of checksums in the index itself: three million samples
+_SIDE = ".checks"  # suffix of the file of the others
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class ChecksAt:
+    """Checksums of a shard's samples in the side file of an index.
+
+    Attributes:
+        path: the file; None: out of reach.
+        offset, length: bytes of the shard's.
+    """
+
+    path: Path | None
+    offset: int
+    length: int
+
+    def read(self) -> str:
+        """As in an index: base64; "" if they cannot be read."""
+        try:
+            if self.path is not None:
+                with open(self.path, "rb") as file:
+                    file.seek(self.offset)
+                    return base64.b64encode(file.read(self.length)).decode()
+        except OSError:
+            pass
+        return ""
 
 
 class OpenSamples(Protocol):
@@ -68,8 +100,8 @@ class Shard:
         samples: how many samples it holds.
         sha256: of the whole file, 64 hexadecimal digits.
         bytes: length of the file.
-        checks: checksums of its samples, by which damage is located (`archive.checksums`); "" if there are
-            none.
+        checks: checksums of its samples, by which damage is located (`archive.checksums`), or where they are; "" if
+            there are none.
         content: where the samples are if they are in no tar file (`folder`, `datasets`); `sha256` then describes them.
     """
 
@@ -77,12 +109,15 @@ class Shard:
     samples: int
     sha256: str
     bytes: int
-    checks: str = ""
+    checks: str | ChecksAt = ""
     content: Content | None = field(default=None, repr=False, compare=False)
 
     def tree(self) -> dict[str, Any]:
         """As it is stored."""
-        return {name: value for name, value in vars(self).items() if name != "content"}
+        found = {name: value for name, value in vars(self).items() if name not in ("content", "checks")}
+        if isinstance(self.checks, ChecksAt):
+            return {**found, "checks_bytes": self.checks.length}
+        return {**found, "checks": self.checks}
 
 
 @dataclass(frozen=True)
@@ -190,8 +225,32 @@ def to_tree(index: ShardIndex) -> dict[str, Any]:
 def save_index(index: ShardIndex, path: str | os.PathLike[str] | None = None) -> Path:
     """Write the index atomically to `path` (default: index.json in its root); returns the path."""
     target = Path(path) if path is not None else index.root / INDEX_NAME
+    checks = [shard.checks for split in index.splits.values() for shard in split.shards]
+    if sum(_MAX_INLINE + 1 if isinstance(c, ChecksAt) else len(c) for c in checks) > _MAX_INLINE:
+        index = _with_checks_apart(index, target.with_suffix(_SIDE))
     write_atomic(target, json.dumps(to_tree(index), indent=1) + "\n")
     return target
+
+
+def _with_checks_apart(index: ShardIndex, target: Path) -> ShardIndex:
+    """The index with the checksums of samples in a file of their own, which is written."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    splits: dict[str, Split] = {}
+    try:
+        with open(temporary, "xb") as file:
+            for split in index.splits.values():
+                shards = []
+                for shard in split.shards:
+                    text = shard.checks.read() if isinstance(shard.checks, ChecksAt) else shard.checks
+                    offset = file.tell()
+                    file.write(base64.b64decode(text))
+                    shards.append(replace(shard, checks=ChecksAt(target, offset, file.tell() - offset)))
+                splits[split.name] = Split(split.name, tuple(shards))
+        sync_file(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return replace(index, splits=splits)
 
 
 def load_index(path: str | os.PathLike[str], *, allow_remote: bool = False) -> ShardIndex:
@@ -253,7 +312,8 @@ def _parse(text: bytes, where: str) -> Any:
 
 def _checked(tree: Any, where: str, root: Path, address: Address | None) -> ShardIndex:
     try:
-        return replace(_from_tree(tree, root), address=address)
+        side = None if address is not None else Path(where).with_suffix(_SIDE)
+        return replace(_from_tree(tree, root, side), address=address)
     except _Bad as error:
         raise DataError(f"{where}: {error}") from None
 
@@ -262,7 +322,7 @@ class _Bad(Exception):
     """An invalid value in an index."""
 
 
-def _from_tree(tree: Any, root: Path) -> ShardIndex:
+def _from_tree(tree: Any, root: Path, side: Path | None) -> ShardIndex:
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise _Bad(f'not a shard index (expected an object with "format": "{FORMAT}")')
     if tree.get("version") != VERSION:
@@ -276,13 +336,16 @@ def _from_tree(tree: Any, root: Path) -> ShardIndex:
     splits = tree.get("splits")
     if not isinstance(splits, dict) or not splits:
         raise _Bad('"splits" must be an object with at least one split')
-    built = {}
+    built, offset = {}, 0
     for name, shards in splits.items():
         if not isinstance(shards, list) or not shards:
             raise _Bad(f"split {name!r} has no shards")
-        built[name] = Split(
-            name, tuple(_shard(entry, f"shard {k} of split {name!r}") for k, entry in enumerate(shards))
-        )
+        found = []
+        for k, entry in enumerate(shards):
+            found.append(_shard(entry, f"shard {k} of split {name!r}", side, offset))
+            checks = found[-1].checks
+            offset += checks.length if isinstance(checks, ChecksAt) else 0
+        built[name] = Split(name, tuple(found))
         if not built[name].samples:
             raise _Bad(f"split {name!r} has no samples")
     names = [shard.name for split in built.values() for shard in split.shards]
@@ -302,7 +365,7 @@ def _from_tree(tree: Any, root: Path) -> ShardIndex:
     )
 
 
-def _shard(entry: Any, where: str) -> Shard:
+def _shard(entry: Any, where: str, side: Path | None, offset: int) -> Shard:
     if not isinstance(entry, dict):
         raise _Bad(f"{where} must be an object, got {entry!r}")
     name, digest = entry.get("name"), entry.get("sha256")
@@ -315,6 +378,10 @@ def _shard(entry: Any, where: str) -> Shard:
     checks = entry.get("checks", "")
     if not isinstance(checks, str):
         raise _Bad(f'{where}: "checks" must be text, got {checks!r}')
+    if "checks_bytes" in entry:
+        if not _is_count(entry["checks_bytes"]):
+            raise _Bad(f'{where}: "checks_bytes" must be a whole number >= 0, got {entry["checks_bytes"]!r}')
+        return Shard(str(name), entry["samples"], digest, entry["bytes"], ChecksAt(side, offset, entry["checks_bytes"]))
     return Shard(str(name), entry["samples"], digest, entry["bytes"], checks)
 
 

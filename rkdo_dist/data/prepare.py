@@ -186,7 +186,7 @@ def _build(
     save_index(index)
     (out / JOURNAL_NAME).unlink()
     progress(total, total, INDEX_NAME)
-    return index
+    return load_index(out)
 
 
 def _report(progress: Progress, before: int, total: int, label: str, done: int) -> None:

@@ -305,7 +305,7 @@ def _table(descriptor: int, name: str, shard: Shard) -> Table:
 
 def _first_damage(descriptor: int, shard: Shard) -> str:
     try:
-        place = locate(descriptor, shard.checks)
+        place = locate(descriptor, shard.checks if isinstance(shard.checks, str) else shard.checks.read())
     except OSError:
         place = ""
     return f" (first in {place})" if place else ""
