@@ -4,17 +4,20 @@ sample."""
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from rkdo_dist.data import views as module
-from rkdo_dist.data.views import Draws, Views, color_jitter, resized_crop, uniforms
+from rkdo_dist.data.pixels import Draws, Numbers, color_jitter, resized_crop
+from rkdo_dist.data.views import Views, uniforms
 
 SIZES = [(32, 32, 32), (40, 28, 32), (96, 96, 64), (8, 8, 8), (64, 64, 20), (17, 99, 24), (50, 60, 130)]
 
@@ -58,12 +61,10 @@ def test_pixels_are_those_of_torchvision(height: int, width: int, size: int) -> 
     views = Views(size, jitter=(0.8, 0.8, 0.8, 0.5), mean=0.3, std=0.7)
     draws = views.draw(np.arange(40), seed=1, epoch=2, view=0, height=height, width=width)
     cropped = reference_crop(images, draws, size)
-    torch.testing.assert_close(resized_crop(images, draws.boxes, draws.flip, size), cropped, atol=1e-6, rtol=0)
+    torch.testing.assert_close(resized_crop(images, Numbers.of(draws), size), cropped, atol=1e-6, rtol=0)
     jittered = reference_jitter(cropped, draws)
     assert (jittered - cropped).abs().max() > 0.3
-    ours = cropped.clone()
-    color_jitter(ours, draws)
-    torch.testing.assert_close(ours, jittered, atol=1e-5, rtol=0)
+    torch.testing.assert_close(color_jitter(cropped.clone(), Numbers.of(draws)), jittered, atol=1e-5, rtol=0)
     grey = torch.stack([F.rgb_to_grayscale(x, 3) if g else x for x, g in zip(jittered, draws.grayscale, strict=True)])
     expected = F.normalize(grey, [0.3] * 3, [0.7] * 3)
     torch.testing.assert_close(views(images, torch.arange(40), 1, 2, 0), expected, atol=2e-5, rtol=0)
@@ -105,12 +106,37 @@ def test_blur_and_solarization_are_drawn_as_asked_for_each_view() -> None:
     assert (Views(8).draw(np.arange(count), 3, 0, 1, 8, 8).boxes == second.boxes).all()
 
 
-def test_both_ways_of_resizing_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pictures(24, 40, 56)
-    draws = Views(30).draw(np.arange(24), 0, 0, 0, 40, 56)
-    dense = resized_crop(images, draws.boxes, draws.flip, 30)
-    monkeypatch.setattr(module, "_LARGE", 1)
-    torch.testing.assert_close(resized_crop(images, draws.boxes, draws.flip, 30), dense, atol=1e-6, rtol=0)
+@pytest.mark.parametrize("size", [1, 7, 24, 64])
+def test_bits_do_not_depend_on_the_pieces_that_images_are_worked_on_in(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image at a time undergoes its own changes alone; all at once, each has the places of all others' changes."""
+    images, ids = pictures(60, 40, 28), torch.arange(60)
+    views = Views(size, jitter_probability=0.7, grayscale=0.3, blur=0.4, solarize=0.3, mean=(0.4, 0.5, 0.6))
+    expected = views(images, ids, 5, 3, 1)
+    for pixels in (1, 5 * size**2, 60 * size**2):
+        monkeypatch.setattr(module, "_CACHED", pixels)
+        assert torch.equal(views(images, ids, 5, 3, 1), expected)
+
+
+class _Launches(TorchDispatchMode):
+    """Counts the operators that an accelerator would have to start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = str(func).split(".")[1]
+        self.count += not (func.is_view or kind in ("_unsafe_view", "empty", "empty_like", "detach", "lift_fresh"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_accelerator_starts_at_most_125_operators_for_a_view() -> None:
+    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8, device="meta")
+    with _Launches() as launches:
+        assert Views(32)(images, torch.arange(64), 1, 2, 0).shape == (64, 3, 32, 32)
+    assert launches.count <= 125
 
 
 def test_a_view_belongs_to_seed_epoch_sample_and_view_alone() -> None:
