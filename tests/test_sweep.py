@@ -148,6 +148,10 @@ def test_the_table_has_a_row_per_combination_and_tests_against_the_first(tmp_pat
     assert sheet.data[1]["holm_p"] == pytest.approx(2 * sheet.data[1]["t_p"])
     assert grid.score(rows[0].runs[1], "yardsticks.infonce") == 2.5
     assert grid.score(rows[0].runs[1], "yardsticks.nothing") is None
+    own = sweep.table(
+        dataclasses.replace(wanted, metric="loss"), rows
+    )  # no score at all: the loss stands in its column again
+    assert {len(row) for row in own.rows} == {len(own.columns)}
 
 
 def test_figures_for_one_key_two_and_three(tmp_path: Path) -> None:

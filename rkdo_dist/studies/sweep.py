@@ -88,9 +88,9 @@ def table(asked: Sweep, rows: list[Row]) -> Sheet:
     )
     for row, test, p in zip(rows, tests, adjusted, strict=True):
         settings = {a.key: a.texts[i] for a, i in zip(asked.axes, row.combination, strict=True)}
-        numbers = {name: list(row.values(name).values()) for name in ("loss", "attained", asked.metric)}
+        shown_scores = ("loss", "attained", asked.metric)  # the metric may be one of the two
         words = "-" if test is None else verdict(test, p, ("this", "the first"))
-        cells = [of_values(values, 3 if name == "attained" else 4) for name, values in numbers.items()]
+        cells = [of_values(list(row.values(s).values()), 3 if s == "attained" else 4) for s in shown_scores]
         compared = [_difference(test), words] if testable else []
         sheet.rows.append([*settings.values(), str(len(row.runs)), *cells, *compared])
         sheet.data.append({**settings, **_for_programs(asked, row), **_tested(test), "holm_p": p})
