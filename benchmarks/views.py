@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from rkdo_dist.data.views import Views
 
-CASES = ((8, 8, 64), (32, 32, 64), (64, 64, 64), (96, 64, 64), (96, 96, 64), (256, 224, 16))
+CASES = ((8, 8, 64), (32, 32, 64), (64, 64, 64), (96, 64, 64), (96, 96, 64), (224, 224, 16), (256, 224, 16))
 
 
 def theirs(size: int) -> Callable[[torch.Tensor], torch.Tensor]:

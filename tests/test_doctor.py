@@ -33,6 +33,13 @@ def test_one_process_without_training(small: list[str], tmp_path: Path) -> None:
     for words in ("single", "float32", "exact", "8 shards verified", "cifar_resnet8", "activations", "6 steps"):
         assert words in text, words
     assert torch.__version__ in text
+    flat = " ".join(text.split())
+    rates = re.search(
+        r"one worker reads ([0-9,]+) images/s here, the encoder takes ([0-9,]+) pairs/s .*workers=(\d+)", flat
+    )
+    assert rates is not None, text
+    images, pairs, workers = (int(x.replace(",", "")) for x in rates.groups())
+    assert pairs / images - 0.01 <= workers < pairs / images + 1.01
     assert "nothing stands in the way" in text
     assert not (tmp_path / "run").exists()
 

@@ -25,7 +25,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.exchange import group
 from rkdo_dist.field.presets import named
-from rkdo_dist.measure import wire
+from rkdo_dist.measure import reading, wire
 from rkdo_dist.measure.ledger import sent_bytes
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import code_digest
@@ -67,6 +67,7 @@ def doctor(config: Config) -> int:
             _wire_table(shape),
             _memory_table(need, rt, per_host),
         )
+        _print(console, reading.advice(config, rt, index, job.encoder))
         _print(console, *([plan.note] if plan.note else []))
         _print(console, Text("nothing stands in the way of training", "green"))
     return 0
