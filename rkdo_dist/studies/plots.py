@@ -13,6 +13,7 @@ import numpy as np
 from rkdo_dist.studies.palette import GREY, Style, style
 from rkdo_dist.studies.sheets import mean_sd
 
+_ALIKE = 1.3  # sizes that differ by less are made the same
 _PER_INCH = 11  # letters of a title
 _LETTERS, _KEY = 72, 9  # of a line of a legend; that the key of an entry takes
 _STYLE = {
@@ -167,12 +168,14 @@ def pieces(figure: Any, kind: str) -> list[tuple[str, bytes]]:
     inches = figure.dpi_scale_trans.inverted()
     boxes = [part.get_tightbbox().padded(5).transformed(inches) for _, part in parts]
     named = [box for box, (title, _) in zip(boxes, parts, strict=True) if title not in ("", "legend")]
-    wide, high = (max((getattr(box, side) for box in named), default=0) for side in ("width", "height"))
+    sizes = [(box.width, box.height) for box in named]
     made = []
     for (title, part), box in zip(parts, boxes, strict=True):
         for _, other in parts:
             other.set_visible(other is part)
-        if title not in ("", "legend"):  # panels of one size stand in line
+        if title not in ("", "legend"):  # panels of about one size have one, and stand in line
+            wide = max(w for w, _ in sizes if w <= _ALIKE * box.width)
+            high = max(h for _, h in sizes if h <= _ALIKE * box.height)
             box.x0, box.y1 = box.x1 - wide, box.y0 + high
         made.append((title, _file(figure, kind, bbox_inches=box)))
     pyplot().close(figure)
