@@ -445,8 +445,8 @@ class _FieldFunction(torch.autograd.Function):
         with torch.autocast(u.device.type, enabled=False):
             home = _gradients_home(call, field, call.own_block(u, v, extra), ctx.home, scale)
             found = {name: rows * scale for name, rows in field.gradients.items()}
-            for name, part in zip(call.objective.column_views, home, strict=True):
-                found[name] += part[: len(u)]
+            for name, part in zip(call.objective.column_views, home[:, : len(u)], strict=True):
+                found[name] = found[name].add_(part) if name in found else part
             more = None if extra is None else home[0, len(u) :].to(extra.dtype)
             slope = None
             if temperature is not None and ctx.needs_input_grad[3]:

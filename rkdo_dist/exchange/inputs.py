@@ -89,7 +89,8 @@ def check_inputs(
         m = 0 if extra is None else extra.shape[0]
         learned = temperature is not None and temperature.requires_grad
         facts += [u.shape[0], u.shape[1], DTYPES.index(u.dtype), m, learned]
-        deviations = [_norm_deviation(x) for x in (u, v, extra if extra is not None and m else u)]
+        deviations = [_norm_deviation(x) for x in (u, v)]
+        deviations.append(_norm_deviation(extra) if extra is not None and m else deviations[0])
         tau = torch.tensor(objective.temperature) if temperature is None else temperature.detach()
         measured = torch.stack([*deviations, tau.to(device, torch.float64).reshape(())])
     else:

@@ -54,7 +54,7 @@ class FieldRows:
         lanes: runs of equally many rows, which are summed by themselves: what is a scalar below is then (lanes,).
 
     Attributes:
-        gradients: of `loss` with respect to the rows, by view, (b, d) in the computing dtype.
+        gradients: of `loss` with respect to the rows, by view that is one of rows, (b, d) in the computing dtype.
         pooled_gradient: of `loss` with respect to `pooled`, if a gradient passes there; `add_through_pool` uses it up.
         walks: the walks before `differentiate`.
 
@@ -89,7 +89,7 @@ class FieldRows:
         self._supervisor = _supervisor(objective, first_row, b, batch, labels, dtype, device, supervisor)
         self._dtype, self._device = dtype, device
         self._sums = self._no_sums()
-        self.gradients = {name: torch.zeros_like(x) for name, x in self._rows.items()}
+        self.gradients = {piece.rows: torch.zeros_like(self._rows[piece.rows]) for piece in objective.slices}
         self.pooled_gradient = torch.zeros_like(pooled) if pooled is not None and self._affinity.pools else None
         self._by_temperature = torch.zeros(b, dtype=torch.float64, device=device) if temperature else None
         self._lanes, self._lane = lanes, b // (lanes or 1)

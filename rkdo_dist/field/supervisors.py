@@ -104,6 +104,12 @@ class Identity(_Smoothed):
 
     add_mass = add_dot
 
+    def mixed_entropy(self, taking_part: int, kept: float = 1.0) -> Tensor:
+        """See `Supervisor`; 0 where p is one column."""
+        if kept == 1 and not self.spreads:
+            return torch.zeros_like(self._positives)
+        return super().mixed_entropy(taking_part, kept)
+
     def add(self, to: Tensor, place: Place, factor: float, of_row: Tensor | None = None) -> None:
         """See `Supervisor`."""
         self._add_share(to, factor, of_row)

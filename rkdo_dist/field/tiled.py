@@ -92,7 +92,7 @@ def value_and_gradient(
             loss=field.loss(),
             parts=field.parts() if parts else {},
             rows_u=field.gradients["u"],
-            rows_v=field.gradients["v"],
+            rows_v=field.gradients["v"] if "v" in field.gradients else torch.zeros_like(field.gradients["u"]),
             columns_u=home.get("u"),
             columns_v=home["v"],
             temperature=field.temperature_gradient() if temperature else None,

@@ -139,7 +139,7 @@ def exact_field(
     field.fused_by_lane(block, tree.add)
     field.release()
     for name, home in zip(objective.column_views, columns.send_home(tree.total()), strict=True):
-        field.gradients[name] += home
+        field.gradients[name] = field.gradients[name] + home if name in field.gradients else home
 
     sums = {"loss": field.loss(), **field.parts()}
     if temperature:
