@@ -21,13 +21,15 @@ by lane. With a single lane the result is torch's own update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from rkdo_dist.exchange.transfer import upload
 
 
 class BatchStatistics:
@@ -69,7 +71,9 @@ class BatchStatistics:
         ]
         self._module = module
         self._channels = [m.num_features for m in self._norms]
+        self._firsts = [sum(self._channels[:i]) for i in range(len(self._channels))]
         self.size = 3 * sum(self._channels)
+        self._by_channel: dict[Any, Tensor] = {}  # numbers of batch norms, repeated for their channels, on the device
         self._collected: tuple[Tensor, list[int]] | None = None
         self._active = False
 
@@ -122,9 +126,7 @@ class BatchStatistics:
         if not self._norms:
             return scratch.double().flatten()
         mean, variance = scratch.double()
-        # From element counts per batch norm to counts per channel.
-        channels_and_counts = zip(self._channels, counts, strict=True)
-        n = torch.cat([mean.new_full((channels,), count) for channels, count in channels_and_counts])
+        n = self._spread(counts, mean.device)
         return torch.cat([n, n * mean, n * mean.square() + (n - 1) * variance])
 
     @torch.no_grad()
@@ -142,18 +144,39 @@ class BatchStatistics:
         """
         if sums.shape != (self.size,):
             raise ValueError(f"batch statistics have shape ({self.size},), got {tuple(sums.shape)}")
+        if not self._norms:
+            return
         n, first, second = sums.double().view(3, -1)
         mean = first / n.clamp(min=1)
         variance = (second - first * mean).clamp(min=0) / (n - 1).clamp(min=1)
-        pieces = [t.split(self._channels) for t in (n, mean, variance)]
-        for norm, count, norm_mean, norm_variance in zip(self._norms, *pieces, strict=True):
-            used = count[0] > 0  # stays on the device
-            norm.num_batches_tracked += used
-            for running, pooled in ((norm.running_mean, norm_mean), (norm.running_var, norm_variance)):
-                momentum = norm.momentum
-                share = 1 / norm.num_batches_tracked.double().clamp(min=1) if momentum is None else momentum
-                moved = (1 - share) * running.double() + share * pooled
-                running.copy_(torch.where(used, moved, running.double()))
+        # All batch norms at once: a few operators, however many there are.
+        used = n > 0
+        tracked = [m.num_batches_tracked for m in self._norms]
+        once = used.long()
+        torch._foreach_add_(tracked, [once[first] for first in self._firsts])
+        running = [m.running_mean for m in self._norms] + [m.running_var for m in self._norms]
+        before = torch.cat(running, out=n.new_empty(2 * len(mean))).view(2, -1)
+        share = self._share(tracked, n.device)
+        moved = (1 - share) * before + share * torch.stack([mean, variance])
+        after = torch.where(used, moved, before).to(running[0].dtype)
+        torch._foreach_copy_(running, [x for row in after.unbind() for x in row.split(self._channels)])
+
+    def _spread(self, numbers: Sequence[float], device: torch.device) -> Tensor:
+        """One number of every batch norm at each of its channels, float64; kept, as they are the same at every step."""
+        key = (*numbers, device)
+        if key not in self._by_channel:
+            by_norm = torch.tensor(numbers, dtype=torch.float64)
+            self._by_channel[key] = upload(by_norm.repeat_interleave(torch.tensor(self._channels)), device)
+        return self._by_channel[key]
+
+    def _share(self, tracked: list[Tensor], device: torch.device) -> Tensor:
+        """The share of the step in the running statistics of each channel."""
+        momenta = [norm.momentum for norm in self._norms]
+        share = self._spread([-1.0 if momentum is None else momentum for momentum in momenta], device)
+        if None not in momenta:
+            return share
+        steps = torch.stack(tracked).double()[self._spread(range(len(tracked)), device).long()]
+        return torch.where(share < 0, 1 / steps.clamp(min=1), share)
 
     @contextmanager
     def _swapped(self) -> Iterator[tuple[Tensor, list[int]]]:
@@ -175,12 +198,11 @@ class BatchStatistics:
             means, variances = (s.split(self._channels) for s in scratch)
             for norm, mean, variance in zip(self._norms, means, variances, strict=True):
                 if norm.training:
-                    saved.append((norm, [getattr(norm, name) for name in _SWAPPED]))
-                    _assign(norm, [mean, variance, None, 1.0])
+                    saved.append((norm, _swap(norm, [mean, variance, None], 1.0)))
             yield scratch, counts
         finally:
             for norm, values in saved:
-                _assign(norm, values)
+                _swap(norm, *values)
             self._active = False
 
     def _new_scratch(self) -> Tensor:
@@ -192,12 +214,16 @@ class BatchStatistics:
         return self._norms[0].running_mean.new_zeros(2, sum(self._channels))
 
 
-_SWAPPED = ("running_mean", "running_var", "num_batches_tracked", "momentum")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _assign(norm: nn.Module, values: list[Any]) -> None:
-    for name, value in zip(_SWAPPED, values, strict=True):
-        setattr(norm, name, value)
+def _swap(norm: Any, buffers: list[Tensor | None], momentum: float | None) -> tuple[list[Tensor | None], float | None]:
+    """Put others in the place of a batch norm's own, and return these; past `setattr`, which is slow."""
+    own = norm._buffers
+    before = [own[name] for name in _BUFFERS], norm.momentum
+    own.update(zip(_BUFFERS, buffers, strict=True))
+    norm.__dict__["momentum"] = momentum
+    return before
 
 
 def _counter(counts: list[int], i: int) -> Callable[[nn.Module, Any], None]:

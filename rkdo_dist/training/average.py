@@ -43,14 +43,12 @@ class WeightAverage:
     @torch.no_grad()
     def move(self) -> None:
         """Take a step towards the encoder's weights as they are now."""
-        averages, values = [], []
-        for mine, theirs in zip(_tensors(self.model), _tensors(self._encoder), strict=True):
-            if mine.is_floating_point():
-                averages.append(mine)
-                values.append(theirs)
-            else:
-                mine.copy_(theirs)
-        torch._foreach_lerp_(averages, values, 1 - self._decay)
+        pairs = list(zip(_tensors(self.model), _tensors(self._encoder), strict=True))
+        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        if counts:
+            torch._foreach_copy_([mine for mine, _ in counts], [theirs for _, theirs in counts])
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(list(averages), list(values), 1 - self._decay)
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
