@@ -1,4 +1,4 @@
-"""Steps of training on the mock device, and what they ask of it."""
+"""Steps of training on the mock device, and what they ask of it; run as a program, a table of it."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def _made(case: Case, lanes: int) -> tuple[Step, Objective]:
     persistent, relational, objective = None, None, Objective.of(case.objective)
     if case.objective == "persistent":
         columns, place = case.rows
-        store = RowStore(case.samples, STORED, WIDTH if columns == "bank" else None, torch.device(place))
+        width = WIDTH if columns == "bank" else None
+        store = RowStore(case.samples, STORED, width, torch.device(place), computes=CUDA)
         persistent = PersistentField(store, columns, 0.1, lambda step: _samples(step, batch * case.world, case), CUDA)
     if case.objective == "restart":
         relational = RelationalField(case.relation, case.samples, WIDTH, True, CUDA)
@@ -137,3 +138,22 @@ def _lanes(lanes: int, case: Case, number: int) -> list[MicroBatch]:
     ids = _samples(number, lanes * MICRO * case.world, case)[: lanes * MICRO].split(MICRO)
     images = torch.randint(0, 256, (lanes, MICRO, 3, 16, 16), generator=generator, dtype=torch.uint8)
     return [MicroBatch([str(int(i)) for i in k], k, x.pin_memory(), k % 3) for k, x in zip(ids, images, strict=True)]
+
+
+def main() -> None:
+    """The table of docs/accelerators.md."""
+    print("| step | ranks | waits: lane, step | collectives | a lane's operators: views, field, rest | a step's own |")
+    print("|---|---|---|---|---|---|")
+    persistent = [Case(8, objective="persistent", rows=(columns, "cuda:0")) for columns in ("batch", "bank")]
+    for case in (*(Case(w, r, backbone="resnet18") for w in (1, 8) for r in ("exact", "fast")), *persistent):
+        lane, rest = of_a_lane(case)
+        each, own = operators_of(lane), operators_of(rest)
+        waits, collectives = (sum(x.waits.values()) for x in (lane, rest)), sum(rest.collectives.values())
+        shares = ", ".join(str(each[owner]) for owner in ("views", "field", "step"))
+        print(
+            "|", case, "|", case.world, "|", *waits, "|", collectives, "|", shares, "|", own["step"] + own["field"], "|"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rkdo_dist.field import persistent
-from rkdo_dist.field.nearest import Nearest, visit_tile
+from rkdo_dist.field.nearest import Nearest, note_all, note_largest, visit_tile
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.field.persistent import BatchColumns, Rows, identity, recur_in_batch, recur_with_bank, restrict, truncate
 from rkdo_dist.field.tiled import value_and_gradient
@@ -156,6 +156,24 @@ def search(rows: Rows, queries: np.ndarray, bank: np.ndarray, tile: int, order: 
         visit_tile(found, torch.from_numpy(queries), part, seen, first, number, rows.columns)
     found.sort()
     return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 12))
+def test_a_tile_gives_the_same_nearest_with_and_without_a_look(seed: int, k: int, tile: int) -> None:
+    """Few different logits, so that ties decide; samples without an embedding have none."""
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.integers(-3, 3, (5, 3 * tile)) / 4.0)
+    x[:, torch.from_numpy(rng.random(3 * tile) < 0.2)] = -torch.inf
+    found = []
+    for note in (note_largest, note_all):
+        nearest = Nearest.none(torch.empty(5, 0, dtype=torch.int32), k, 0, 3 * tile, DOUBLE)
+        for first in range(0, 3 * tile, tile):
+            note(nearest, x[:, first : first + tile].clone(), first)
+        nearest.sort()
+        found.append(nearest)
+    assert torch.equal(found[0].samples, found[1].samples)
+    assert torch.equal(found[0].logits, found[1].logits)
 
 
 @settings(max_examples=100, deadline=None)

@@ -17,7 +17,7 @@ from rkdo_dist.exchange import group
 from rkdo_dist.exchange.store import RowStore, Shards
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows
-from rkdo_dist.training.averaged import averaged_persistent_field
+from rkdo_dist.training.averaged import averaged_field
 from rkdo_dist.training.exact import exact_field
 from rkdo_dist.training.persistent import PersistentField, available_memory, make_rows, rows_bytes
 from tests.fields import kl, softmax
@@ -100,7 +100,7 @@ def simulate(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
         memory.begin(step, batches[step][rank * b : (rank + 1) * b])
         objective = Objective.persistent(options.get("coupling", 0.3), 0.4)
         if options.get("fast"):
-            field = averaged_persistent_field(lanes, objective, memory)
+            field = averaged_field(lanes, objective, "gather", rows=memory)
             means = {name: group.all_gather_rows(x).mean(0) for name, x in field.sums.items()}
         else:
             field = exact_field(lanes, objective, rank * len(lanes), memory)

@@ -15,7 +15,7 @@ from rkdo_dist.exchange.store import RowStore
 from rkdo_dist.field import recursion
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows, identity, initial, of_both_views
-from rkdo_dist.training.averaged import averaged_field, averaged_persistent_field
+from rkdo_dist.training.averaged import averaged_field
 from rkdo_dist.training.exact import exact_field
 from rkdo_dist.training.persistent import PersistentField
 from rkdo_dist.training.strategy import as_points, of_points
@@ -118,12 +118,7 @@ def one_step(memory: PersistentField, objective: Objective, rank: int, world: in
         field = exact_field(lanes, objective, rank * len(lanes), memory)
         means = {x: float(group.all_gather_rows(v).sum()) / count for x, v in field.sums.items()}
     else:
-        persists = objective.recursion == "persistent"
-        field = (
-            averaged_persistent_field(lanes, objective, memory)
-            if persists
-            else averaged_field(lanes, objective, way, rows=memory)
-        )
+        field = averaged_field(lanes, objective, way, rows=memory)
         means = {x: float(group.all_gather_rows(v).mean()) for x, v in field.sums.items()}
         scale = 1 / world  # the wrapper averages gradients over ranks
         field = dataclasses.replace(field, gradients=[(u * scale, v * scale) for u, v in field.gradients])

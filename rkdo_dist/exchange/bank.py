@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
 from rkdo_dist.exchange.store import Shards
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.field.presets import Relation
 from rkdo_dist.field.relation_tiles import NUMBERS, Combined, Queries, Tile, combined, differentiate, visit
 
@@ -32,16 +33,17 @@ class KeyBank:
         self.shards, self._rank = Shards(samples, ranks.world_size()), ranks.rank()
         self._first, self._stop = self.shards.own(self._rank)
         own = self._stop - self._first
-        self._keys = torch.zeros(own, width, dtype=dtype, device=device)
-        self._seen = torch.zeros(own, dtype=torch.bool, device=device)
-        self._labels = torch.full((own,), -1, dtype=torch.int64, device=device)
+        # One place more, where keys of other ranks' samples go: choosing those that are not would wait for a GPU.
+        self._keys = torch.zeros(own + 1, width, dtype=dtype, device=device)
+        self._seen = torch.zeros(own + 1, dtype=torch.bool, device=device)
+        self._labels = torch.full((own + 1,), -1, dtype=torch.int64, device=device)
 
     def refresh(self, samples: Tensor, keys: Tensor, labels: Tensor) -> None:
         """Take the newest keys (B, d) of the samples (B,) of a global batch, where finite; every rank has them all."""
         mine = (samples >= self._first) & (samples < self._stop) & keys.isfinite().all(1)
-        places = samples[mine] - self._first
-        self._keys[places] = keys[mine].to(self._keys.dtype)
-        self._labels[places], self._seen[places] = labels[mine], True
+        places = torch.where(mine, samples - self._first, self._stop - self._first)
+        self._keys[places] = keys.to(self._keys.dtype)
+        self._labels[places], self._seen[places] = labels, True
 
     def field(
         self, rows: Tensor, keys: Tensor, samples: Tensor, labels: Tensor, relation: Relation, temperature: float
@@ -66,7 +68,7 @@ class KeyBank:
             for start, stop in blocks:
                 numbers[place, start:stop] = visit(of.part(start, stop), tile)
         by_rank = ranks.all_gather_rows(numbers[None])
-        values = combined(by_rank[owners.to(rows.device), places.to(rows.device)], relation, relation.weight)
+        values = combined(by_rank[tuple(upload(x, rows.device) for x in (owners, places))], relation, relation.weight)
         sent = rows.new_zeros(world, longest, b, rows.shape[1], dtype=self._keys.dtype)
         for place, tile in enumerate(tiles):
             found = torch.cat([differentiate(of.part(*x), tile, _part(values, *x), temperature) for x in blocks])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
 from rkdo_dist.exchange.group import Group
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.field.nearest import Nearest, visit_tile
 from rkdo_dist.field.persistent import Rows, identity
 
@@ -74,6 +75,22 @@ class Shards:
         return ((tiles + 1) * self.world - 1) // self.tiles
 
 
+@dataclass(frozen=True)
+class _Routes:
+    """Who holds which rows of a batch.
+
+    Attributes:
+        sent, received: rows that each rank fetches from here, and that this rank fetches from each.
+        leaving: places here of the former, in rank order, where the rows are kept.
+        order: places of the latter among this rank's samples, in owner order, where messages are.
+    """
+
+    sent: list[int]
+    received: list[int]
+    leaving: Tensor
+    order: Tensor
+
+
 class Fetch:
     """Rows in transit to the rank that asked for them."""
 
@@ -102,6 +119,7 @@ class RowStore:
         group: process group; None is the default group, or one rank without a process group.
         rows: the initial rows of the samples that this rank owns (`Shards.own`), K entries each, which are taken over;
             None: the identity.
+        computes: where the step computes; None: where rows and bank are kept.
 
     Attributes:
         rows: those that this rank owns.
@@ -117,18 +135,22 @@ class RowStore:
         dtype: torch.dtype = torch.float32,
         group: Group = None,
         rows: Rows | None = None,
+        computes: torch.device | None = None,
     ) -> None:
         self.shards = Shards(samples, ranks.world_size(group))
         self._group, self._rank = group, ranks.rank(group)
         self._device, self._stored = torch.device(device), stored
+        self._computes = self._device if computes is None else computes
         self.first, self.stop = self.shards.own(self._rank)
         own = self.stop - self.first
         if rows is None:
             rows = identity(torch.arange(self.first, self.stop), samples, stored, dtype)
         assert rows.columns.shape == (own, stored)
         self.rows = rows.to(self._device)
-        self.bank = None if width is None else torch.zeros(own, width, dtype=dtype, device=device)
-        self.seen = torch.zeros(own, dtype=torch.bool, device=device)
+        pinned = self._device.type == "cpu" and self._computes.type == "cuda"  # tiles travel at every step
+        self.bank = None if width is None else torch.zeros(own, width, dtype=dtype, device=device, pin_memory=pinned)
+        self.seen = torch.zeros(own, dtype=torch.bool, device=device, pin_memory=pinned)
+        self._routed: tuple[Tensor, _Routes] | None = None  # of the last batch
         # under way: the work, what arrives and where it goes, what leaves (kept alive), samples of the whole batch
         self._writes: list[tuple[dist.Work, Tensor, Tensor, Tensor, Tensor]] = []
 
@@ -140,11 +162,11 @@ class RowStore:
                 The same on every rank.
         """
         self.finish(batch)
-        sent, received, leaving, arriving, order = self._routes(batch)
-        outgoing = self.pack(self._at(leaving))
-        incoming = outgoing.new_empty(len(arriving), outgoing.shape[1])
-        work = self._all_to_all(incoming, outgoing, received, sent)
-        return Fetch(work, incoming if work is not None else outgoing, order.to(incoming.device), self)
+        routes = self._routes(batch)
+        outgoing = upload(self.pack(self.rows.pick(routes.leaving)), self._wire())
+        incoming = outgoing.new_empty(len(routes.order), outgoing.shape[1])
+        work = self._all_to_all(incoming, outgoing, routes.received, routes.sent)
+        return Fetch(work, incoming if work is not None else outgoing, routes.order, self)
 
     def write(self, batch: Tensor, rows: Rows) -> None:
         """Begin to send this rank's rows of a global batch to their owners, where they replace the old ones.
@@ -154,15 +176,14 @@ class RowStore:
             rows: b of them, in the order of this rank's samples.
         """
         self.finish()
-        sent, received, leaving, _, order = self._routes(batch)
-        packed = self.pack(rows.to(self._wire()))
-        outgoing = packed[order.to(packed.device)]
-        incoming = outgoing.new_empty(len(leaving), outgoing.shape[1])
-        work = self._all_to_all(incoming, outgoing, sent, received)
+        routes = self._routes(batch)
+        outgoing = self.pack(rows).to(self._wire())[routes.order]
+        incoming = outgoing.new_empty(len(routes.leaving), outgoing.shape[1])
+        work = self._all_to_all(incoming, outgoing, routes.sent, routes.received)
         if work is None:
-            self._put(leaving, outgoing)
+            self._put(routes.leaving, outgoing)
         else:
-            self._writes.append((work, incoming, leaving, outgoing, batch))
+            self._writes.append((work, incoming, routes.leaving, outgoing, batch))
 
     def finish(self, batch: Tensor | None = None) -> None:
         """Wait for rows in transit to their owners.
@@ -195,9 +216,9 @@ class RowStore:
     def refresh(self, batch: Tensor, embeddings: Tensor) -> None:
         """Put the newest embeddings (B, d) of a global batch into the bank, where finite; every rank has them all."""
         assert self.bank is not None
-        mine = (batch >= self.first) & (batch < self.stop)
-        places = (batch[mine] - self.first).to(self._device)
-        newest = embeddings[mine.to(embeddings.device)].to(self.bank)
+        mine = ((batch >= self.first) & (batch < self.stop)).nonzero()[:, 0]
+        places = upload(batch[mine] - self.first, self._device)
+        newest = embeddings[upload(mine, embeddings.device)].to(self.bank)
         fine = newest.isfinite().all(1)
         self.bank[places] = torch.where(fine[:, None], newest, self.bank[places])
         self.seen[places] |= fine
@@ -219,7 +240,7 @@ class RowStore:
         for tile in self.shards.tiles_of(self._rank):
             start, stop = self.shards.bounds(range(tile, tile + 1))
             place = slice(start - self.first, stop - self.first)
-            embeddings, seen = self.bank[place].to(everyone), self.seen[place].to(everyone.device)
+            embeddings, seen = (upload(x[place], everyone.device) for x in (self.bank, self.seen))
             visit_tile(found, everyone, embeddings, seen, start, tile, wanted)
         return self._brought_home(found)
 
@@ -289,24 +310,19 @@ class RowStore:
         dist.all_to_all_single(received, x.contiguous(), group=self._group)
         return received
 
-    def _routes(self, batch: Tensor) -> tuple[list[int], list[int], Tensor, Tensor, Tensor]:
-        """Who holds which rows of a batch.
-
-        Returns:
-            Rows that each rank fetches from here, and that this rank fetches from each; the places here of the former,
-            in rank order; owners of the latter in owner order, and their places among this rank's samples.
-        """
+    def _routes(self, batch: Tensor) -> _Routes:
+        """Who holds which rows of a batch; kept until another one is asked for."""
+        if self._routed is not None and self._routed[0] is batch:
+            return self._routed[1]
         world = self.shards.world
         owners, b = self.shards.owners(batch), len(batch) // world
         sent = (owners.view(world, b) == self._rank).sum(1).tolist()
         mine = owners[self._rank * b : (self._rank + 1) * b]
         received = torch.bincount(mine, minlength=world).tolist()
-        leaving = (batch[owners == self._rank] - self.first).to(self._device)
-        order = mine.argsort(stable=True)
-        return sent, received, leaving, mine[order], order
-
-    def _at(self, places: Tensor) -> Rows:
-        return self.rows.pick(places).to(self._wire())
+        leaving = upload(batch[owners == self._rank] - self.first, self._device)
+        routes = _Routes(sent, received, leaving, upload(mine.argsort(stable=True), self._wire()))
+        self._routed = batch, routes
+        return routes
 
     def _put(self, places: Tensor, words: Tensor) -> None:
         rows = self.unpack(words.to(self._device))
@@ -317,7 +333,7 @@ class RowStore:
     def _wire(self) -> torch.device:
         """The device for messages: NCCL moves tensors on the GPU, gloo those on the CPU."""
         if self.shards.world == 1:
-            return self._device
+            return self._computes
         nccl = dist.get_backend(self._group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 

@@ -86,7 +86,9 @@ def visit_tile(
         tile: number of the tile.
         stored: (r, K') int32, columns whose logits are asked for.
     """
-    everything = bool(seen.all())
+    # A GPU is not waited for: there a tile takes a pass more, and all of its columns are compared.
+    on_host = queries.device.type == "cpu"
+    everything = on_host and bool(seen.all())
     for start in range(0, len(queries), ROWS):
         rows = slice(start, min(start + ROWS, len(queries)))
         x = queries[rows] @ embeddings.T
@@ -94,7 +96,7 @@ def visit_tile(
             x.masked_fill_(~seen, -torch.inf)
         part = found.slice(rows.start, rows.stop)
         _note_stored(part.at_stored, x, stored[rows], first)
-        note_largest(part, x, first)
+        (note_largest if on_host else note_all)(part, x, first)
         found.samples[rows], found.logits[rows] = part.samples, part.logits
         peak = x.amax(1)
         part.peaks[:, tile] = peak
@@ -105,8 +107,7 @@ def visit_tile(
 def _note_stored(at_stored: Tensor, x: Tensor, stored: Tensor, first: int) -> None:
     local = stored.long().sub_(first)
     inside = (local >= 0) & (local < x.shape[1])
-    rows, slots = inside.nonzero(as_tuple=True)
-    at_stored[rows, slots] = x[rows, local[rows, slots]]
+    at_stored.copy_(torch.where(inside, x.gather(1, local.clamp_(0, x.shape[1] - 1)), at_stored))
 
 
 def note_largest(part: Nearest, x: Tensor, first: int) -> None:
@@ -129,6 +130,12 @@ def note_largest(part: Nearest, x: Tensor, first: int) -> None:
     samples[rows, slot] = (columns + first).int()
     logits[rows, slot] = x[rows, columns]
     part.merge(samples, logits)
+
+
+def note_all(part: Nearest, x: Tensor, first: int) -> None:
+    """`note_largest` without a look at any number."""
+    columns = torch.arange(first, first + x.shape[1], dtype=torch.int32, device=x.device)
+    part.merge(torch.where(x > -torch.inf, columns, part.n), x)
 
 
 def _rank(samples: Tensor, logits: Tensor) -> Tensor:

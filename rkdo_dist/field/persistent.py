@@ -194,18 +194,24 @@ class BatchColumns:
         self._table = torch.full((n + 1,), -1, dtype=torch.int64, device=device)
         self.samples = torch.empty(0, dtype=torch.int64, device=device)
 
-    def set(self, samples: Tensor) -> None:
+    def set(self, samples: Tensor, here: Tensor | None = None) -> None:
         """Take the samples (B,) int64 of another global batch.
+
+        Args:
+            samples: on the host, where they are looked at.
+            here: the same on the device of the table, if that is another one.
 
         Raises:
             ValueError: if a sample is in it twice: its columns would not be those of one distribution.
         """
-        self._table[self.samples] = -1
-        self._table[samples] = torch.arange(len(samples), device=samples.device)
-        self.samples = samples
-        if not torch.equal(self._table[samples], torch.arange(len(samples), device=samples.device)):
-            twice = samples[self._table[samples] != torch.arange(len(samples), device=samples.device)]
+        ordered = samples.sort().values
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(twice):
             raise ValueError(f"sample {int(twice[0])} occurs twice in one global batch")
+        here = samples if here is None else here
+        self._table[self.samples] = -1
+        self._table[here] = torch.arange(len(here), device=here.device)
+        self.samples = here
 
     def positions(self, columns: Tensor) -> Tensor:
         """Positions of samples in the batch, int64, -1 for those outside (and for empty slots)."""

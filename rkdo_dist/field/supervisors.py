@@ -142,8 +142,9 @@ class SameLabel(_Smoothed):
         dtype: torch.dtype,
     ) -> None:
         self._labels, self._mine = labels, labels[first_row : first_row + rows]
-        _, which, counts = labels.unique(return_inverse=True, return_counts=True)
-        mine = counts[which[first_row : first_row + rows]] * len(piece.columns) - int(piece.excluded is not None)
+        ordered = labels.sort().values
+        counts = torch.searchsorted(ordered, self._mine, right=True) - torch.searchsorted(ordered, self._mine)
+        mine = counts * len(piece.columns) - int(piece.excluded is not None)
         super().__init__(mine.double(), taking_part, debias)
         self._counts = mine.to(dtype)
         self._last: tuple[Place, Tensor] | None = None

@@ -11,6 +11,7 @@ K numbers in a report (the loss and its parts), embeddings (m, d) and gradients 
 | parameter gradients | all-to-all of P' 4, all-gather of P' 4 / W (P' = P rounded up to W) | all-reduce of P 4 (DDP) |
 | batch statistics | all-gather of F 3C 8 | all-reduce of F 3C 8 |
 | facts | all-gather of 8 words of 4 + l (4 + 2 + K), l = L / W | all-gather of 8 words of 4 + l (4 + 1) + 1 + K |
+| labels, if used | all-gather of 8 b; b words more of facts | the same |
 
 Bytes that a rank sends for a payload are `measure.ledger.sent_bytes`. DeepSpeed's traffic is given by its formula
 (ZeRO paper, Rajbhandari et al. 2020, section 7: reduce-scatter of gradients and all-gather of parameters; stage 3
@@ -48,10 +49,10 @@ def step_payloads(shape: StepShape) -> Ledger:
     local = shape.lanes // shape.world
     # Whether embeddings and gradients are finite, and the loss and its parts: by lane in exact mode, by rank otherwise.
     numbers = local + (local if shape.reduction == "exact" else 1) * (1 + shape.report)
-    book.note((SMALL, "all_gather"), 8 * (_HOST + local * _DIGEST + numbers))
+    labels = shape.rows if shape.labels else 0
+    book.note((SMALL, "all_gather"), 8 * (_HOST + local * _DIGEST + numbers + labels))
     if shape.labels:
-        times = 1 if shape.reduction == "exact" else 2  # for the loss, and for its value at the ideal embeddings
-        book.note((SMALL, "all_gather"), times * shape.rows * 8, times)
+        book.note((SMALL, "all_gather"), labels * 8)
     return book
 
 

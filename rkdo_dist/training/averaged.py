@@ -26,7 +26,6 @@ from rkdo_dist.training.strategy import (
     as_points,
     norm_of_all,
     of_points,
-    sum_of_all,
     with_graph,
 )
 
@@ -64,15 +63,13 @@ class Averaged(Strategy):
         """The field loss, formed on all local rows at once."""
         if objective.recursion == "persistent" and objective.pairing == "joint":
             return of_points(self.field(*as_points(lanes, objective), at))
-        rows = self.persistent if objective.supervisor == "rows" else None
-        if rows is not None and objective.recursion == "persistent":
-            return averaged_persistent_field(lanes, objective, rows, self.learns_temperature)
         relational = self.relational_for(objective)
         if relational is not None:
             gradients, found = relational.field(lanes, objective, GatheredColumns(), merged=True)
             b, like = sum(len(u) for u, _ in lanes), lanes[0][0].dtype
             gradients = [((u / b).to(like), (v / b).to(like)) for u, v in gradients]
             return LossAndGradient(gradients, {name: x / b for name, x in found.items()})
+        rows = self.persistent if objective.supervisor == "rows" else None
         return averaged_field(lanes, objective, self._exchange, labels, self.learns_temperature, rows)
 
     def mean(self, sums: Tensor) -> Tensor:
@@ -97,8 +94,8 @@ class Averaged(Strategy):
     def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
         """The wrapper has averaged gradients already, so a NaN of one rank is everywhere; statistics are summed."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        finite = torch.isfinite(sum_of_all(gradients))
-        return Exchanged(self._sum_statistics(statistics), finite, norm_of_all(gradients))
+        norm = norm_of_all(gradients)
+        return Exchanged(self._sum_statistics(statistics), torch.isfinite(norm), norm)
 
     def _sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
         statistics = torch.stack(list(lanes)).sum(0)
@@ -122,51 +119,62 @@ def averaged_field(
     Args:
         lanes: embeddings (m, d) of this rank's lanes, without graph.
         objective: resolved for this step.
-        exchange: how columns travel, "gather" or "ring".
+        exchange: how columns travel, "gather" or "ring"; those of rows that persist are gathered.
         labels: (b,) of this rank's samples, in lane order, for objectives that need them.
         temperature: whether to give the derivative by tau0 too.
-        rows: of all samples, fixed, for an objective whose supervisor is "rows".
+        rows: of all samples, which supervise and, if they persist, recur then; for an objective of rows.
 
     Returns:
         `sums` are means over the rank's rows, (1,).
     """
-    u, v = (torch.cat([pair[k] for pair in lanes]).requires_grad_() for k in (0, 1))
-    loss_of = FieldLoss(objective, exchange=exchange, validate=False)  # ranks agree, and facts tell what is not finite
-    tau = u.new_tensor(objective.temperature, dtype=torch.float64).requires_grad_() if temperature else None
+    persists = rows is not None and objective.recursion == "persistent"
     supervisor = None if rows is None else Restricted.cat(rows.supervisors(lanes, objective))
-    loss, parts = loss_of(u, v, labels, temperature=tau, parts=True, supervisor=supervisor)
-    by = (u, v) if tau is None else (u, v, tau)
-    du, dv, *slope = torch.autograd.grad(loss, by, materialize_grads=True)
-    sizes = [len(pair[0]) for pair in lanes]
-    gradients = list(zip(du.split(sizes), dv.split(sizes), strict=True))
-    sums = {name: x.detach()[None] for name, x in {"loss": loss, **parts}.items()}
-    if slope:
-        sums["temperature_slope"] = slope[0][None]
-    if rows is not None:
-        sums |= {name: x.sum()[None] / len(u) for name, x in rows.report(objective).items()}
-    if labels is None:
-        return LossAndGradient(gradients, sums)
-    everyones = group.all_gather_rows(labels)
-    return LossAndGradient(gradients, sums, {"ideal": objective.at_ideal(len(everyones), everyones)})
-
-
-def averaged_persistent_field(
-    lanes: Sequence[Pair], objective: Objective, persistent: PersistentField, temperature: bool = False
-) -> LossAndGradient:
-    """`averaged_field` with persistent rows as supervisors, which then recur; columns are gathered."""
-    supervisor = Restricted.cat(persistent.supervisors(lanes, objective))
     u, v = (torch.cat([pair[k] for pair in lanes]) for k in (0, 1))
-    columns, b = GatheredColumns(), len(u)
-    everyone = columns.gather(v[None])[0]
-    of, normaliser = (objective, u, v, everyone, everyone, group.rank() * b), None
-    if objective.normaliser == "field":
-        normaliser = field_normaliser(group.all_gather_rows(log_sum(*of)[None]), len(everyone))
-    result = value_and_gradient(*of, supervisor=supervisor, temperature=temperature, log_normaliser=normaliser)
-    assert result.columns_v is not None
-    home = columns.send_home(result.columns_v[None])[0]
-    recurred = {name: x.sum() for name, x in persistent.recur(lanes, everyone, objective).items()}
-    slope = {} if result.temperature is None else {"temperature_slope": result.temperature}
-    sums = {name: (x / b)[None] for name, x in {"loss": result.loss, **result.parts, **recurred, **slope}.items()}
+    if exchange == "ring" and not persists:
+        du, dv, sums = _around_the_ring(u, v, objective, labels, temperature, supervisor)
+        found = {} if rows is None else rows.report(objective)
+    else:
+        columns, names = GatheredColumns(), objective.column_views
+        own = torch.stack([{"u": u, "v": v}[name] for name in names])
+        everyone = dict(zip(names, columns.gather(own), strict=True))
+        of = (objective, u, v, everyone.get("u", everyone["v"]), everyone["v"], group.rank() * len(u))
+        everyones, normaliser = None if labels is None else group.all_gather_rows(labels), None
+        if objective.normaliser == "field":
+            parts = group.all_gather_rows(log_sum(*of)[None])
+            normaliser = field_normaliser(parts, len(everyone["v"]) * len(objective.slices))
+        result = value_and_gradient(
+            *of, everyones, supervisor=supervisor, temperature=temperature, log_normaliser=normaliser
+        )
+        gradients = {"u": result.columns_u, "v": result.columns_v}
+        home = columns.send_home(torch.stack([x for x in gradients.values() if x is not None]))
+        by = {"u": result.rows_u, "v": result.rows_v}
+        for name, gradient in zip(names, home, strict=True):
+            by[name] = by[name] + gradient
+        du, dv = ((x / len(u)).to(u.dtype) for x in by.values())
+        sums = {"loss": result.loss, **result.parts}
+        if result.temperature is not None:
+            sums["temperature_slope"] = result.temperature
+        sums = {name: x / len(u) for name, x in sums.items()}
+        found = {} if rows is None else rows.recur(lanes, everyone["v"], objective)
+    sums |= {name: x.sum() / len(u) for name, x in found.items()}
     sizes = [len(pair[0]) for pair in lanes]
-    du, dv = ((x / b).to(u.dtype).split(sizes) for x in (result.rows_u, home))
-    return LossAndGradient(list(zip(du, dv, strict=True)), sums)
+    pairs = list(zip(du.split(sizes), dv.split(sizes), strict=True))
+    return LossAndGradient(pairs, {name: x[None] for name, x in sums.items()})
+
+
+def _around_the_ring(
+    u: Tensor,
+    v: Tensor,
+    objective: Objective,
+    labels: Tensor | None,
+    temperature: bool,
+    supervisor: Restricted | None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Gradients by u and v, and means of the loss and its parts; arguments as for `averaged_field`."""
+    u, v = u.requires_grad_(), v.requires_grad_()
+    loss_of = FieldLoss(objective, exchange="ring", validate=False)  # ranks agree, and facts tell what is not finite
+    tau = u.new_full((), objective.temperature, dtype=torch.float64).requires_grad_() if temperature else None
+    loss, parts = loss_of(u, v, labels, temperature=tau, parts=True, supervisor=supervisor)
+    du, dv, *slope = torch.autograd.grad(loss, (u, v) if tau is None else (u, v, tau), materialize_grads=True)
+    sums = {"loss": loss.detach(), **parts}
+    return du, dv, sums | ({"temperature_slope": slope[0]} if slope else {})

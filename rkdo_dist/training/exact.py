@@ -25,8 +25,8 @@ from rkdo_dist.training.strategy import (
     Strategy,
     as_points,
     norm_of_all,
+    norms_of_all,
     of_points,
-    sum_of_all,
     with_graph,
 )
 
@@ -45,7 +45,7 @@ class Exact(Strategy):
         self.model = encoder
         self._reduce: group.ExactAllReduce | None = None
         self._summed: list[Tensor] = []
-        self._finite: list[Tensor] = []
+        self._norms: list[Tensor] = []  # of the gradients of each lane
         self._batch = 0
 
     def field(
@@ -68,18 +68,18 @@ class Exact(Strategy):
     def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:
         """One backward pass per lane, added up in lane order."""
         gradients: group.TreeSum[list[Tensor]] = group.TreeSum(len(field.gradients))
-        self._finite = []
+        self._norms = []
         for weights, lane in zip(field.gradients, outputs, strict=True):
             embeddings, pushed = with_graph(lane, self._scaled(weights))
             found = torch.autograd.grad(embeddings, self._parameters, pushed, materialize_grads=True)
-            self._finite.append(sum_of_all(found))  # finite only if everything in it is
+            self._norms.append(norms_of_all(found))
             gradients.add(list(found))
         self._summed = gradients.total()
 
     def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
         """Sum over ranks, gradients into the vector that the parameters' gradients are views of."""
         norm = norm_of_all(self._sum_gradients())
-        return Exchanged(self._sum_statistics(statistics), torch.isfinite(torch.stack(self._finite)), norm)
+        return Exchanged(self._sum_statistics(statistics), torch.isfinite(torch.stack(self._norms)).all(1), norm)
 
     def _sum_gradients(self) -> list[Tensor]:
         sizes = [p.numel() for p in self._parameters]
@@ -146,6 +146,5 @@ def exact_field(
         sums["temperature_slope"] = field.temperature_gradient()
     if rows is not None:
         sums |= rows.recur(lanes, block[-1], objective)
-    known = {} if everyones is None else {"ideal": objective.at_ideal(batch, everyones)}
     gradients = [(field.gradients[name] / batch).split(m) for name in "uv"]
-    return LossAndGradient(list(zip(*gradients, strict=True)), sums, known)
+    return LossAndGradient(list(zip(*gradients, strict=True)), sums)

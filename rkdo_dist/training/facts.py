@@ -1,8 +1,8 @@
 """Facts of a step: one row of every rank, gathered in one collective before any weight moves.
 
 Whatever a rank alone knows and all must know arrives here: what is not finite, the loss and its parts, a request to
-stop, warnings for people, a batch that could not be read. A row is 64-bit words: floats of the device, integers of the
-host. The only host synchronisation of a step is the one that reads the rows.
+stop, warnings for people, a batch that could not be read, labels. A row is 64-bit words: floats of the device, integers
+of the host. The only host synchronisation of a step is the one that reads the rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rkdo_dist.exchange import group
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.training.strategy import Exchanged, LossAndGradient, Position, Strategy
 
 
@@ -50,10 +51,11 @@ class Facts:
         gradient_norm: of the gradient, times the loss scale; None where the strategy learns it in its update.
         stop, replaced, warned, unread: the largest, the sum, and whether any, over ranks (see `Told`).
         digest: SHA-256 (hex) of the lanes' digests in lane order.
+        labels: (B,) int64 on the host, of the global batch, if they were given.
     """
 
     loss: float
-    parts: dict[str, float | None]
+    parts: dict[str, float]
     temperature_slope: float | None
     not_finite: str
     gradient_not_finite: str
@@ -63,10 +65,17 @@ class Facts:
     warned: bool
     unread: bool
     digest: str
+    labels: Tensor | None
 
 
 def gather(
-    strategy: Strategy, embeddings: Tensor, field: LossAndGradient, exchanged: Exchanged, told: Told, at: Position
+    strategy: Strategy,
+    embeddings: Tensor,
+    field: LossAndGradient,
+    exchanged: Exchanged,
+    told: Told,
+    at: Position,
+    labels: Tensor | None,
 ) -> Facts:
     """Gather the facts of a step (collective).
 
@@ -77,13 +86,15 @@ def gather(
         exchanged: whether gradients are finite, and their norm, which is the same on every rank.
         told: by this rank's host.
         at: the step.
+        labels: (b,) int64 on the host, of this rank's samples, if all ranks are to know them.
     """
     gradients = exchanged.finite
     sums = torch.stack([x.double() for x in field.sums.values()], dim=1)
     numbers = torch.cat([x.double().flatten() for x in (embeddings, gradients, sums)])
     words = np.array([told.stop, told.replaced, told.warned, told.unread], dtype=np.int64)
-    words = np.concatenate([words, np.frombuffer(told.digests, dtype=np.int64)])
-    row = torch.cat([numbers.view(torch.int64), torch.from_numpy(words).to(numbers.device)])
+    known = np.empty(0, dtype=np.int64) if labels is None else labels.numpy()
+    words = np.concatenate([words, known, np.frombuffer(told.digests, dtype=np.int64)])
+    row = torch.cat([numbers.view(torch.int64), upload(torch.from_numpy(words), numbers.device)])
     table, norm = _on_host(group.all_gather_rows(row[None]), exchanged.norm)
     numbers, hosts = table[:, : len(numbers)].view(torch.float64), table[:, len(numbers) :].numpy()
     embeddings_fine, gradients_fine, sums_found = numbers.split(
@@ -99,7 +110,7 @@ def gather(
     stop, replaced, warned, unread = hosts[:, :4].T
     return Facts(
         loss=loss,
-        parts=means | field.known,
+        parts=means,
         temperature_slope=slope,
         not_finite=not_finite,
         gradient_not_finite=_broken("the gradient", gradients_fine, at, lanes=gradients.ndim > 0),
@@ -108,7 +119,8 @@ def gather(
         replaced=int(replaced.sum()),
         warned=bool(warned.any()),
         unread=bool(unread.any()),
-        digest=hashlib.sha256(hosts[:, 4:].tobytes()).hexdigest(),
+        digest=hashlib.sha256(hosts[:, 4 + len(known) :].tobytes()).hexdigest(),
+        labels=None if labels is None else torch.from_numpy(hosts[:, 4 : 4 + len(known)].flatten()),
     )
 
 

@@ -216,7 +216,7 @@ class Job:
         found = {} if update.not_finite else dict(facts.parts)
         varies = self.relational is not None and self.relational.takes_part(objective)
         varies |= objective.supervisor == "rows"
-        ideal = None if varies else objective.at_ideal(self.config.train.global_batch)
+        ideal = None if varies else objective.at_ideal(self.config.train.global_batch, facts.labels)
         placed = {
             "loss": None if update.not_finite else facts.loss,
             "loss_at_uniform": found.pop("uniform", None),

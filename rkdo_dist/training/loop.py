@@ -12,6 +12,7 @@ import torch
 from rkdo_dist.data.stream import Batch, MicroBatch
 from rkdo_dist.diagnostics import logger
 from rkdo_dist.exchange import group
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.ranks import messages
 from rkdo_dist.ranks.signals import StopRequest
@@ -51,7 +52,8 @@ def train_step(
     """
     strategy, persistent = step.strategy, step.strategy.persistent if objective.supervisor == "rows" else None
     at = Position(epoch, number, step.runtime.rank * len(lanes))
-    labels = torch.cat([x.labels for x in lanes]).to(step.runtime.device) if objective.needs_labels else None
+    lanes = step.uploaded(lanes)
+    labels = torch.cat([x.labels for x in lanes]) if objective.needs_labels else None
     if persistent is not None:
         persistent.begin(number, torch.cat([lane.ids for lane in lanes]))
 
@@ -65,12 +67,13 @@ def train_step(
     if relational is not None:
         samples, classes = (torch.cat([getattr(lane, name) for lane in lanes]) for name in ("ids", "labels"))
         relational.begin([v for _, v in pairs] if keys is None else keys, samples, classes)
-    field = strategy.field(pairs, objective, at, labels)
+    field = strategy.field(pairs, objective, at, None if labels is None else upload(labels, step.runtime.device))
     strategy.backward(step.embed_again(lanes, embedded, at), field)
     exchanged = strategy.exchange([lane.statistics for lane in embedded])
 
-    finite = torch.stack([torch.isfinite(u).all() & torch.isfinite(v).all() for u, v in pairs])
-    facts = facts_of_a_step.gather(strategy, finite, field, exchanged, tell(), at)
+    views = torch.stack([view for pair in pairs for view in pair])
+    finite = torch.isfinite(views).view(len(pairs), -1).all(1)
+    facts = facts_of_a_step.gather(strategy, finite, field, exchanged, tell(), at, labels)
     if facts.not_finite:
         strategy.discard()
         return facts, Update(facts.not_finite, not_finite=True)

@@ -23,6 +23,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import GlobalBatches
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.store import Fetch, RowStore, Shards
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.field.affinity import COSINE
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import (
@@ -94,7 +95,7 @@ class PersistentField:
         assert self._ahead is not None
         (self._step, self._samples, fetch), self._ahead = self._ahead, None
         rows, m = fetch.wait().to(self._device), len(lanes[0][0])
-        self._batch.set(self._samples.to(self._device))
+        self._batch.set(self._samples, upload(self._samples, self._device))
         self._rows = [rows.slice(i * m, (i + 1) * m) for i in range(len(lanes))]
         self._restricted = [
             restrict(part, self._batch, self._positives(i, m), computing_dtype(lanes[0][0].dtype)).smoothed(
@@ -313,7 +314,7 @@ def make_persistent(
     width = config.encoder.embedding_dim if columns == "bank" and persists else None
     place = device if f.store == "device" else torch.device("cpu")
     stored = f.stored if rows is None else rows.columns.shape[1]
-    store = make_rows(samples * (2 if joint else 1), stored, width, place, rows)
+    store = make_rows(samples * (2 if joint else 1), stored, width, place, rows, device)
     lane = config.train.lane_size if joint else None
     return PersistentField(store, columns, BANK_TEMPERATURE, schedule, device, lane)
 
@@ -330,11 +331,18 @@ def own_samples(config: Config, samples: int) -> tuple[int, int]:
     return first // views, stop // views
 
 
-def make_rows(samples: int, stored: int, width: int | None, device: torch.device, rows: Rows | None = None) -> RowStore:
+def make_rows(
+    samples: int,
+    stored: int,
+    width: int | None,
+    device: torch.device,
+    rows: Rows | None = None,
+    computes: torch.device | None = None,
+) -> RowStore:
     """The initial rows of `samples` samples, sharded over the ranks, if there is room for them.
 
     Args:
-        samples, stored, width, device, rows: see `RowStore`.
+        samples, stored, width, device, rows, computes: see `RowStore`.
 
     Raises:
         ValueError: if this machine has less memory than its ranks' shares need.
@@ -352,7 +360,7 @@ def make_rows(samples: int, stored: int, width: int | None, device: torch.device
             + (", field.store=host" if on_device else "")
             + (", field.columns=batch" if width is not None else "")
         )
-    return RowStore(samples, stored, width, device, rows=rows)
+    return RowStore(samples, stored, width, device, rows=rows, computes=computes)
 
 
 def rows_bytes(samples: int, stored: int, width: int | None, world: int) -> int:

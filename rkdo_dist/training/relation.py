@@ -22,6 +22,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.bank import KeyBank
 from rkdo_dist.exchange.columns import GatheredColumns
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import Relation
 from rkdo_dist.field.relation import Columns, nearest_columns, value_and_gradient
@@ -119,7 +120,7 @@ class RelationalField:
         """
         self._mine = list(keys)
         self._keys = group.all_gather_rows(torch.cat(self._mine))
-        numbers = group.all_gather_rows(torch.stack([samples, labels], 1).to(self._device))
+        numbers = group.all_gather_rows(upload(torch.stack([samples, labels], 1), self._device))
         self._samples, self._labels = numbers.unbind(1)
         if self.bank is not None:
             self.bank.refresh(self._samples, self._keys, self._labels)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rkdo_dist.batch_norm import BatchStatistics
 from rkdo_dist.data.order import hash64
 from rkdo_dist.data.stream import MicroBatch
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.average import WeightAverage
 from rkdo_dist.training.averaged import Averaged
@@ -103,6 +104,15 @@ class Step:
         self.strategy.learns_temperature = settings.learn_temperature
         self.average, self._encoder = average, encoder
 
+    def uploaded(self, lanes: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Lanes with their images on the device, for all passes of a step."""
+
+        def there(lane: MicroBatch) -> MicroBatch:
+            images = upload(lane.images, self.runtime.device)
+            return dataclasses.replace(lane, images=images, second=None if lane.second is None else there(lane.second))
+
+        return [there(lane) for lane in lanes]
+
     def embed(self, lanes: Sequence[MicroBatch], at: Position, keys: Sequence[Tensor] | None = None) -> list[Embedded]:
         """The first pass: both views of every lane, with their graph unless it would only be computed again.
 
@@ -129,8 +139,7 @@ class Step:
         model.eval()
         with torch.no_grad(), self.runtime.autocast():
             for lane in lanes:
-                images = lane.images.to(self.runtime.device, non_blocking=True)
-                view = self.make_view(images, lane.ids, at.epoch, TEACHER)
+                view = self.make_view(lane.images, lane.ids, at.epoch, TEACHER)
                 found.append(model(view.contiguous(memory_format=torch.channels_last)))
         model.train(training)
         return found
@@ -151,9 +160,7 @@ class Step:
         except that batch norm's running statistics are left alone.
         """
         device, model = self.runtime.device, self.strategy.model
-        images = [
-            x.images.to(device, non_blocking=True) for x in ([lane] if lane.second is None else [lane, lane.second])
-        ]
+        images = [x.images for x in ([lane] if lane.second is None else [lane, lane.second])]
         # Draws of the second view are the row's own, whichever sample it shows.
         inputs = [
             self.make_view(images[view % len(images)], lane.ids, at.epoch, view)

@@ -44,12 +44,10 @@ class LossAndGradient:
     Attributes:
         gradients: for each of this rank's lanes, what to push through its embeddings.
         sums: "loss" and its parts (`field.objectives`), vectors whose entries `Strategy.mean` puts together.
-        known: parts that every rank knows by itself.
     """
 
     gradients: list[Pair]
     sums: dict[str, Tensor]
-    known: dict[str, float | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +231,14 @@ def with_graph(outputs: Pair, weights: Pair) -> tuple[list[Tensor], list[Tensor]
     return [x for x, _ in kept], [w for _, w in kept]
 
 
+def norms_of_all(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each tensor: finite if all of its elements are (and none is above 1e19 in float32)."""
+    return torch.stack(torch._foreach_norm(list(tensors)))
+
+
 def norm_of_all(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all elements, a float64 scalar on their device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).double())
+    return torch.linalg.vector_norm(norms_of_all(tensors).double())
 
 
 def as_points(lanes: Sequence[Pair], objective: Objective) -> tuple[list[Pair], Objective]:
@@ -248,8 +251,3 @@ def of_points(field: LossAndGradient) -> LossAndGradient:
     """The gradients of lanes from those of their points."""
     gradients = [(rows + columns).chunk(2) for rows, columns in field.gradients]
     return dataclasses.replace(field, gradients=[(u, v) for u, v in gradients])
-
-
-def sum_of_all(tensors: Sequence[Tensor]) -> Tensor:
-    """A scalar that is finite only if every element is (and their sum does not overflow)."""
-    return torch.stack([t.sum() for t in tensors]).sum()
