@@ -1,8 +1,10 @@
 """Rows of the persistent field, and the embedding bank, sharded by owner over the ranks.
 
-The n samples are cut into tiles of consecutive samples, by n alone; a rank owns consecutive tiles. Rows of the global
-batch are fetched from their owners and written back by all-to-all. Every rank knows the samples of every rank's batch
-from the data order, so no request needs to be sent, and rows can be fetched before the step that uses them.
+The n samples are cut into tiles of consecutive samples, by n alone; a rank owns consecutive tiles. Rows alone depend on
+nothing but themselves, so where there is no bank and there are few tiles for the ranks, ranks share tiles, in even
+parts. Rows of the global batch are fetched from their owners and written back by all-to-all. Every rank knows the
+samples of every rank's batch from the data order, so no request needs to be sent, and rows can be fetched before the
+step that uses them.
 
 The bank stays where it is: queries travel to it (b x d numbers), and what comes back is, for every query, the K largest
 logits and one log-sum-exp per tile (`field.nearest`). Tiles do not depend on the number of ranks and neither does any
@@ -24,6 +26,8 @@ from rkdo_dist.field.nearest import Nearest, visit_tile
 from rkdo_dist.field.persistent import Rows, identity
 
 TILES, LONGEST_TILE = 16, 8192  # at least so many tiles, of at most so many samples
+ALIGNED = 16  # samples: tiles, and parts of tiles, begin at multiples
+FEW = 4  # tiles of a rank: with more of them no rank owns a quarter more than the mean
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,17 @@ class Shards:
     Attributes:
         samples: n.
         world: number of ranks.
+        rows_alone: whether ranks may share tiles: what a rank does depends on single rows.
     """
 
     samples: int
     world: int
+    rows_alone: bool = False
 
     @property
     def tile(self) -> int:
         """Samples in a tile (the last may be shorter): a multiple of 16, so that tiles begin at aligned addresses."""
-        return min(LONGEST_TILE, -(-self.samples // (16 * TILES)) * 16)
+        return min(LONGEST_TILE, -(-self.samples // (ALIGNED * TILES)) * ALIGNED)
 
     @property
     def tiles(self) -> int:
@@ -49,7 +55,7 @@ class Shards:
         return -(-self.samples // self.tile)
 
     def tiles_of(self, rank: int) -> range:
-        """The tiles that a rank owns; none on some ranks, if there are more ranks than tiles."""
+        """The tiles that a rank owns, where none is shared; none on some ranks, if there are more ranks than tiles."""
         return range(rank * self.tiles // self.world, (rank + 1) * self.tiles // self.world)
 
     def bounds(self, tiles: range) -> tuple[int, int]:
@@ -58,21 +64,36 @@ class Shards:
 
     def own(self, rank: int) -> tuple[int, int]:
         """First sample that a rank owns, and the one after its last."""
-        return self.bounds(self.tiles_of(rank))
+        first, stop = (k * self._units // self.world * self._unit for k in (rank, rank + 1))
+        return min(self.samples, first), min(self.samples, stop)
 
     def owners(self, samples: Tensor) -> Tensor:
         """The owner of each sample, int64."""
-        return self._owners_of_tiles(samples // self.tile)
+        return self._owners(samples // self._unit, self._units)
+
+    def touched(self, rank: int) -> range:
+        """The tiles that a rank owns, or shares."""
+        first, stop = self.own(rank)
+        return range(first // self.tile, -(-stop // self.tile)) if stop > first else range(0)
+
+    @property
+    def _unit(self) -> int:
+        """Samples that are not parted."""
+        return ALIGNED if self.rows_alone and self.tiles < FEW * self.world else self.tile
+
+    @property
+    def _units(self) -> int:
+        return -(-self.samples // self._unit)
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Of every tile its owner, and its place among those of the owner, int64."""
         tiles = torch.arange(self.tiles)
-        owners = self._owners_of_tiles(tiles)
+        owners = self._owners(tiles, self.tiles)
         return owners, tiles - owners * self.tiles // self.world
 
-    def _owners_of_tiles(self, tiles: Tensor) -> Tensor:
-        """The last rank r whose first tile, r T // W, is not behind: the largest r with r T < (tile + 1) W."""
-        return ((tiles + 1) * self.world - 1) // self.tiles
+    def _owners(self, units: Tensor, count: int) -> Tensor:
+        """The last rank r whose first unit, r count // W, is not behind: the largest r with r count < (unit + 1) W."""
+        return ((units + 1) * self.world - 1) // count
 
 
 @dataclass(frozen=True)
@@ -137,7 +158,7 @@ class RowStore:
         rows: Rows | None = None,
         computes: torch.device | None = None,
     ) -> None:
-        self.shards = Shards(samples, ranks.world_size(group))
+        self.shards = Shards(samples, ranks.world_size(group), rows_alone=width is None)
         self._group, self._rank = group, ranks.rank(group)
         self._device, self._stored = torch.device(device), stored
         self._computes = self._device if computes is None else computes
@@ -244,9 +265,33 @@ class RowStore:
             visit_tile(found, everyone, embeddings, seen, start, tile, wanted)
         return self._brought_home(found)
 
+    def whole_tiles(self) -> dict[int, dict[str, Tensor]]:
+        """The tiles whose first samples are this rank's, whole, for a checkpoint (collective)."""
+        self.finish()
+        shards, world = self.shards, self.shards.world
+        mine = [tile for tile in shards.touched(self._rank) if tile * shards.tile >= self.first]
+        end = shards.bounds(range(mine[-1], mine[-1] + 1))[1] if mine else self.stop
+        kept = (mine[0] * shards.tile if mine else self.stop) - self.first  # rows of an earlier rank's tile
+        starts = torch.tensor([min(shards.samples - 1, shards.own(rank)[0]) for rank in range(world)])
+        writers = shards.owners(starts // shards.tile * shards.tile)
+        sent, received = [0] * world, [0] * world
+        sent[int(writers[self._rank])] = kept
+        for rank in range(self._rank + 1, world):
+            first, stop = shards.own(rank)
+            received[rank] = max(0, min(stop, end) - first) if mine else 0
+        outgoing = self.pack(self.rows.slice(0, kept).to(self._wire()))
+        incoming = outgoing.new_empty(sum(received), outgoing.shape[1])
+        if (work := self._all_to_all(incoming, outgoing, received, sent)) is not None:
+            work.wait()
+        found = {tile: self.tensors(tile) for tile in mine}
+        if mine and sum(received):
+            rest = self.unpack(incoming.to(self._device))
+            found[mine[-1]] = {name: torch.cat([x, getattr(rest, name)]) for name, x in found[mine[-1]].items()}
+        return found
+
     def tensors(self, tile: int) -> dict[str, Tensor]:
-        """A tile's rows and embeddings, for a checkpoint; of a tile that this rank owns."""
-        start, stop = (x - self.first for x in self.shards.bounds(range(tile, tile + 1)))
+        """This rank's rows and embeddings of a tile that it owns, or shares."""
+        start, stop = (x - self.first for x in self._part_of(tile))
         part = self.rows.slice(start, stop)
         found = {"columns": part.columns, "probabilities": part.probabilities, "rest": part.rest}
         if self.bank is not None:
@@ -254,22 +299,31 @@ class RowStore:
         return found
 
     def load(self, tile: int, tensors: dict[str, Tensor]) -> None:
-        """Restore a tile from the result of `tensors`.
+        """Restore this rank's part of a tile.
+
+        Args:
+            tensors: of the whole tile, from `whole_tiles`.
 
         Raises:
             ValueError: if it has other shapes or dtypes than here.
         """
-        own = self.tensors(tile)
+        own, (first, last) = self.tensors(tile), self.shards.bounds(range(tile, tile + 1))
         for name, mine in own.items():
-            theirs = tensors.get(name)
-            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            theirs, shape = tensors.get(name), (last - first, *mine.shape[1:])
+            if theirs is None or theirs.shape != shape or theirs.dtype != mine.dtype:
                 what = "is missing" if theirs is None else f"is {tuple(theirs.shape)} {theirs.dtype}"
                 raise ValueError(
-                    f"{name} of rows {tile * self.shards.tile}... {what}, but this run needs {tuple(mine.shape)} "
+                    f"{name} of rows {tile * self.shards.tile}... {what}, but this run needs {shape} "
                     f"{mine.dtype}: data set, field.stored, field.columns or encoder.embedding_dim have changed"
                 )
+        start, stop = self._part_of(tile)
         for name, mine in own.items():
-            mine.copy_(tensors[name])
+            mine.copy_(tensors[name][start - first : stop - first])
+
+    def _part_of(self, tile: int) -> tuple[int, int]:
+        """First sample of a tile that is this rank's, and the one after its last."""
+        start, stop = self.shards.bounds(range(tile, tile + 1))
+        return max(start, self.first), min(stop, self.stop)
 
     def pack(self, rows: Rows) -> Tensor:
         """Rows as (r, words) int32, to travel as one tensor."""

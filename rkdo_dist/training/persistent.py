@@ -154,20 +154,20 @@ class PersistentField:
         everyone: list[Any] = group.gather_objects(mine)
         return {"step": step, "samples": n, "rows": [row for part in everyone for row in part]}
 
-    def write_parts(self, building: Path) -> checkpoint.Facts:
-        """Write this rank's tiles into a checkpoint that has been begun; call `store.finish` on all ranks before."""
+    def write_parts(self, building: Path, tiles: dict[int, dict[str, Tensor]]) -> checkpoint.Facts:
+        """Write this rank's tiles, from `store.whole_tiles`, into a checkpoint that has been begun."""
         facts: checkpoint.Facts = {}
-        for tile in self.store.shards.tiles_of(group.rank()):
-            facts |= checkpoint.write_part(building, _part(tile), self.store.tensors(tile))
+        for tile, tensors in tiles.items():
+            facts |= checkpoint.write_part(building, _part(tile), tensors)
         return facts
 
     def restore(self, found: Checkpoint) -> None:
-        """Take this rank's tiles from a checkpoint, whatever the number of ranks that wrote it.
+        """Take this rank's rows from a checkpoint, whatever the number of ranks that wrote it.
 
         Raises:
             ValueError: if it has none, or they do not fit.
         """
-        for tile in self.store.shards.tiles_of(group.rank()):
+        for tile in self.store.shards.touched(group.rank()):
             try:
                 self.store.load(tile, found.part(_part(tile)))
             except ValueError as error:
@@ -311,7 +311,7 @@ def make_persistent(
         return torch.from_numpy(batches[epoch].ids(place))
 
     columns = f.value("columns") or "batch"
-    width = config.encoder.embedding_dim if columns == "bank" and persists else None
+    width = config.encoder.embedding_dim if has_bank(config) else None
     place = device if f.store == "device" else torch.device("cpu")
     stored = f.stored if rows is None else rows.columns.shape[1]
     store = make_rows(samples * (2 if joint else 1), stored, width, place, rows, device)
@@ -324,10 +324,15 @@ def of_points(config: Config) -> bool:
     return config.field.recursion == "persistent" and config.field.pairing == "joint"
 
 
+def has_bank(config: Config) -> bool:
+    """Whether rows recur over the newest embeddings of all samples."""
+    return config.field.recursion == "persistent" and config.field.value("columns") == "bank"
+
+
 def own_samples(config: Config, samples: int) -> tuple[int, int]:
     """First sample whose rows this rank owns, and the one after its last."""
     views = 2 if of_points(config) else 1
-    first, stop = Shards(views * samples, group.world_size()).own(group.rank())
+    first, stop = Shards(views * samples, group.world_size(), not has_bank(config)).own(group.rank())
     return first // views, stop // views
 
 
@@ -365,7 +370,7 @@ def make_rows(
 
 def rows_bytes(samples: int, stored: int, width: int | None, world: int) -> int:
     """Bytes that the largest share of rows (and bank, d = `width`) takes on a rank."""
-    shards = Shards(samples, world)
+    shards = Shards(samples, world, width is None)
     own = max(stop - start for start, stop in map(shards.own, range(world)))
     return own * (8 * stored + 4 + (0 if width is None else 4 * width + 1))
 

@@ -38,8 +38,8 @@ def save(job: Job, journal: Journal) -> bool:
         known |= group.together(lambda: relational.write_parts(everyones), what)
     if job.persistent is not None:
         persistent = job.persistent
-        persistent.store.finish()
-        known |= group.together(lambda: persistent.write_parts(everyones), what)
+        tiles = persistent.store.whole_tiles()
+        known |= group.together(lambda: persistent.write_parts(everyones, tiles), what)
         shown = persistent.snapshot(job.position)
         group.on_main(lambda: job.run.write_rows(shown), what)
 

@@ -71,7 +71,7 @@ class Snapshots:
 
     def first(self) -> Rows:
         """The rows of this rank's samples before the first snapshot."""
-        first, stop = Shards(self._samples, self._runtime.world).own(self._runtime.rank)
+        first, stop = Shards(self._samples, self._runtime.world, rows_alone=True).own(self._runtime.rank)
         return identity(torch.arange(first, stop), self._samples, self.stored + 1)
 
     def due(self, epoch: int) -> bool:
@@ -83,7 +83,8 @@ class Snapshots:
         n, relation = self._samples, self.relation
         x = own_features(self._runtime, self._index, self._split, self._data, encoder, self._views, "embeddings")
         own = range(store.first, store.stop)
-        table = nearest_of_all(x[own.start : own.stop].to(self._runtime.device), n, relation.neighbours)
+        searched = slice(*Shards(n, self._runtime.world).own(self._runtime.rank))  # tiles, which a search does not part
+        table = nearest_of_all(x[searched].to(self._runtime.device), n, relation.neighbours)
         table = (mutual(table) if relation.mutual else table)[own.start : own.stop]
         new = table.long(), attended(x, table, own, relation.temperature)
         before = store.rows.to(torch.device("cpu"))
