@@ -43,7 +43,7 @@ lint: $(READY)  ## ruff and mypy
 fast: $(READY)  ## the loop of daily work: no whole jobs
 	$(PYTEST) -m 'not slow and not nightly' -n $(TESTERS) --dist worksteal
 
-nightly: $(READY)  ## endurance: twenty kills, long runs, every command of README and docs, a browser (25 minutes)
+nightly: $(READY)  ## endurance: 53 kills, long runs, every command of README and docs, a browser (25 minutes)
 	$(PYTEST) -m nightly --durations 0
 
 docs: $(READY)  ## the documentation site, built strictly into site/; no page needs the network
