@@ -11,12 +11,16 @@ import errno
 import fcntl
 import os
 import platform
+import stat
 import time
 import warnings
 from pathlib import Path
 
+from rkdo_dist.files import read_regular
+
 NAME = ".lock"
 _GLANCE = 0.2  # seconds
+_LONGEST = 4096  # bytes of a note
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
@@ -41,6 +45,9 @@ class DirectoryLock:
     def __init__(self, directory: Path) -> None:
         path = directory / NAME
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            self.release()
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file: remove it", str(path))
         try:
             if _taken(self._descriptor):  # perhaps by a `holder` that looks just now
                 time.sleep(_GLANCE)
@@ -97,6 +104,7 @@ def _taken(descriptor: int) -> bool:
 
 def _named(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
+        said = read_regular(path, _LONGEST).decode("utf-8", "replace")
+        return " ".join("".join(c if c.isprintable() else " " for c in said).split())[:200] or "another process"
     except OSError:
         return "another process"

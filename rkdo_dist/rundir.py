@@ -30,34 +30,25 @@ from typing import Any
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.addresses import shown
-from rkdo_dist.files import read_regular, write_atomic
+from rkdo_dist.files import write_atomic
 from rkdo_dist.history import History
 from rkdo_dist.lock import DirectoryLock
+from rkdo_dist.run_files import (
+    COMMON_METRIC_TITLES,
+    ENVIRONMENT,
+    EVALUATION,
+    EXTRA,
+    ROWS,
+    SCORE_TITLES,
+    STATUS,
+    RunError,
+    read_object,
+    read_steps,
+)
+
+__all__ = ["COMMON_METRIC_TITLES", "SCORE_TITLES", "RunDirectory", "RunError"]
 
 
-class RunError(ValueError):
-    """A run directory cannot be used as asked; the message names it and says what to do."""
-
-
-# Scores of an evaluation, with their titles in tables and figures.
-SCORE_TITLES = {
-    "linear_accuracy": "linear accuracy (embedding)",
-    "linear_accuracy_backbone": "linear accuracy (backbone)",
-    "knn_accuracy": "k-NN accuracy (embedding)",
-    "nmi": "NMI",
-    "ari": "ARI",
-    "neighbourhood": "neighbourhood preservation",
-}
-# The most informative of `yardsticks` (common metrics) in an evaluation: the same function for every objective.
-COMMON_METRIC_TITLES = {
-    "infonce": "InfoNCE at 0.5, held-out pairs",
-    "infonce_positive_mass": "mass on the positive",
-    "alignment": "alignment (lower: views closer)",
-    "uniformity": "uniformity (lower: more spread)",
-    "effective_rank": "effective rank of the embeddings",
-    "own_loss": "own objective, held-out pairs",
-    "own_loss_attained": "attained share of it",
-}
 # May grow when a run is continued, provided nothing in the run depends on the total number of steps.
 _LENGTH = {"train.epochs", "train.max_steps"}
 # What an interrupted copy of another run may have left before its config.yaml.
@@ -241,11 +232,15 @@ class RunDirectory:
         Raises:
             RunError: naming the settings that differ.
         """
+        if wrong := EXTRA(found.extra, "extra"):
+            raise RunError(f"{found.path / 'state.json'} is damaged: {wrong}; put the checkpoint back")
         if "configuration" in found.extra:
             try:
                 before = configuration.from_tree(found.extra["configuration"])
             except ValueError as error:
-                raise RunError(f"{found.path} was written under settings that cannot be read: {error}") from error
+                raise RunError(
+                    f"{found.path} was written under settings that cannot be read (state.json): {error}"
+                ) from error
             listed = _differences(before, config)
         else:  # of the first edition: a digest tells whether they differ, not in what
             fitting = {configuration.digest_of_first_edition(c) for c in (config, self.config())}
@@ -260,7 +255,7 @@ class RunDirectory:
 
     def write_environment(self, facts: dict[str, Any]) -> None:
         """Record versions, platform and `facts` (world size, devices, digests)."""
-        write_atomic(self.path / "environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
+        write_atomic(self.path / "environment.json", json.dumps({**machine(), **facts}, indent=2) + "\n")
 
     def write_status(self, word: str, step: int, message: str = "") -> None:
         """Record the status of the run: "running", "complete", "preempted", "interrupted" or "failed"."""
@@ -302,10 +297,7 @@ class RunDirectory:
         if not path.is_file():
             hint = instead_of_run(self.path)
             raise RunError(f"{self.path} is not a run directory with a status.json: has training started?{hint}")
-        status = read_object(path)
-        if not isinstance(status.get("status"), str) or not isinstance(status.get("step"), int):
-            raise RunError(f"{path} is damaged: it has no status and step; put it back, or remove it")
-        return status
+        return read_object(path, STATUS)
 
     def write_evaluation(self, step: int, scores: dict[str, Any], which: str = "trained") -> Path:
         """Write `evaluations/<step>.json`, with the digest of the weights that were evaluated ("trained" or "ema")."""
@@ -322,7 +314,11 @@ class RunDirectory:
             RunError: if it is damaged.
             OSError: if it is not there.
         """
-        return read_object(self.evaluations / f"{step}.json")
+        path = self.evaluations / f"{step}.json"
+        found = read_object(path, EVALUATION)
+        if found["step"] != step:
+            raise RunError(f"{path} is damaged: it is of step {found['step']}; put it back, or remove it")
+        return found
 
     def evaluated(self, step: int, which: str = "trained") -> bool:
         """Whether `evaluations/<step>.json` belongs to the weights ("trained" or "ema") in this step's checkpoint."""
@@ -343,7 +339,7 @@ class RunDirectory:
 
     def rows(self) -> list[dict[str, Any]]:
         """All snapshots of a persistent field, by step; none if the run has no such field."""
-        return [read_object(path) for path in _by_step(self.path / "rows")]
+        return [read_object(path, ROWS) for path in _by_step(self.path / "rows")]
 
     def history(self) -> History:
         """All that the run has left, also of one that has only begun.
@@ -351,10 +347,18 @@ class RunDirectory:
         Raises:
             RunError: if it is not a run directory, or a file of it is damaged.
         """
-        evaluations = {int(path.stem): read_object(path) for path in _by_step(self.evaluations)}
+        steps = [int(path.stem) for path in _by_step(self.evaluations)]
+        evaluations = {step: self.evaluation(step) for step in steps}
+        return History(self.path, self.config(), list(self.steps()), evaluations, self.environment())
+
+    def environment(self) -> dict[str, Any]:
+        """What `write_environment` has recorded, empty if nothing.
+
+        Raises:
+            RunError: if the file is damaged.
+        """
         file = self.path / "environment.json"
-        facts = read_object(file) if file.is_file() else {}
-        return History(self.path, self.config(), list(self.steps()), evaluations, facts)
+        return read_object(file, ENVIRONMENT) if file.is_file() else {}
 
 
 def instead_of_run(path: Path) -> str:
@@ -373,44 +377,6 @@ def instead_of_run(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near and near[0] != path.name else ""
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a run directory.
-
-    Raises:
-        RunError: if the file holds anything else.
-        OSError: if it cannot be read.
-    """
-    try:
-        found = json.loads(read_regular(path))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise RunError(f"{path} is damaged: it is not a JSON object; put it back, or remove it")
-    return found
-
-
-def read_steps(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, see `RunDirectory.steps`."""
-    if not path.is_file():
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if (
-                not isinstance(record, dict)
-                or record.get("step") != number
-                or not isinstance(record.get("epoch"), int)
-                or not isinstance(record.get("loss", ""), float | int | None)
-            ):
-                raise RunError(f"{path}: line {number} is not the record of step {number}; put the file back")
-            yield record
-
-
 def _by_step(folder: Path) -> list[Path]:
     """The files <step>.json of a folder; others are left alone."""
     return sorted((path for path in folder.glob("*.json") if path.stem.isdecimal()), key=lambda path: int(path.stem))
@@ -425,7 +391,7 @@ def _differences(before: configuration.Config, now: configuration.Config) -> str
     return ", ".join(f"{key}: {old[key]} -> {new[key]}" for key in changed)
 
 
-def environment() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Versions of what decides results, the platform, and the commit of the code if it is a checkout."""
     packages = (
         "rkdo_dist",

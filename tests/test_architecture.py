@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rkdo_dist"
 FLOORS = {
     "addresses": 0,
     "files": 0,
-    "lock": 0,
+    "documents": 0,
+    "lock": 1,
     "field": 0,
     "config": 1,
     "exchange": 2,
@@ -28,6 +29,7 @@ FLOORS = {
     "lars": 0,
     "checkpoint": 3,
     "history": 3,
+    "run_files": 3,
     "rundir": 4,
     "parts": 5,
     "ranks": 6,

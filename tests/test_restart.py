@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import command, fingerprint, metrics, rank_command, run_of, steps
+from tests.jobs import command, fingerprint, metrics, run_of, steps, wait_for
 from tests.ranks import Ranks
 
 
@@ -107,8 +107,11 @@ def test_53_kills_at_random_change_nothing(small: list[str]) -> None:
     while kills < KILLS:
         attempts += 1
         world = WORLDS[attempts % len(WORLDS)]
-        with Ranks(rank_command, world, ([*arguments, "run.resume=auto", "run.timeout=20"],), timeout=60) as ranks:
-            _wait_for_a_moment(run, dice, ranks)
+        folder = run.with_name(f"attempt-{attempts}")
+        folder.mkdir()
+        words = [*arguments, "run.resume=auto", "run.timeout=20"]
+        with Ranks(_seen, world, (words, str(folder)), timeout=60) as ranks:
+            _wait_for_a_moment(run, dice, ranks, folder)
             if not ranks.running():
                 break  # the run is complete
             killed_at.append(steps(run))
@@ -120,8 +123,15 @@ def test_53_kills_at_random_change_nothing(small: list[str]) -> None:
     completed_like_one_that_was_never_broken(arguments, EPOCHS, 12)
 
 
-def _wait_for_a_moment(run: Path, dice: random.Random, ranks: Ranks) -> None:
+def _seen(rank: int, world: int, arguments: list[str], folder: str) -> tuple[int, str]:
+    """`rkdo train` that says when this rank is in the group: before, others would wait for one that never came."""
+    Path(folder, str(rank)).touch()
+    return command(arguments)
+
+
+def _wait_for_a_moment(run: Path, dice: random.Random, ranks: Ranks, folder: Path) -> None:
     """Start-up, a save, a step, or any time: chosen by the dice."""
+    wait_for(lambda: len(list(folder.iterdir())) == len(ranks.processes), ranks.running)
     kind, goal = dice.choice(["start-up", "save", "step", "any"]), steps(run) + dice.randint(1, 4)
     if kind == "start-up":
         time.sleep(dice.uniform(0.02, 0.5))

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from rkdo_dist import documents
 from rkdo_dist.files import read_regular, sha256_of
 
 FORMAT = 1
@@ -16,6 +17,8 @@ MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, PARTS = "model.safetensors", "optimizer.safetensors", "parts"
 Facts = dict[str, dict[str, Any]]  # of files: "bytes" and "sha256"
 _LONGEST = 1 << 26  # bytes; a longer manifest is not parsed
+_FILE = documents.shape(bytes=documents.COUNT, sha256=documents.TEXT)
+_FORM = documents.shape(format=documents.COUNT, step=documents.COUNT, files=documents.object_of(_FILE))
 
 
 class CheckpointError(ValueError):
@@ -86,18 +89,24 @@ def read_manifest(root: Path) -> dict[str, Any]:
         digest = manifest.pop("sha256")
         whole = _signed(manifest) == content and len(digest) == 64
         files = manifest["files"]
-        safe = {MODEL, STATE} <= set(files) and all(
-            re.fullmatch(rf"({PARTS}/)?[\w-][\w.-]*", name) and set(facts) == {"bytes", "sha256"}
-            for name, facts in files.items()
+        safe = (
+            not _FORM(manifest, "")
+            and {MODEL, STATE} <= set(files)
+            and all(
+                re.fullmatch(rf"({PARTS}/)?[\w-][\w.-]*", name) and set(facts) == {"bytes", "sha256"}
+                for name, facts in files.items()
+            )
         )
     except FileNotFoundError as error:
         raise CheckpointError(f"the checkpoint {root} is incomplete: it has no {MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the checkpoint {root} is damaged: {MANIFEST} cannot be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {root} cannot be read: {MANIFEST}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = safe = False
     if not whole or not safe:
         raise CheckpointError(f"the checkpoint {root} is damaged: {MANIFEST} is not as it was written")
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"the checkpoint {root} has format {manifest['format']}; this version reads {FORMAT}")
+        raise CheckpointError(f"{root / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
     return manifest
 
 

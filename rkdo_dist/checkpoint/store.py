@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rkdo_dist import documents
 from rkdo_dist.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -36,12 +36,18 @@ from rkdo_dist.checkpoint.manifest import (
 )
 from rkdo_dist.checkpoint.optimizer import OptimizerState
 from rkdo_dist.exchange import group
-from rkdo_dist.files import TEMPORARY, read_regular, sync_directory, sync_file, write_atomic, write_synced
+from rkdo_dist.files import TEMPORARY, sync_directory, sync_file, write_atomic, write_synced
 
 LATEST = "latest"
 AVERAGE = "average"  # the part that holds the moving average of the weights (train.ema)
 _SET_ASIDE = ".replaced"  # suffix of a checkpoint while another of the same step replaces it
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+_STATE = documents.shape(
+    format=documents.COUNT, step=documents.COUNT, extra=documents.OBJECT,
+    optimizer=documents.maybe(documents.shape(groups=documents.LIST, scalars=documents.OBJECT)),
+)  # fmt: skip
 
 
 class CheckpointWarning(UserWarning):
@@ -377,15 +383,17 @@ def load(path: str | os.PathLike[str], together: bool = False) -> Checkpoint:
 
 def _read(root: Path, manifest: dict[str, Any]) -> Checkpoint:
     try:
-        state = json.loads(read_regular(root / STATE))
-        model = _read_tensors(root / MODEL)
-        optimizer = None
+        state = documents.read(root / STATE, _STATE, "put it back", newest=FORMAT)
+        model, plain, optimizer = _read_tensors(root / MODEL), state["optimizer"], None
+        if state["step"] != manifest["step"] or (plain is None and OPTIMIZER in manifest["files"]):
+            raise CheckpointError(f"the checkpoint {root} is damaged: {STATE} is another checkpoint's")
         if OPTIMIZER in manifest["files"]:
-            optimizer = OptimizerState(_read_tensors(root / OPTIMIZER), **state["optimizer"])
+            optimizer = OptimizerState(_read_tensors(root / OPTIMIZER), plain["groups"], plain["scalars"])
         parts = tuple(Path(n).name.removesuffix(".safetensors") for n in manifest["files"] if n.startswith(f"{PARTS}/"))
         return Checkpoint(root, manifest["step"], model, optimizer, state["extra"], parts)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint {root} cannot be read: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        named = isinstance(error, CheckpointError | documents.DamagedError)
+        raise CheckpointError(str(error) if named else f"the checkpoint {root} cannot be read: {error}") from error
 
 
 def model_digest(directory: str | os.PathLike[str], step: int, which: str = "trained") -> str | None:

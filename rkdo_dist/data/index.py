@@ -306,8 +306,8 @@ def _read(given: Path, target: Path) -> bytes:
 def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON ({error}); prepare the shards again with --force") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{where} is not valid JSON; prepare the shards again with --force") from None
 
 
 def _checked(tree: Any, where: str, root: Path, address: Address | None) -> ShardIndex:

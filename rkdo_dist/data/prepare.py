@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rkdo_dist import documents
 from rkdo_dist.data.index import INDEX_NAME, DataError, Shard, ShardIndex, Split, load_index, save_index
 from rkdo_dist.data.order import hash64, permutation, run_length
 from rkdo_dist.data.shards import ShardWriter
 from rkdo_dist.data.sources import Samples, Source, open_source
-from rkdo_dist.files import TEMPORARY, read_regular, sha256_of, write_atomic
+from rkdo_dist.files import TEMPORARY, sha256_of, write_atomic
 
 Progress = Callable[[int, int, str], None]
 JOURNAL_NAME = ".prepare.json"
@@ -132,6 +133,18 @@ def _complete(out: Path, wanted: dict[str, Any]) -> Prepared | None:
     return Prepared(**vars(index), built=False)
 
 
+_JOURNAL = documents.shape(
+    source=documents.TEXT,
+    shards=documents.list_of(
+        documents.shape(
+            **dict.fromkeys(("name", "sha256", "checks"), documents.TEXT),
+            **dict.fromkeys(("samples", "bytes"), documents.COUNT),
+            size=documents.maybe(documents.row_of(documents.COUNT, documents.COUNT)),
+        )
+    ),
+)
+
+
 def _journal(out: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The shards that an interrupted preparation has finished, by name; starts the journal if there is
     none."""
@@ -146,10 +159,10 @@ def _journal(out: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
         write_atomic(path, json.dumps({**wanted, "shards": []}))
         return {}
     try:
-        journal = json.loads(read_regular(path))
-        begun, shards = {name: journal[name] for name in wanted}, {s["name"]: s for s in journal["shards"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}): rebuild with --force") from None
+        journal = documents.read(path, _JOURNAL, "rebuild with --force")
+    except documents.DamagedError as error:
+        raise DataError(str(error)) from None
+    begun, shards = {name: journal.get(name) for name in wanted}, {s["name"]: s for s in journal["shards"]}
     if begun != wanted:
         raise DataError(
             f"{out} has an unfinished preparation of another data set or with other options ({begun['source']}): "

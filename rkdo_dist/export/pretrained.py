@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rkdo_dist import __version__, checkpoint, parts
+from rkdo_dist import __version__, checkpoint, documents, parts
 from rkdo_dist.config import Config
 from rkdo_dist.data.images import pixels_of
 from rkdo_dist.data.views import Views
@@ -32,6 +32,15 @@ from rkdo_dist.files import write_atomic
 from rkdo_dist.rundir import RunDirectory, instead_of_run
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+_THREE = documents.row_of(*3 * [documents.NUMBER])
+_ABOUT = documents.shape(
+    library=documents.TEXT,
+    encoder=documents.OBJECT,
+    transform=documents.shape(size=documents.COUNT, mean=_THREE, std=_THREE),
+    step_=documents.COUNT,
+    evaluation_=documents.maybe(documents.OBJECT),
+    settings_=documents.object_of(documents.OBJECT),
+)
 WEIGHTS = ("trained", "ema")
 _ENCODER = ("backbone", "head", "embedding_dim", "stem", "head_width", "head_depth")  # settings
 
@@ -208,10 +217,7 @@ def _image_size(run: RunDirectory, config: Config) -> int:
     """The side of the images the run was trained on: asked for, or noted by the run, or that of the data."""
     if config.data.image_size is not None:
         return config.data.image_size
-    try:
-        noted = json.loads((run.path / "environment.json").read_text(encoding="utf-8")).get("image_size")
-    except (OSError, ValueError):
-        noted = None
+    noted = run.environment().get("image_size")
     return noted if isinstance(noted, int) else parts.make_views(config, parts.open_index(config)).size
 
 
@@ -233,12 +239,8 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        about = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: its {CONFIG_FILE} is not valid JSON ({error})") from None
-    sound = isinstance(about, dict) and all(isinstance(about.get(name), dict) for name in ("encoder", "transform"))
-    if not sound or about.get("library") != "rkdo_dist":
+    about = documents.parsed(text, f"{where} ({CONFIG_FILE})", _ABOUT, "export the encoder again")
+    if about["library"] != "rkdo_dist":
         raise ValueError(f"{where} was not saved by rkdo_dist: its {CONFIG_FILE} does not describe an encoder")
     return about
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from rkdo_dist import __version__
+from rkdo_dist import __version__, documents
 from rkdo_dist.console import counting, say
 from rkdo_dist.evaluate import scores
 from rkdo_dist.exchange import group
@@ -44,6 +44,19 @@ TIMEOUT = 1800  # seconds, as the default of run.timeout
 _MOMENTS = 6  # arrays of a head: weight and bias, and two moments of each
 
 Array = NDArray[Any]
+
+_SCORES = documents.shape(**dict.fromkeys(("accuracy", "nmi", "ari"), documents.maybe(documents.NUMBER)))
+_FORM = documents.shape(
+    **dict.fromkeys(("accuracy", "nmi", "ari"), documents.maybe(documents.NUMBER)),
+    kmeans=_SCORES,
+    balance=documents.shape(smallest=documents.COUNT, largest=documents.COUNT),
+    request=documents.shape(control=documents.TEXT),
+    labelled=documents.COUNT,
+    losses=documents.LIST,
+    loss=documents.NUMBER,
+    samples=documents.COUNT,
+    clusters=documents.COUNT,
+)
 
 
 def cluster(
@@ -192,8 +205,7 @@ def _claimed(out: Path, resume: bool) -> DirectoryLock:
 
 
 def _read(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
-    return found
+    return documents.read(out / RESULT, _FORM, "remove it to begin again")
 
 
 def _same(theirs: dict[str, Any], mine: dict[str, Any], out: Path) -> None:
@@ -209,7 +221,7 @@ def _saved(out: Path, request: dict[str, Any]) -> dict[str, Array] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             saved = {name: file[name] for name in file.files}
-            theirs = json.loads(str(saved["request"]))
+            theirs = documents.parsed(str(saved["request"]), "its request", documents.OBJECT, "")
     except (ValueError, OSError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to begin again") from None
     _same(theirs, request, out)

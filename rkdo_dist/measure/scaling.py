@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rkdo_dist import addresses, parts
+from rkdo_dist import addresses, documents, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
 from rkdo_dist.files import write_atomic
@@ -25,6 +25,24 @@ from rkdo_dist.measure.wire import bytes_agree
 from rkdo_dist.training.shape import StepShape
 
 RESULTS = "results.json"
+_AGAIN = "measure again"
+_KINDS: dict[Any, documents.Check] = {"int": documents.COUNT, "str": documents.TEXT, "bool": documents.FLAG}
+_POINT = documents.shape(
+    **dict.fromkeys(("way", "device", "device_kind"), documents.TEXT),
+    **dict.fromkeys(("world", "machines", "cores", "threads"), documents.NATURAL),
+    shape=documents.shape(
+        **{item.name: _KINDS[item.type] for item in dataclasses.fields(StepShape)}
+        | dict.fromkeys(("world", "lanes", "micro_batch"), documents.NATURAL)
+    ),
+    seconds=documents.POSITIVE,
+    wire=documents.list_of(documents.row_of(documents.TEXT, documents.TEXT, documents.COUNT, documents.COUNT)),
+    phases=documents.object_of(documents.NUMBER),
+    peak_bytes=documents.list_of(documents.COUNT, 1),
+    losses=documents.list_of(documents.maybe(documents.NUMBER)),
+    batch_digests=documents.list_of(documents.TEXT),
+)
+_MEASURED = documents.shape(points=documents.list_of(_POINT, 1))
+_RESULTS = documents.shape(mode=documents.TEXT, points=documents.list_of(_POINT, 1))
 
 
 class ScalingError(ValueError):
@@ -103,7 +121,7 @@ def run(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
         file.unlink(missing_ok=True)
         say(f"measuring on {world} process{'es' if world > 1 else ''}")
         _launch(plan, _overrides(plan, base, world), world, file)
-        points += json.loads(file.read_text(encoding="utf-8"))["points"]
+        points += documents.read(file, _MEASURED, _AGAIN)["points"]
     return _write(out, "weak" if plan.weak else "strong", points)
 
 
@@ -149,12 +167,12 @@ def read(folder: Path) -> dict[str, Any]:
     """
     try:
         if (folder / RESULTS).is_file():
-            return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            return documents.read(folder / RESULTS, _RESULTS, _AGAIN)
         files = sorted(folder.glob("*.json")) if folder.is_dir() else []
-        points = [point for file in files for point in json.loads(file.read_text(encoding="utf-8"))["points"]]
+        points = [point for file in files for point in documents.read(file, _MEASURED, _AGAIN)["points"]]
         shapes = {point["shape"]["lanes"] * point["shape"]["micro_batch"] for point in points}
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ScalingError(f"{folder}: not the measurements of `rkdo measure` ({error!r})") from error
+    except documents.DamagedError as error:
+        raise ScalingError(str(error)) from None
     if not points:
         raise ScalingError(f"{folder} holds no {RESULTS} and no files of `rkdo measure`")
     return {"mode": "strong" if len(shapes) == 1 else "weak", "points": points}
@@ -198,17 +216,10 @@ class Study:
 
 
 def study(results: dict[str, Any]) -> Study:
-    """Evaluate results.
-
-    Raises:
-        ScalingError: for results that cannot be read.
-    """
-    try:
-        facts = sorted(results["points"], key=lambda p: (p["way"], p["world"]))
-        first = {p["way"]: p for p in reversed(facts)}
-        rows = [_row(point, first[point["way"]]) for point in facts]
-    except (KeyError, TypeError) as error:
-        raise ScalingError(f"the measurements are not those of this version: {error!r} is missing") from error
+    """Evaluate results, as `read` and `run` give them."""
+    facts = sorted(results["points"], key=lambda p: (p["way"], p["world"]))
+    first = {p["way"]: p for p in reversed(facts)}
+    rows = [_row(point, first[point["way"]]) for point in facts]
     machine = ", ".join(dict.fromkeys(p["device"] for p in facts))
     return Study(results["mode"], rows, machine, min(p["cores"] for p in facts))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from rkdo_dist import documents
 from rkdo_dist.studies import plots
 from rkdo_dist.studies.palette import GREY, style
 from rkdo_dist.studies.sheets import Sheet, number
@@ -15,6 +15,41 @@ FILE = "audit.json"
 # Measured (docs/audit.md): change of k-NN accuracy for each unit of a row's precision, where errors are random; the
 # precision at which such rows break even, on a weaker and on a stronger base; what a teacher's own errors cost more.
 SLOPE, BREAK_EVEN, OWN_ERRORS = 0.07, (0.26, 0.5), 0.021
+_SHARE = documents.maybe(documents.NUMBER)
+_KIND = documents.shape(
+    group=documents.TEXT, view=documents.TEXT, precision=_SHARE, error=_SHARE, rows=documents.NUMBER,
+    **{f"{name}_": documents.NUMBER for name in ("temperature", "k", "steps", "visits")}, mean_=documents.TEXT,
+)  # fmt: skip
+_NEEDED = {"view": ("temperature",), "memory": ("mean", "visits"), "walk": ("steps", "k")}  # by group; else k
+
+
+def _row(value: Any, place: str) -> str:
+    """A kind of rows, with what its group's name is made of."""
+    if wrong := _KIND(value, place):
+        return wrong
+    if value["group"] not in _GROUPS:
+        return f"{place}.group is {value['group']!r:.20}, none of {', '.join(_GROUPS)}"
+    missing = [key for key in _NEEDED.get(value["group"], ("k",)) if key not in value]
+    return f"{place}.{missing[0]} is missing" if missing else ""
+
+
+def _best(value: Any, place: str) -> str:
+    return _row(value, place) or documents.NUMBER(value["precision"], f"{place}.precision")
+
+
+_WHOLE = documents.shape(
+    **dict.fromkeys(("step", "samples", "of", "seed", "batch"), documents.COUNT),
+    split=documents.TEXT,
+    temperature=documents.NUMBER,
+    base=documents.maybe(documents.NUMBER),
+    student=_SHARE,
+    kept=documents.SHARE,
+    best=documents.maybe(_best),
+    rows=documents.list_of(_row),
+    unlabelled=documents.shape(
+        mutual=documents.object_of(documents.NUMBER), overlap=documents.object_of(documents.NUMBER)
+    ),
+)
 _GROUPS = {
     "view": "all samples",
     "neighbours": "nearest",
@@ -22,6 +57,12 @@ _GROUPS = {
     "walk": "walk",
     "memory": "memory",
 }
+
+
+def _form(value: Any, place: str) -> str:
+    """An audit; where rows are graded there is a grade of uniform ones too."""
+    wrong = _WHOLE(value, place)
+    return wrong or ("" if value["best"] is None else documents.NUMBER(value["base"], "base"))
 
 
 def find(run: Path) -> dict[str, Any] | None:
@@ -32,11 +73,7 @@ def find(run: Path) -> dict[str, Any] | None:
     """
     for path in (run / "audit" / FILE, run / FILE):
         if path.exists():
-            try:
-                found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{path} cannot be read: {error}") from None
-            return found
+            return documents.read(path, _form, "audit the run again")
     return None
 
 

@@ -14,7 +14,7 @@ from rkdo_dist.console import say
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.index import load_index
 from rkdo_dist.files import write_atomic
-from rkdo_dist.rundir import environment
+from rkdo_dist.rundir import machine
 from rkdo_dist.studies import paper, paper_tables, published
 from rkdo_dist.studies.paper import Request, Results
 from rkdo_dist.studies.paper_figures import all_figures
@@ -113,7 +113,7 @@ def write(results: Results, notes: list[str], absent: list[str], console: Consol
         "said": said,
         "left_out": absent,
         "tables": {sheet.name: sheet.data for sheet in sheets},
-        **environment(),
+        **machine(),
     }
     write_atomic(folder / "reproduction.json", json.dumps(_plain(facts), indent=2) + "\n")
     say(console, f"tables: {folder / 'tables'}   figures: {figures[0].parent}")

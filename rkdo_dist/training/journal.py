@@ -18,7 +18,7 @@ from rich.console import Console
 from rkdo_dist.console import say, training_bar
 from rkdo_dist.files import write_atomic
 from rkdo_dist.history import attained_share
-from rkdo_dist.rundir import RunError, read_object, read_steps
+from rkdo_dist.run_files import EVALUATION, RunError, read_object, read_steps
 from rkdo_dist.training.tracking import Trackers
 
 
@@ -108,7 +108,7 @@ class Journal:
     def evaluated(self, step: int, path: Path) -> None:
         """Pass the scores of an evaluation that has just been written to the trackers."""
         if self._trackers is not None:
-            self._trackers.log(step, read_object(path), "evaluate/")
+            self._trackers.log(step, read_object(path, EVALUATION), "evaluate/")
 
     def _append(self, line: bytes) -> None:
         """A whole line, or none.

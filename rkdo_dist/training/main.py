@@ -25,7 +25,7 @@ from rkdo_dist.ranks.agreement import code_digest
 from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.signals import Stopped, StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
-from rkdo_dist.rundir import RunDirectory, read_object
+from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training import callbacks, loop, tracking
 from rkdo_dist.training.callbacks import Callbacks
 from rkdo_dist.training.job import Job
@@ -187,8 +187,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
 
 def _changed_before(run: RunDirectory, position: int) -> set[str]:
     """Callbacks that changed results before a run was continued."""
-    file = run.path / "environment.json"
-    return set(read_object(file).get("changed_by", ())) if position and file.is_file() else set()
+    return set(run.environment().get("changed_by", ())) if position else set()
 
 
 def other_run(config: Config) -> RunDirectory | None:
