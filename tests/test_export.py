@@ -158,7 +158,7 @@ def test_code_is_not_imported_because_a_file_names_it(tmp_path: Path, digits: Pa
     ("content", "words"),
     [
         (None, "not a run, a checkpoint"),
-        ({"config.json": b"{"}, "not valid JSON"),
+        ({"config.json": b"{"}, r"config.json\) is damaged: it is not a JSON object"),
         ({"config.json": b'{"library": "other"}'}, "not saved by rkdo_dist"),
         ({"config.yaml": b"{}"}, "no checkpoint yet"),
         ({"config.json": b'{"library": "rkdo_dist", "encoder": {"backbone": "resnet81"}, "transform": {}}'}, "."),

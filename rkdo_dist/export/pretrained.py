@@ -238,11 +238,12 @@ def _header(path: Path) -> dict[str, Any]:
     return _parsed(text, str(path))
 
 
+def _about_form(value: Any, place: str) -> str:
+    return "it was not saved by rkdo_dist" if value.get("library") != "rkdo_dist" else _ABOUT(value, place)
+
+
 def _parsed(text: str, where: str) -> dict[str, Any]:
-    about = documents.parsed(text, f"{where} ({CONFIG_FILE})", _ABOUT, "export the encoder again")
-    if about["library"] != "rkdo_dist":
-        raise ValueError(f"{where} was not saved by rkdo_dist: its {CONFIG_FILE} does not describe an encoder")
-    return about
+    return documents.parsed(text, f"{where} ({CONFIG_FILE})", _about_form, "export the encoder again")
 
 
 def _filled(
