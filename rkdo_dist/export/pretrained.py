@@ -32,7 +32,7 @@ from rkdo_dist.files import write_atomic
 from rkdo_dist.rundir import RunDirectory, instead_of_run
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
-_THREE = documents.row_of(*3 * [documents.NUMBER])
+_THREE = documents.either(documents.NUMBER, documents.row_of(*3 * [documents.NUMBER]))
 _ABOUT = documents.shape(
     library=documents.TEXT,
     encoder=documents.OBJECT,
