@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rkdo_dist"
 FLOORS = {
     "addresses": 0,
     "files": 0,
-    "documents": 0,
+    "documents": 1,
     "lock": 1,
     "field": 0,
     "config": 1,
