@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -29,13 +28,12 @@ DAILY = [
     {"depth": 8, "dtype": "fp64", **WIDEST},
 ]
 EVERY = [
-    {"arch": arch, "depth": depth, "dtype": dtype, "flows": flows, "excludes": pairing, "shifts": shifts, **numbers}
-    for arch, depth, dtype in itertools.product((80, 90), (1, 2, 3, 8), ("fp32", "fp64"))
-    for flows, pairing, shifts, numbers in (
-        (True, False, False, {}),
-        (False, True, True, {}),
-        (True, True, True, {"divisible": False}),
-        (True, False, False, {"ones": ["rows", "positive"]}),
+    {"arch": arch, "depth": depth, "dtype": dtype, **case}
+    for arch, depth, dtype in ((90, 1, "fp32"), (90, 5, "fp32"), (90, 8, "fp32"), (80, 8, "fp32"), (80, 8, "fp64"))
+    for case in (
+        {"flows": False, "excludes": True, "shifts": True},
+        {"excludes": True, "divisible": False},
+        {"ones": ["rows", "positive"]},
     )
 ]
 
@@ -67,7 +65,7 @@ def test_the_kernel_compiles_for_gpus_without_spills_in_few_instructions(tmp_pat
 
 
 @pytest.mark.nightly
-def test_every_specialisation_compiles_without_spills(tmp_path: Path) -> None:
+def test_every_kind_of_specialisation_compiles_without_spills(tmp_path: Path) -> None:
     assert_lean(EVERY, tmp_path)
 
 
