@@ -141,7 +141,7 @@ def _lanes(lanes: int, case: Case, number: int) -> list[MicroBatch]:
 
 
 def main() -> None:
-    """The table of docs/accelerators.md."""
+    """The table that docs/accelerators.md is made of."""
     print("| step | ranks | waits: lane, step | collectives | a lane's operators: views, field, rest | a step's own |")
     print("|---|---|---|---|---|---|")
     persistent = [Case(8, objective="persistent", rows=(columns, "cuda:0")) for columns in ("batch", "bank")]

@@ -138,12 +138,11 @@ def exact_field(
     tree: group.TreeSum[Tensor] = group.TreeSum(count)
     field.fused_by_lane(block, tree.add)
     field.release()
-    for name, home in zip(objective.column_views, columns.send_home(tree.total()), strict=True):
-        field.gradients[name] = field.gradients[name] + home if name in field.gradients else home
-
     sums = {"loss": field.loss(), **field.parts()}
     if temperature:
-        sums["temperature_slope"] = field.temperature_gradient()
+        sums["temperature_slope"] = field.temperature_gradient()  # of the rows' gradients alone, so before the columns'
+    for name, home in zip(objective.column_views, columns.send_home(tree.total()), strict=True):
+        field.gradients[name] = field.gradients[name] + home if name in field.gradients else home
     if rows is not None:
         sums |= rows.recur(lanes, block[-1], objective)
     gradients = [(field.gradients[name] / batch).split(m) for name in "uv"]
