@@ -11,7 +11,7 @@ dose=${1:?"where is the OUT of launch/dose-response.sh?"}
 out=${2:?"where to? e.g. runs/late"}
 shift 2
 here=$(cd "$(dirname "$0")/.." && pwd)
-rkdo=${RKDO:-rkdo} python=${PYTHON:-python}
+rkdo=${RKDO:-rkdo}
 config=$here/configs/study/dose.yaml
 read -ra extra <<<"${EXTRA:-}"
 export OMP_NUM_THREADS=1 ACCELERATE_MIXED_PRECISION=${PRECISION:-bf16}

@@ -15,7 +15,7 @@ which=${1:?"which experiment? E3 or E4"}
 out=${2:?"where to? e.g. runs/one-gpu"}
 shift 2
 here=$(cd "$(dirname "$0")/.." && pwd)
-rkdo=${RKDO:-rkdo}
+read -ra rkdo <<<"${RKDO:-rkdo}" # more than one word in a rehearsal
 read -ra extra <<<"${EXTRA:-}"
 epochs=${EPOCHS:-45}
 case $which in
@@ -33,7 +33,7 @@ for seed in ${SEEDS:-1 2 3}; do
   began=${began:-$SECONDS}
   left=$((${MINUTES:-9} * 60 - SECONDS + began))
   [ "$left" -gt 30 ] || { echo "not done: the same command goes on"; exit 75; }
-  timeout --signal=TERM --kill-after=60 "$left" $rkdo sweep "$here/configs/study/cifar10-gpu.yaml" --out "$out/$which" \
+  timeout --signal=TERM --kill-after=60 "$left" "${rkdo[@]}" sweep "$here/configs/study/cifar10-gpu.yaml" --out "$out/$which" \
     --seeds "$so_far" --metric knn_accuracy_backbone,linear_accuracy_backbone,knn_accuracy \
     --set "data.shards=${DATA:-data/cifar10}" --set "train.epochs=$epochs" "${extra[@]/#/--set=}" "${arms[@]}" "$@" || code=$?
   case $code in

@@ -10,7 +10,8 @@ out=${1:?"where to? e.g. runs/slices"}
 rkdo=${RKDO:-rkdo} python=${PYTHON:-python}
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
-$python - "$out" "${SAMPLES:-450}" ${SEEDS:-0 1 2 3 4} <<'END'
+read -ra seeds <<<"${SEEDS:-0 1 2 3 4}"
+$python - "$out" "${SAMPLES:-450}" "${seeds[@]}" <<'END'
 import sys
 import numpy as np
 from sklearn.datasets import load_digits
@@ -21,7 +22,7 @@ for seed in seeds:
     chosen = np.sort(np.random.Generator(np.random.PCG64(int(seed))).permutation(len(digits.data))[:samples])
     np.savez(f"{out}/digits-{seed}.npz", features=digits.data[chosen], labels=digits.target[chosen])
 END
-for seed in ${SEEDS:-0 1 2 3 4}; do
+for seed in "${seeds[@]}"; do
   for coupling in 0 0.1 0.3 0.5; do
     [ -f "$out/clusters-$coupling-$seed/clusters.json" ] ||
       $rkdo cluster "$out/digits.npz" --clusters 10 --seed "$seed" --coupling $coupling --steps "${STEPS:-600}" \
