@@ -2,12 +2,12 @@
 # "Does recursion help?": the same encoder, data, batches and number of steps under several supervisors; resumable.
 #
 #   launch/recursion-study.sh CONFIG OUT [options of `rkdo sweep`]
-#   launch/recursion-study.sh configs/study/cifar10-small.yaml runs/recursion-study --seeds 1,2,3,4,5 --processes 2
+#   launch/recursion-study.sh configs/study/cifar10.yaml runs/recursion-study --seeds 1,2,3,4,5 --processes 2
 #   launch/recursion-study.sh CONFIG OUT --only "InfoNCE,bank 0.5"        some of the rows below
 #
 # Every row of the tables is tested against the first: InfoNCE, which is what coupling 0 gives.
 set -euo pipefail
-config=${1:?"which configuration? e.g. configs/study/cifar10-small.yaml"}
+config=${1:?"which configuration? e.g. configs/study/cifar10.yaml"}
 out=${2:?"where to? e.g. runs/recursion-study"}
 shift 2
 persistent="field.objective=rkdo field.recursion=persistent"

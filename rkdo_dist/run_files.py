@@ -51,11 +51,12 @@ _STEP = documents.shape(
     **{f"{name}_": _JUDGED for name in (
         "loss_at_uniform", "loss_at_ideal", "kl_1", "cross_entropy", "entropy_p", "positive_mass", "gradient_norm",
         "learning_rate", "temperature", "coupling", "row_positive", "row_entropy",
-        "row_stored", "row_mass", "row_drift", "p_positive", "skipped", "loss_scale", "replaced_samples",
+        "row_stored", "row_mass", "row_drift", "p_positive", "loss_scale", "replaced_samples",
     )},
     seconds_=documents.NUMBER,
     pairs_per_second_=documents.NUMBER,
     objective_=documents.TEXT,
+    skipped_=documents.TEXT,
 )  # fmt: skip
 EVALUATION = documents.shape(
     step=documents.COUNT,

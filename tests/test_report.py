@@ -23,6 +23,7 @@ from rkdo_dist.studies.report.groups import last_common_epoch, read_groups
 from rkdo_dist.studies.report.page import write_report
 from tests.jobs import command
 from tests.reports import fake_run, scores_of
+from tests.test_damaged_files import AUDIT
 
 SEEDS = (42, 123, 456, 789, 101)
 
@@ -89,7 +90,9 @@ def test_what_supervisors_could_transfer_and_what_a_study_could_see(tmp_path: Pa
     rows = ["field.recursion=persistent", "train.epochs=12", "train.batches_per_epoch=null"]
     runs = [fake_run(tmp_path / f"p{s}", "rkdo", s, [2.0], {4: scores_of(0.3 + 0.01 * s)}, *rows) for s in (1, 2, 3)]
     runs += [fake_run(tmp_path / f"i{s}", "icon", s, [2.0], {4: scores_of(0.3 + 0.02 * s)}) for s in (1, 2, 3)]
-    (runs[0] / "audit.json").write_text(json.dumps({"best": {"precision": 0.4}, "student": 0.15}))
+    (runs[0] / "audit.json").write_text(
+        json.dumps({**AUDIT, "best": {**AUDIT["best"], "precision": 0.4}, "student": 0.15})
+    )
     persistent, icon = groups_of(*runs)
     said = " ".join(words.supervisors(persistent))
     assert "dilution: a batch of 64 out of 256 samples keeps 24.71%" in said

@@ -54,6 +54,8 @@ def check(line: str) -> str:
         check(shlex.join(["rkdo", *words[words.index("rkdo_dist") + 1 :]]))
     elif words[0].startswith("launch/"):
         assert os.access(ROOT / words[0], os.X_OK), line
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        compile((ROOT / words[1]).read_text("utf-8"), words[1], "exec")
     elif words[0] == "rkdo":
         options = cli.parsed(words[1:])  # ends the process where an option or a command does not exist
         config = getattr(options, "config", None)
