@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import rkdo_dist
 from rkdo_dist import cli
 from rkdo_dist.exchange import group
+from rkdo_dist.ranks.watch import Note
 from rkdo_dist.training.step import Step
 from tests.jobs import metrics, run_of
+from tests.launching import free_port
 from tests.like_nccl import SILENT
 from tests.ranks import run_ranks
 
@@ -72,6 +75,26 @@ def test_all_others_name_the_rank_that_is_lost_and_say_why(
         assert text.count("error:") == 1
         assert "error: rank 1 on node-1 (127.0.0.1) " + reason in text
     assert status["message"].startswith("rank 1 on node-1 (127.0.0.1) " + reason)
+
+
+def _unreachable(rank: int, world: int, port: int) -> tuple[str, str, str]:
+    """Ranks that have met through rank 0, which then answers nothing any more, as if its cable were cut."""
+    group.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    note = Note("job")
+    first = int(str(group.gather_objects(os.getpid())[0]))
+    if rank == 0:
+        time.sleep(10 * ABORT)
+    os.kill(first, signal.SIGSTOP)
+    said = note.read(), note.leave("lost"), note.read(1.0)
+    os.kill(first, signal.SIGKILL)
+    return said
+
+
+def test_a_note_is_not_waited_for_where_the_store_is_silent() -> None:
+    answers = run_ranks(_unreachable, 2, free_port(), timeout=ABORT, check=False)
+    assert answers[1] == ("", "lost", "")
 
 
 PATIENCE = 7.0  # run.timeout where ranks work for longer by themselves

@@ -109,10 +109,12 @@ class Peers:
         text = str(error)
         if isinstance(error, group.RankError) or not (isinstance(error, dist.DistError) or "gloo/" in text):
             return None
-        if self._note is None:
+        if not self._places:
             return self._never_met(text)
         # Where there is a watch, it names the rank that was lost first.
-        return self._note.read(2 * BEAT if self._watch is not None else 0.0) or self._lost(error)
+        patience = 2 * BEAT if self._watch is not None else 0.0
+        said = "" if self._note is None else self._note.read(patience)
+        return said or self._lost(error)
 
     def _lost(self, error: BaseException, rank: int | None = None) -> str:
         """What a failed collective means.

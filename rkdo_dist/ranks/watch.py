@@ -36,21 +36,39 @@ class Note:
     def __init__(self, name: str) -> None:
         store = distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"rkdo_dist {name}", store.clone())  # a connection of its own
+        self._unanswered: threading.Thread | None = None
 
     def leave(self, text: str) -> str:
         """Leave `text` for all ranks, unless there is a note already; what it says now."""
-        with contextlib.suppress(RuntimeError):  # the store is gone with the process that held it
-            return self._store.compare_set(_KEY, "", text).decode()
-        return text
+        return self._ask(lambda: self._store.compare_set(_KEY, "", text).decode()) or text
 
     def read(self, patience: float = 0.0) -> str:
         """What it says; empty if there is none in `patience` seconds."""
         until = time.monotonic() + patience
-        with contextlib.suppress(RuntimeError):
-            while not (there := self._store.check([_KEY])) and time.monotonic() < until:
-                time.sleep(0.05)
-            return self._store.get(_KEY).decode() if there else ""
-        return ""
+        while not (said := self._ask(self._said)) and time.monotonic() < until:
+            time.sleep(0.05)
+        return said
+
+    def _said(self) -> str:
+        return self._store.get(_KEY).decode() if self._store.check([_KEY]) else ""
+
+    def _ask(self, question: Callable[[], str]) -> str:
+        """The store's answer; empty if it is gone, or silent: its client waits without a limit for a machine or network
+        that is down, so it is asked in a thread."""
+        if self._unanswered is not None and self._unanswered.is_alive():
+            return ""
+        answers: list[str] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone with the process that held it
+                answers.append(question())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(GRACE)
+        if asking.is_alive():
+            self._unanswered = asking
+        return answers[0] if answers else ""
 
 
 class Watch:
