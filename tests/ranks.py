@@ -125,10 +125,14 @@ def run_ranks(
     """
     with Ranks(function, world, args, timeout, backend) as ranks:
         answers = ranks.answers()
-    failures = [f"--- rank {r}\n{text}" for r, (ok, text) in sorted(answers.items()) if not ok]
+    failures = _failures(answers)
     if failures and check:
         raise RankFailed("\n".join(failures))
     return [answers[r][1] for r in range(world)]
+
+
+def _failures(answers: dict[int, tuple[bool, Any]]) -> list[str]:
+    return [f"--- rank {r}\n{text}" for r, (ok, text) in sorted(answers.items()) if not ok]
 
 
 def _collect(results: Any, ranks: list[Any], world: int, timeout: float) -> dict[int, tuple[bool, Any]]:
@@ -143,7 +147,8 @@ def _collect(results: Any, ranks: list[Any], world: int, timeout: float) -> dict
                 if rank not in answers and process.exitcode not in (None, 0):
                     answers[rank] = (False, f"the process ended with exit code {process.exitcode}")
             if time.monotonic() > deadline:
-                raise RankFailed(f"no answer from ranks {sorted(set(range(world)) - set(answers))} in time") from None
+                silent = f"no answer from ranks {sorted(set(range(world)) - set(answers))} in time"
+                raise RankFailed("\n".join([silent, *_failures(answers)])) from None
     return answers
 
 

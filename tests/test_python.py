@@ -70,6 +70,7 @@ def mean_norm(features: Any, labels: Any) -> float:
 def _on_rank(rank: int, world: int, arguments: list[str], port: int) -> Any:
     """Two runs in one process: the first with callbacks and metrics, the second plain. They form their own groups."""
     if world > 1:
+        torch.distributed.barrier()  # the other rank may still be connecting to this one
         torch.distributed.destroy_process_group()
         os.environ["MASTER_PORT"] = str(port)
     recorder = Recorder()

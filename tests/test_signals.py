@@ -134,6 +134,7 @@ class Slow(CifarResNet):
 
 def _evaluated_slowly(rank: int, world: int, arguments: list[str], begun: str, where: str, port: int) -> Any:
     if world > 1:
+        torch.distributed.barrier()  # the other rank may still be connecting to this one
         torch.distributed.destroy_process_group()
         os.environ["MASTER_PORT"] = str(port)
 
