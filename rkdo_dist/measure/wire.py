@@ -6,7 +6,7 @@ K numbers in a report (the loss and its parts), embeddings (m, d) and gradients 
 
 | purpose | exact | fast |
 |---|---|---|
-| columns | all-gather of 2 b d 4 | gather: all-gather of V b d 4; ring: walks x (W - 1) sends of V b d 4 |
+| columns | all-gather of V b d 4 | gather: all-gather of V b d 4; ring: walks x (W - 1) sends of V b d 4 |
 | column gradients | all-to-all of V B d 4 | gather: reduce-scatter of V B d 4; ring: W sends of V b d 4 |
 | parameter gradients | all-to-all of P' 4, all-gather of P' 4 / W (P' = P rounded up to W) | all-reduce of P 4 (DDP) |
 | batch statistics | all-gather of F 3C 8 | all-reduce of F 3C 8 |
@@ -71,7 +71,7 @@ def bytes_agree(shape: StepShape, wire: Iterable[Sequence[Any]]) -> bool | None:
 
 
 def _exact(book: Ledger, shape: StepShape) -> None:
-    book.note((COLUMNS, "all_gather"), 2 * shape.rows * shape.dimension * 4)
+    book.note((COLUMNS, "all_gather"), shape.column_views * shape.rows * shape.dimension * 4)
     book.note((COLUMN_GRADIENTS, "all_to_all"), shape.column_views * shape.batch * shape.dimension * 4)
     padded = (shape.parameters + -shape.parameters % shape.world) * 4
     book.note((GRADIENTS, "all_to_all"), padded)
