@@ -66,7 +66,8 @@ def main() -> None:
             words = "" if c == names[0] else f"  {test.difference:+.4f} ± {test.margin:.4f}, p {test.t_p:.3f}"
             print(f"  {c:5g}  {spread(*mean_sd(values[0]))}  {spread(*mean_sd(values[1]))}{words}")
         panel.set_xticks(range(len(names)), [f"{c:g}" for c in names])
-        panel.set(xlabel="coupling", ylabel="relative to no recursion", title=kind.capitalize(), ylim=(-0.05, 1.15))
+        panel.set(xlabel="coupling", ylabel="relative to no recursion", title=kind.capitalize())
+        panel.set_ylim(bottom=-0.05)
         panel.legend(frameon=False, fontsize=8, loc="lower left")
     (HERE / "slices.svg").write_bytes(encoded(figure, "svg"))
 
