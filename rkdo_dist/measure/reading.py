@@ -16,6 +16,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import lane_stream
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
+from rkdo_dist.training.trial import without_trace
 
 _STEPS, _PAIRS = 4, 8  # of reading; of a pass on a CPU, which is as fast with few
 
@@ -59,7 +60,6 @@ def pairs_a_second(config: Config, runtime: Runtime, index: ShardIndex, encoder:
     """Of the encoder alone, forward and backward."""
     size, device = parts.make_views(config, index).size, runtime.device
     pairs = config.train.lane_size if device.type == "cuda" else min(_PAIRS, config.train.lane_size)
-    saved = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
 
     def step() -> None:
         with runtime.autocast():
@@ -68,12 +68,9 @@ def pairs_a_second(config: Config, runtime: Runtime, index: ShardIndex, encoder:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with without_trace(encoder, device):
         images = torch.rand(2 * pairs, 3, size, size, device=device) - 0.5
         seconds = min(_seconds(step, time.perf_counter) for _ in range(2))
-    with torch.no_grad():
-        for name, buffer in encoder.named_buffers():
-            buffer.copy_(saved[name])
     return pairs / seconds
 
 

@@ -21,6 +21,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import of_points, rows_bytes
 from rkdo_dist.training.shape import StepShape, shape_of
+from rkdo_dist.training.trial import without_trace
 
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
 _CGROUP = Path("/sys/fs/cgroup")
@@ -71,14 +72,9 @@ def lane_growth(config: Config, runtime: Runtime, index: ShardIndex, encoder: nn
 def _line(
     forward: Callable[[Tensor], Tensor], encoder: nn.Module, size: int, device: torch.device
 ) -> Callable[[int], int]:
-    saved = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
     few, more = _PROBES
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with without_trace(encoder, device):
         found = [kept_bytes(forward, torch.rand(n, 3, size, size, device=device) - 0.5, encoder) for n in _PROBES]
-    with torch.no_grad():
-        for name, buffer in encoder.named_buffers():
-            buffer.copy_(saved[name])
     each = (found[1] - found[0]) / (more - few)
     return lambda micro_batch: round(found[0] + each * (2 * micro_batch - few))
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from rkdo_dist.training.trial import without_trace
+
 
 def check_deterministic(forward: Callable[[Tensor], Tensor], encoder: nn.Module, name: str, size: int) -> None:
     """Embed two images and form the gradient, where only deterministic algorithms are allowed; elsewhere do nothing.
@@ -26,9 +28,8 @@ def check_deterministic(forward: Callable[[Tensor], Tensor], encoder: nn.Module,
         return
     trained = [p for p in encoder.parameters() if p.requires_grad]
     device = trained[0].device
-    buffers = [(buffer, buffer.clone()) for buffer in encoder.buffers()]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        with without_trace(encoder, device), torch.enable_grad():
             images = torch.zeros(2, 3, size, size, device=device)
             torch.autograd.grad(forward(images).sum(), trained, allow_unused=True)
     except RuntimeError as error:
@@ -39,7 +40,3 @@ def check_deterministic(forward: Callable[[Tensor], Tensor], encoder: nn.Module,
             f"encoder.backbone={name} uses {operator}, which has no deterministic algorithm on {device.type}, so "
             "run.reduction=exact cannot keep its promise: use run.reduction=fast, or another backbone"
         ) from error
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

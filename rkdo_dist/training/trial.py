@@ -1,0 +1,22 @@
+"""Passes through an encoder before training, to find out what they take or whether there can be any."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def without_trace(encoder: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards the encoder's buffers and the random state of the CPU and of `device` are as they were."""
+    saved = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in encoder.named_buffers():
+                buffer.copy_(saved[name])
