@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import of_points, rows_bytes
 from rkdo_dist.training.shape import StepShape, shape_of
@@ -166,6 +168,12 @@ def require(config: Config, runtime: Runtime, index: ShardIndex, sharing: int) -
             f"{'its share of this machine' if runtime.device.type == 'cpu' else runtime.device} has {there / 1e9:,.1f} "
             f"GB: lower {_DECIDED_BY[what]}"
         )
+
+
+def sharing(runtime: Runtime) -> int:
+    """Ranks that share the memory of this one: on a CPU those of the machine (collective)."""
+    hosts = group.gather_objects(socket.gethostname())
+    return hosts.count(socket.gethostname()) if runtime.device.type == "cpu" else 1
 
 
 def all_bytes(device: torch.device) -> int:

@@ -6,7 +6,6 @@ written to config.yaml, and a run that is continued keeps the number it has.
 from __future__ import annotations
 
 import dataclasses
-import socket
 
 from torch import nn
 
@@ -38,8 +37,7 @@ def resolved(
         return config
     size = group.from_rank_zero(group.on_main(lambda: _recorded(config, run), "looking at run.resume"))
     if size is None:
-        hosts = group.gather_objects(socket.gethostname())
-        sharing = hosts.count(socket.gethostname()) if runtime.device.type == "cpu" else 1
+        sharing = memory.sharing(runtime)
         fitting: list[list[int]] = group.gather_objects(  # type: ignore[assignment]
             group.together(lambda: _fitting(config, runtime, index, backbone, sharing), "measuring a forward pass")
         )

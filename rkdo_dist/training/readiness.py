@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -45,8 +44,7 @@ def made_ready(
     around.check_world(config)
     group.on_main(lambda: tracking.check(config.run.trackers), "looking at run.trackers")
     plan = group.together(lambda: _fitting_plan(config, index), "comparing the configuration with the data")
-    hosts = group.gather_objects(socket.gethostname())
-    sharing = hosts.count(socket.gethostname()) if rt.device.type == "cpu" else 1
+    sharing = memory.sharing(rt)
     if backbone is None:
         group.together(lambda: memory.require(config, rt, index, sharing), "estimating memory")
     job = group.together(lambda: build(config, rt, index, run, backbone=backbone, metrics=metrics), "building the run")
