@@ -113,21 +113,16 @@ def own_features(
     """
     iterator = iter(blocks)
     found: list[OwnFeatures] = []
-    failure: Exception | None = None
     widths = [0, 0]
     while True:
-        rows: OwnFeatures | None = None
-        try:
-            rows = _next(iterator, embed, device)
-        except Exception as error:  # shared with all ranks below
-            failure = error
+        attempt = ranks.Attempt(lambda: _next(iterator, embed, device))
+        rows = attempt.value
         if rows is not None:
             found.append(rows)
             widths = [rows.backbone.shape[1], rows.embeddings.shape[1]]
-        header = torch.tensor([failure is not None, signals.current().code, rows is not None, *widths], device=device)
+        header = torch.tensor([attempt.failed, signals.current().code, rows is not None, *widths], device=device)
         failed, code, any_blocks, *widths = _largest(header, group)
-        if failed:
-            ranks.together(_raising(failure), "embedding the samples to evaluate")
+        attempt.result(failed > 0, "embedding the samples to evaluate")
         if code:
             raise signals.Stopped(code)
         if not any_blocks:
@@ -226,11 +221,3 @@ def _largest(numbers: Tensor, group: ranks.Group) -> list[int]:
     if ranks.world_size(group) > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
     return numbers.tolist()
-
-
-def _raising(failure: Exception | None) -> Callable[[], None]:
-    def action() -> None:
-        if failure is not None:
-            raise failure
-
-    return action

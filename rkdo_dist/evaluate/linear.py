@@ -134,8 +134,8 @@ class _Fit:
         """Value and gradient of the problem at a point (collective)."""
         attempt = group.Attempt(lambda: self._own_sums(unit, point))
         words = torch.zeros(3 + self.size, dtype=torch.int64, device=self._device)
-        if not attempt.failed:
-            words[2:] = attempt.result(False, "")
+        if attempt.value is not None:
+            words[2:] = attempt.value
         words[0], words[1] = attempt.failed, signals.current().code > 0
         failed, stopped, loss, *_ = group.all_reduce_integers(words)[:3].tolist()
         attempt.result(failed > 0, "fitting the linear classifier")

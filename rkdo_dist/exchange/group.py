@@ -297,6 +297,11 @@ class Attempt(Generic[T]):
         """Whether it raised an exception here."""
         return self._error is not None
 
+    @property
+    def value(self) -> T | None:
+        """What the action returned here; None if it has failed."""
+        return self._result
+
     def result(self, failed_anywhere: bool, what: str) -> T:
         """What the action returned here, if it has failed nowhere; otherwise collective.
 
