@@ -63,9 +63,9 @@ def agreed_kernel(objective: Objective, device: torch.device) -> str:
     Args:
         objective: of the run.
     """
-    if group.world_size() == 1 and not fused.fusible(objective, device):
-        return "eager"
     there = fused.fusible(objective, device)
+    if group.world_size() == 1 and not there:
+        return "eager"
     verdicts: list[Any] = group.gather_objects((there, fused.self_check(objective, torch.float32, device)))
     wrong = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(verdicts) if why is not None]
     use = all(able for able, _ in verdicts) and not wrong
