@@ -27,8 +27,16 @@ from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate import common_metrics as common
 from rkdo_dist.evaluate import scores
-from rkdo_dist.evaluate.features import Block, Embed, FrozenFeatures, OwnFeatures, at_rank_zero, own_features
-from rkdo_dist.evaluate.full_protocol import class_counts, full_protocol
+from rkdo_dist.evaluate.features import (
+    Block,
+    Embed,
+    FrozenFeatures,
+    OwnFeatures,
+    at_rank_zero,
+    class_counts,
+    own_features,
+)
+from rkdo_dist.evaluate.full_protocol import full_protocol
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import signals
 from rkdo_dist.ranks.runtime import Runtime
@@ -146,7 +154,7 @@ def evaluate_encoder(
     finally:
         encoder.train(was_training)
     test = found[plan.test]
-    counts = {split: class_counts(found[split]) for split in plan.splits}
+    counts = {split: class_counts(found[split].labels).cpu().numpy() for split in plan.splits}
     reason = plan.unscored or scores.unscorable(counts[plan.test], None if plan.train is None else counts[plan.train])
     classified = None
     if reason is None and plan.train is not None:

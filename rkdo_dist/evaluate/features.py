@@ -133,6 +133,17 @@ def own_features(
     return own
 
 
+def class_counts(labels: Tensor) -> Tensor:
+    """Labelled samples of each class (C,) int64, of all ranks together (collective, default group).
+
+    Args:
+        labels: (m,) int64 of this rank's samples, where tensors travel; -1 where there is none.
+    """
+    labelled = labels[labels >= 0]
+    highest = int(ranks.all_reduce_max(float(labelled.max()) if len(labelled) else -1.0))
+    return ranks.all_reduce_integers(torch.bincount(labelled, minlength=highest + 1))
+
+
 def _next(iterator: Iterator[tuple[int, Block]], embed: Embed, device: torch.device | str) -> OwnFeatures | None:
     """This rank's next block, embedded; None after the last."""
     entry = next(iterator, None)

@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rkdo_dist.evaluate import linear, neighbours, scores
 from rkdo_dist.evaluate.common_metrics import one_thread
-from rkdo_dist.evaluate.features import OwnFeatures
+from rkdo_dist.evaluate.features import OwnFeatures, class_counts
 from rkdo_dist.exchange import group
 
 
@@ -39,7 +37,7 @@ def full_protocol(train: OwnFeatures, test: OwnFeatures, k: int = scores.NEIGHBO
             not finite; RankError with several ranks.
         Stopped: on every rank, when one was asked to stop.
     """
-    counts = {name: class_counts(own) for name, own in (("train", train), ("test", test))}
+    counts = {name: class_counts(own.labels).cpu().numpy() for name, own in (("train", train), ("test", test))}
     reason = scores.unscorable(counts["test"], counts["train"], k)
     if reason is not None:
         raise ValueError(f"scores need labels: {reason}")
@@ -62,12 +60,6 @@ def full_protocol(train: OwnFeatures, test: OwnFeatures, k: int = scores.NEIGHBO
             if name == "embeddings":
                 result["neighbourhood"] = neighbourhood_preservation(scored, k)
     return result | {"warnings": group.from_rank_zero(said)}
-
-
-def class_counts(own: OwnFeatures) -> NDArray[np.int64]:
-    """Labelled samples of each class (C,), of all ranks together (collective)."""
-    highest = int(group.all_reduce_max(float(own.labels.max()) if len(own.labels) else -1.0))
-    return group.all_reduce_integers(torch.bincount(own.labels[own.labels >= 0], minlength=highest + 1)).cpu().numpy()
 
 
 @dataclasses.dataclass(frozen=True)

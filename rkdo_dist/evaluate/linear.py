@@ -24,6 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from rkdo_dist.evaluate.features import class_counts
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import signals
 
@@ -63,9 +64,8 @@ class _Fit:
 
     def __init__(self, x: Tensor, labels: Tensor) -> None:
         self._blocks = list(zip(x.split(BLOCK), labels.split(BLOCK), strict=True)) if len(x) else []
-        labelled = labels[labels >= 0]
-        highest = int(group.all_reduce_max(float(labelled.max()) if len(labelled) else -1.0))
-        counts = group.all_reduce_integers(torch.bincount(labelled, minlength=highest + 1))
+        labelled = labels >= 0
+        counts = class_counts(labels)
         self.classes, n = counts.nonzero()[:, 0], int(counts.sum())
         if len(self.classes) < 2:
             raise ValueError("linear evaluation needs at least two classes among its training samples")
@@ -74,7 +74,7 @@ class _Fit:
         self._rows = 1 if len(self.classes) == 2 else len(self.classes)  # of two classes, the first has logit zero
         self._samples, self._shape, self._device = n, (self._rows, x.shape[1]), x.device
         self.size = self._rows * (x.shape[1] + 1)
-        self._largest = x[labels >= 0].abs().amax(0).double() if len(labelled) else x.new_zeros(x.shape[1]).double()
+        self._largest = x[labelled].abs().amax(0).double() if labelled.any() else x.new_zeros(x.shape[1]).double()
         if group.world_size() > 1:
             dist.all_reduce(self._largest, op=dist.ReduceOp.MAX)
         # what gradients by weights, and by intercepts, are measured in
