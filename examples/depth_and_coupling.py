@@ -10,7 +10,6 @@ gradient through p).
 
 from __future__ import annotations
 
-import csv
 import sys
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from rkdo_dist import InfoNCELoss, RKDOLoss, load_encoder, parts
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.studies.sheets import as_csv
 
 DEPTHS, COUPLINGS = (1, 2, 3, 5), (0.1, 0.3, 0.5, 0.8)
 
@@ -51,9 +51,7 @@ def main() -> None:
                 row[f"{name}_norm"] = float(found.norm() / infonce.norm())
                 row[f"{name}_cosine"] = float(found @ infonce / (found.norm() * infonce.norm()))
             rows.append({key: f"{value:.5g}" for key, value in row.items()})
-    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    sys.stdout.write(as_csv(rows))
 
 
 if __name__ == "__main__":

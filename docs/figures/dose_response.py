@@ -19,6 +19,7 @@ from scipy import stats
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies.palette import BAD, DARK, GREY, style
 from rkdo_dist.studies.plots import encoded, legend_below, panels
+from rkdo_dist.studies.sheets import as_csv
 from rkdo_dist.studies.statistics import holm, paired
 
 HERE = Path(__file__).resolve().parent
@@ -48,10 +49,7 @@ def keep(out: Path) -> None:
         scores = {name: run.last[name] for name in (SCORE, SECOND, "knn_accuracy")}
         rows.append({"arm": arm, "precision": precision, "seed": run.seed, **scores})
     rows.sort(key=lambda row: (row["seed"], [arm for arm, _ in ARMS.values()].index(row["arm"])))
-    with KEPT.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    KEPT.write_text(as_csv(rows), encoding="utf-8", newline="")
     audit = json.loads((out / "audit" / "audit.json").read_text(encoding="utf-8"))
     names = ("group", "view", "temperature", "k", "steps", "precision")
     real = [{k: row[k] for k in names if k in row} for row in audit["rows"]]

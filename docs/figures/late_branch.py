@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rkdo_dist.rundir import RunDirectory
+from rkdo_dist.studies.sheets import as_csv
 from rkdo_dist.studies.statistics import holm, paired
 
 KEPT = Path(__file__).resolve().parent.parent / "studies" / "late-branch.csv"
@@ -40,10 +41,7 @@ def keep(out: Path) -> None:
         row["code"] = json.loads((place / "environment.json").read_text(encoding="utf-8"))["code"]
         rows.append(row)
     rows.sort(key=lambda row: (row["seed"], ARMS.index(row["arm"])))
-    with KEPT.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    KEPT.write_text(as_csv(rows), encoding="utf-8", newline="")
 
 
 def main() -> None:

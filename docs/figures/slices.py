@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rkdo_dist.studies.palette import style
 from rkdo_dist.studies.plots import encoded, panels
-from rkdo_dist.studies.sheets import mean_sd, spread
+from rkdo_dist.studies.sheets import as_csv, mean_sd, spread
 from rkdo_dist.studies.statistics import paired
 
 HERE = Path(__file__).resolve().parent
@@ -32,10 +32,7 @@ def keep(out: Path) -> None:
         for found in json.loads(place.read_text())["couplings"]:
             row = {"slice": "map", "coupling": found["coupling"], "seed": int(place.parent.name.split("-")[1])}
             rows.append(row | {"loss": found["own_loss"], "score": found["trustworthiness"]})
-    with KEPT.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    KEPT.write_text(as_csv(rows), encoding="utf-8", newline="")
 
 
 def main() -> None:

@@ -95,12 +95,7 @@ class Sheet:
 
     def csv(self) -> str:
         """For programs; full precision, empty cells for what there is not."""
-        text = io.StringIO()
-        if self.data:
-            writer = csv.DictWriter(text, list(self.data[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in self.data)
-        return text.getvalue()
+        return as_csv([{k: "" if v != v else v for k, v in row.items()} for row in self.data])
 
     def markdown(self) -> str:
         """For documents."""
@@ -113,6 +108,16 @@ class Sheet:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / f"{self.name}.csv", self.csv())
         write_atomic(folder / f"{self.name}.md", self.markdown())
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of the same keys with a line of their names; empty if there are none."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
 
 
 def _line(cells: Sequence[str]) -> str:
