@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rkdo_dist.exchange.transfer import upload
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 SOLAR = 128 / 255  # pixels from here on are inverted (BYOL, appendix B)
 _LUMA = (0.2989, 0.587, 0.114)  # of grey values, as in torchvision (ITU-R 601)
@@ -120,8 +122,7 @@ class Numbers:
 
     def to(self, device: torch.device) -> Numbers:
         """The same with tensors on a device, in one transfer that nobody waits for."""
-        here = self._tensor.pin_memory() if device.type == "cuda" else self._tensor
-        self._tensor = here.to(device, non_blocking=True)
+        self._tensor = upload(self._tensor, device)
         return self
 
     def host(self, name: str) -> np.ndarray:
