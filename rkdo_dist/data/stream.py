@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.index import DataError, ShardIndex, Split
-from rkdo_dist.data.order import EpochPlan, evaluation_blocks, worker_lanes
+from rkdo_dist.data.order import EpochPlan, chosen_blocks, evaluation_blocks, worker_lanes
 from rkdo_dist.data.partners import Partners
 from rkdo_dist.data.samples import Cursor, Lookup, MicroBatch, Packed, Reading, Sample, pack
 
@@ -130,8 +130,9 @@ class _TrainingItems(_Items):
         """A step's samples of some lanes, each lane's partners after it; `cursors` by lane stay where they are."""
         found: list[Sample] = []
         for lane in lanes:
-            cursor = cursors.setdefault(lane, Cursor(self.reading, plan.seed, plan.epoch))
-            first = list(itertools.islice(cursor.samples(plan.windows(lane, step, steps=1)), plan.micro_batch))
+            if lane not in cursors:
+                cursors[lane] = Cursor(self.reading, plan.seed, plan.epoch)
+            first = list(itertools.islice(cursors[lane].samples(plan.windows(lane, step, steps=1)), plan.micro_batch))
             found += first
             if lookup is not None and partners is not None:
                 found += [lookup.partner(sample, int(partners[sample.id])) for sample in first]
@@ -341,7 +342,7 @@ def evaluation_stream(
             f"cannot read blocks of {batch_size} on rank {rank} of {world} with {workers} workers, limit {limit}"
         )
     samples = reading.split.samples if limit is None else min(reading.split.samples, limit)
-    blocks = -(-samples // batch_size) if spread is None else min(-(-samples // batch_size), spread)
+    blocks = len(chosen_blocks(-(-samples // batch_size), spread))
     workers = min(workers, len(range(rank, blocks, world)) // _BLOCKS)
     return _blocks(_EvaluationItems(reading, batch_size, rank, world, limit, spread), workers)
 
