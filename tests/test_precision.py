@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from rkdo_dist.ranks.loss_scale import SMALLEST, LossScale
+from rkdo_dist.training.reproducible import check_half_precision
 from tests.ranks import run_ranks
 from tests.strategies import ALL, Task, session, train
 from tests.test_strategies import agree, single
@@ -94,3 +97,18 @@ def test_training_in_half_precision_on_a_gpu(strategy: str, precision: str) -> N
     assert got["launch"]["precision"] == precision
     assert got["dtypes"] == ["torch.float32"]
     assert np.mean(got["losses"][-5:]) < np.mean(got["losses"][:5])
+
+
+@pytest.mark.parametrize(("size", "name"), [(8, "layer3.0.conv1"), (32, None)])
+def test_convolutions_whose_gradient_is_wrong_in_half_precision_are_refused(size: int, name: str | None) -> None:
+    encoder = torchvision.models.resnet18(num_classes=4)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return encoder(images)
+
+    refused = pytest.raises(ValueError, match=f"resnet18 has a convolution .{name}.*--mixed_precision no")
+    with refused if name else contextlib.nullcontext():
+        check_half_precision(forward, encoder, "resnet18", size)
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())

@@ -21,7 +21,7 @@ from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training import memory, tracking
 from rkdo_dist.training.job import Job, build
-from rkdo_dist.training.reproducible import check_deterministic
+from rkdo_dist.training.reproducible import check_deterministic, check_half_precision
 from rkdo_dist.training.saving import branch
 
 
@@ -54,9 +54,9 @@ def made_ready(
     numbers = arithmetic(rt.device)
     if rt.reduction == "exact":
         agree(numbers)  # ranks apply the same update, each by its own arithmetic
-        group.together(lambda: _check_deterministic(job), "looking for deterministic algorithms")
     elif odd := differing(numbers):
         warn_once(f"ranks compute by different arithmetic ({odd}): a run again need not give the same numbers")
+    group.together(lambda: _check_gradients(job), "trying the encoder")
     job.kernel = agreed_kernel(job.objective(0), rt.device)
     if config.encoder.weights != "none" or config.run.branch != "none" or is_code(config.encoder.backbone):
         # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.
@@ -64,12 +64,16 @@ def made_ready(
     return job, plan
 
 
-def _check_deterministic(job: Job) -> None:
+def _check_gradients(job: Job) -> None:
     def forward(images: Tensor) -> Tensor:
         with job.runtime.autocast():
             return job.encoder(images)
 
-    check_deterministic(forward, job.encoder, job.config.encoder.backbone, job.views.size)
+    about = (job.encoder, job.config.encoder.backbone, job.views.size)
+    if job.runtime.reduction == "exact":
+        check_deterministic(forward, *about)
+    if job.runtime.precision != "no":
+        check_half_precision(forward, *about)
 
 
 def _fitting_plan(config: Config, index: ShardIndex) -> EvaluationPlan:
