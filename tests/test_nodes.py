@@ -113,6 +113,8 @@ def test_two_nodes_are_one_run_though_the_cable_is_cut(small: list[str], straigh
         with on_nodes(where, address, arguments, tmp_path) as scripts:
             assert [script.wait() for script in scripts] == [0, 0], [script.text for script in scripts]
             assert f"done: {run}" in scripts[0].text
-            assert scripts[1].text == ""  # rank zero alone speaks
+            # Rank zero alone speaks. A launcher may say that the first one, which holds the store, has left before it.
+            said = [line for line in scripts[1].text.splitlines() if "torch/distributed/elastic/" not in line]
+            assert said == []
     assert fingerprint(run, 40) == fingerprint(straight, 40)
     assert metrics(run) == metrics(straight)
