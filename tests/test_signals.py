@@ -34,18 +34,6 @@ def test_a_signal_sets_a_code_and_nothing_else(number: int, code: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_an_echo_of_the_first_interrupt_is_not_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.code == 130
-    monkeypatch.setattr(signals, "PATIENCE", -1.0)
-    with StopRequest():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.mark.parametrize(
     ("world", "rank", "number", "code"),
     [(1, 0, signal.SIGINT, 130), (1, 0, signal.SIGTERM, 75), (2, 0, signal.SIGUSR1, 75), (2, 1, signal.SIGUSR1, 75)],

@@ -168,7 +168,7 @@ def _settle(worker: int) -> None:
     rank = multiprocessing.parent_process()
     if rank is not None:
         threading.Thread(target=_end_with, args=(rank.sentinel,), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _report_unless_disconnected
 

@@ -4,6 +4,7 @@ nothing has to be finished first, the request ends what is going on at once."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -12,10 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from rkdo_dist.diagnostics import logger
+
 INTERRUPTED = 130  # Ctrl-C, as shells report it
 PATIENCE = 3.0  # seconds in which a repeated Ctrl-C is taken for an echo of the first
 PREEMPTED = 75  # EX_TEMPFAIL: "try again later", for schedulers that requeue
 GRACE = 5.0  # seconds after which a process that stays inside a library's call is ended from outside
+HASTE = 2.0  # the same after a second Ctrl-C
 
 _CODES: dict[int, int] = {
     signal.SIGINT: INTERRUPTED,
@@ -58,23 +62,26 @@ class StopRequest:
     """While entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP (unless it was ignored: nohup) set `code` instead of ending
     the process.
 
-    A second SIGINT raises the usual KeyboardInterrupt, for users who cannot wait for the end of the step; but not at
-    once, because a launcher passes on the SIGINT that the terminal has already sent to the whole process group.
+    A second SIGINT raises KeyboardInterrupt, for users who cannot wait for the end of the step; but only if it arrives
+    PATIENCE after the first request, because a launcher may pass on the SIGINT that the terminal has already sent to
+    the whole process group. torchrun, whose ranks are out of the terminal's reach, passes the second Ctrl-C on as
+    SIGTERM, so that counts after a SIGINT too. A main thread that a library keeps for longer than HASTE after it cannot
+    raise anything: it says its `last_words`, and the process is ended.
 
     Outside the main thread, which alone gets signals, nothing happens.
 
     Attributes:
         code: of the request, 0 for none.
-        last_words: called with the code when the process must be ended from outside (`at_once`).
+        last_words: called with the code when the process must be ended from outside.
     """
 
     def __init__(self) -> None:
         self.code = 0
         self.last_words: Callable[[int], None] = lambda code: None
         self._at_once = False
-        self._patient_until = 0.0
+        self._insisted = False  # a second Ctrl-C has come, and the main thread does not know yet
         self._before: dict[int, object] = {}
-        self._watch = contextlib.ExitStack()
+        self._watching = contextlib.ExitStack()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
@@ -82,14 +89,14 @@ class StopRequest:
         for number in _CODES:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._receive)
-        self._watch.enter_context(self._watched())
+        self._watching.enter_context(self._watched())
         _current.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        self._watch.close()
+        self._watching.close()
         if self in _current:
             _current.remove(self)
 
@@ -113,10 +120,9 @@ class StopRequest:
             self._at_once = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.code and number == signal.SIGINT and time.monotonic() > self._patient_until:
+        if self._insisted:
+            self._insisted = False
             raise KeyboardInterrupt
-        if not self.code:
-            self._patient_until = time.monotonic() + PATIENCE
         self.code = max(self.code, _CODES[number])
         if self._at_once:
             self._at_once = False
@@ -124,30 +130,58 @@ class StopRequest:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """A thread that sees signals also while the main thread is inside a library, where Python cannot handle them.
+        """A thread that sees signals as they arrive, also while the main thread is inside a library, where Python
+        handles them only afterwards, and several as one.
 
         The interpreter writes each signal's number into a socket as it arrives.
         """
         reads, writes = socket.socketpair()
         writes.setblocking(False)
         before = signal.set_wakeup_fd(writes.fileno(), warn_on_full_buffer=False)
-
-        def watch() -> None:
-            with reads:
-                while number := reads.recv(1):
-                    code = _CODES.get(number[0])
-                    if code is None:
-                        continue
-                    time.sleep(GRACE)
-                    if self._at_once and not self.code:
-                        with contextlib.suppress(Exception):
-                            self.last_words(code)
-                        os._exit(code)
-
-        thread = threading.Thread(target=watch, daemon=True)
+        thread = threading.Thread(target=self._watch, args=(reads, threading.get_ident()), daemon=True)
         thread.start()
         try:
             yield
         finally:
             signal.set_wakeup_fd(before)
             writes.close()  # ends the thread
+
+    def _watch(self, reads: socket.socket, main: int) -> None:
+        code, patient_until, until = 0, math.inf, math.inf
+        with reads:
+            while True:
+                now = time.monotonic()
+                if now >= until:
+                    if self._insisted or (self._at_once and not self.code):
+                        self._end(code)
+                    until = math.inf
+                reads.settimeout(None if until == math.inf else until - now)
+                try:
+                    number = reads.recv(1)
+                except TimeoutError:
+                    continue
+                if not number:
+                    return
+                if number[0] not in _CODES:
+                    continue
+                now = time.monotonic()
+                again = number[0] == signal.SIGINT or (number[0] == signal.SIGTERM and code == INTERRUPTED)
+                code = max(code, _CODES[number[0]])
+                if again and now > patient_until:
+                    self._insisted, patient_until, until = True, now + PATIENCE, min(until, now + HASTE)
+                    signal.pthread_kill(main, signal.SIGINT)  # it may have handled the one that came, and wait again
+                elif patient_until == math.inf:
+                    patient_until, until = now + PATIENCE, now + GRACE
+
+    def _end(self, code: int) -> None:
+        """End the process from a thread, however the main thread and those who read its output are."""
+
+        def say() -> None:
+            with contextlib.suppress(Exception):
+                self.last_words(code)
+            logger.warning("ended inside a library's call; a run goes on from its last checkpoint with run.resume=auto")
+
+        saying = threading.Thread(target=say, daemon=True)
+        saying.start()
+        saying.join(HASTE)
+        os._exit(code)
