@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from rkdo_dist import addresses
+from tests.canaries import Arguments, assert_silent, guarded
 from tests.jobs import ROOT, command, metrics
 
-PASSWORD, TOKEN = "p4ssw0rd-canary", "t0ken-canary"
-CANARIES = (PASSWORD, TOKEN)
 TINY = ["encoder.backbone=cifar_resnet8", "encoder.stem=imagenet", "train.max_steps=1", "data.workers=0"]
-
-
-class _Guarded(http.server.SimpleHTTPRequestHandler):
-    """Serves a directory to those who bring both the password and the token."""
-
-    def do_GET(self) -> None:
-        login = base64.b64encode(f"user:{PASSWORD}".encode()).decode()
-        if f"token={TOKEN}" not in self.path or self.headers.get("Authorization") != f"Basic {login}":
-            self.send_error(403)
-            return
-        self.path = self.path.partition("?")[0]
-        super().do_GET()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -42,45 +21,8 @@ def url(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setenv("RKDO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Guarded, directory=str(digits)))
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield f"http://user:{PASSWORD}@127.0.0.1:{server.server_port}/?token={TOKEN}"
-    server.shutdown()
-    server.server_close()
-
-
-class Arguments:
-    """While entered, what stands among the arguments of every process that this one starts."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def _look(self) -> None:
-        while not self._end.wait(0.02):
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    self.seen.add(" ".join(child.cmdline()))
-                except psutil.Error:
-                    continue
-
-    def __enter__(self) -> Arguments:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-
-def assert_silent(text: str, *folders: Path) -> None:
-    """No canary in what was printed, in the name of any file, or in one."""
-    for canary in CANARIES:
-        assert canary not in text
-        for path in (path for folder in folders for path in [folder, *folder.rglob("*")]):
-            assert canary not in str(path)
-            assert not path.is_file() or canary.encode() not in path.read_bytes(), path
+    with guarded(digits) as address:
+        yield address
 
 
 def config_of(small: list[str]) -> str:
