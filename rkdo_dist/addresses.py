@@ -8,13 +8,15 @@ process needs travels in its environment.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NoReturn
 
 VARIABLE = "RKDO_ADDRESSES"  # whole addresses with blanks between them
-_SCHEME = r"[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2}"  # a pathlib.Path has lost the second /
+_SCHEME = r"(?:https?:/+|[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2})"  # a pathlib.Path loses the second /, others add a third
 _OPTIONS = ("torchvision:", "imagefolder:")  # their query is not secret, and needed
 _ADDRESS = re.compile(rf"{_SCHEME}(?:(?!{_SCHEME})\S)*")
 _CLOSING = re.compile(r"[\]})>\"'`,;:.]*$")
@@ -43,6 +45,11 @@ def _reduced(address: str) -> str:
     return scheme[0] + place + closed
 
 
+def holds_address(text: str) -> bool:
+    """Whether `text` is an address, or holds one, as data.source=http://... does."""
+    return re.search(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text) is not None
+
+
 def whole(address: str) -> str:
     """The address with its secret parts, if the environment variable `RKDO_ADDRESSES` has it; otherwise as it is."""
     if shown(address) != address:
@@ -62,6 +69,17 @@ def handed_on(variables: Mapping[str, str], texts: Iterable[object]) -> dict[str
     if not secret:
         return dict(variables)
     return {**variables, VARIABLE: " ".join([*secret, *variables.get(VARIABLE, "").split()])}
+
+
+@contextlib.contextmanager
+def shown_arguments() -> Iterator[None]:
+    """While entered, the arguments of this process have no secret parts for libraries that keep them (W&B does)."""
+    whole_words = sys.argv
+    sys.argv = [shown(word) for word in whole_words]
+    try:
+        yield
+    finally:
+        sys.argv = whole_words
 
 
 class Parser(argparse.ArgumentParser):

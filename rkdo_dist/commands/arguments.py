@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rkdo_dist.addresses import holds_address
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +25,13 @@ def add_config(add: Add) -> None:
     """The arguments CONFIG and KEY=VALUE."""
     add("config", metavar="CONFIG", help=CONFIG)
     add("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.epochs=5 run.dir=runs/five")
+
+
+def local(text: str) -> Path:
+    """A path on this machine. An address would become a directory of that name, with all that is secret in it."""
+    if holds_address(text):
+        raise argparse.ArgumentTypeError(f"needs a path on this machine, got the address {text}")
+    return Path(text)
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from rkdo_dist.commands.arguments import WAYS, Command, add_config, configuration_of, names, numbers, terminal
+from rkdo_dist.commands.arguments import WAYS, Command, add_config, configuration_of, local, names, numbers, terminal
 
 
 def cost_commands(command: Command) -> None:
@@ -17,7 +16,7 @@ def cost_commands(command: Command) -> None:
         "configs/digits-rkdo.yaml --out runs/cost/1.json",
     )
     add_config(add)
-    add("--out", type=Path, required=True, metavar="FILE", help="the facts, as JSON")
+    add("--out", type=local, required=True, metavar="FILE", help="the facts, as JSON")
     add("--steps", type=int, default=5, metavar="N", help="steps that are measured (default 5)")
     add("--ways", type=names, default=(), metavar="A,B", help=WAYS)
 
@@ -27,15 +26,15 @@ def cost_commands(command: Command) -> None:
         "the same run on several numbers of processes: a scaling study",
         "configs/digits-rkdo.yaml --world-sizes 1,2 --out runs/scale",
     )
-    add("config", type=Path, nargs="?", metavar="CONFIG", help="a YAML file (not with --from)")
+    add("config", type=local, nargs="?", metavar="CONFIG", help="a YAML file (not with --from)")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="as for train")
     add("--world-sizes", type=numbers, default=(1, 2), metavar="N,N", help="numbers of processes (default 1,2)")
     add("--mode", choices=("strong", "weak"), default="strong", help="one global batch, or one per process")
     add("--steps", type=int, default=5, metavar="N", help="steps that are measured (default 5)")
     add("--ways", type=names, default=(), metavar="A,B", help=WAYS)
-    add("--accelerate-config", type=Path, metavar="FILE", help="start through `accelerate launch` with this file")
-    add("--out", type=Path, metavar="DIR", help="where results, figures and page go (default: --from's folder)")
-    add("--from", dest="source", type=Path, metavar="DIR", help="an earlier study, or files of `rkdo measure`")
+    add("--accelerate-config", type=local, metavar="FILE", help="start through `accelerate launch` with this file")
+    add("--out", type=local, metavar="DIR", help="where results, figures and page go (default: --from's folder)")
+    add("--from", dest="source", type=local, metavar="DIR", help="an earlier study, or files of `rkdo measure`")
 
     add = command(
         "flops",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rkdo_dist.commands.arguments import Command, terminal
+from rkdo_dist.commands.arguments import Command, local, terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 def data_commands(command: Command) -> None:
     """Add the commands."""
     add = command("init", _init, "write starting configurations and a launch script", "mine --data path/to/pictures")
-    add("directory", type=Path, metavar="DIR", help="where they go")
+    add("directory", type=local, metavar="DIR", help="where they go")
     add("--data", metavar="SOURCE", help="as data.source: a folder of images, shards, an address (default: the digits)")
     add("--force", action="store_true", help="replace files that are there")
 
@@ -25,8 +24,13 @@ def data_commands(command: Command) -> None:
         "prepare", _prepare, "turn a data set into WebDataset shards with an index", "digits --out data/digits"
     )
     add("source", metavar="SOURCE", help="digits, cifar10, cifar100, stl10, imagefolder, or the path of images")
-    add("--out", required=True, metavar="DIR", help="where the shards go")
-    add("--root", metavar="PATH", help="files already there: torchvision's root, an image folder or a tar of one")
+    add("--out", type=local, required=True, metavar="DIR", help="where the shards go")
+    add(
+        "--root",
+        type=local,
+        metavar="PATH",
+        help="files already there: torchvision's root, or a folder or tar of images",
+    )
     add("--shard-size", type=int, metavar="N", help="samples per shard")
     add("--force", action="store_true", help="rebuild what is complete")
 
@@ -37,7 +41,7 @@ def data_commands(command: Command) -> None:
         metavar="DIR_OR_URL",
         help="a directory of tar files, tar files or URLs, or any data.source",
     )
-    add("--out", metavar="DIR", help="where index.json of shards goes (default: beside them)")
+    add("--out", type=local, metavar="DIR", help="where index.json of shards goes (default: beside them)")
 
 
 def _init(options: argparse.Namespace) -> int:

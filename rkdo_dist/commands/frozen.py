@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from rkdo_dist.commands.arguments import Add, Command
+from rkdo_dist.commands.arguments import Add, Command, local
 
 _FEATURES = "an .npz, .parquet or .safetensors, such as `rkdo embed` writes, or an idx file (MNIST's format)"
 
@@ -59,8 +58,8 @@ def frozen_commands(command: Command) -> None:
         "how good supervisors a run's encoder makes, by view, temperature, neighbours and memory",
         "runs/digits-rkdo --out runs/digits-rkdo/audit",
     )
-    add("directory", type=Path, metavar="RUN", help="a run directory; its newest checkpoint is audited")
-    add("--out", type=Path, metavar="DIR", help="default: RUN/audit, where rkdo report finds it")
+    add("directory", type=local, metavar="RUN", help="a run directory; its newest checkpoint is audited")
+    add("--out", type=local, metavar="DIR", help="default: RUN/audit, where rkdo report finds it")
     add("--samples", type=int, default=2000, metavar="N", help="training samples, drawn from the seed (default 2000)")
     add("--seed", type=int, default=42, metavar="S", help="of the samples and their views (default 42)")
     add("--visits", type=int, default=4, metavar="V", help="views of each kind, for the memory (default 4)")
@@ -77,10 +76,10 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _add_features(add: Add) -> None:
-    add("features", type=Path, metavar="FEATURES", help=_FEATURES)
-    add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    add("features", type=local, metavar="FEATURES", help=_FEATURES)
+    add("--out", type=local, required=True, metavar="DIR", help="where everything is written")
     add("--array", default="features", metavar="NAME", help="the array to take, such as embeddings (default features)")
-    add("--labels", type=Path, metavar="FILE", help="labels from another file, such as an idx file")
+    add("--labels", type=local, metavar="FILE", help="labels from another file, such as an idx file")
 
 
 def _settings(options: argparse.Namespace, recipe: type) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from rkdo_dist.commands.arguments import Command
+from rkdo_dist.commands.arguments import Command, local
 
 
 def output_commands(command: Command) -> None:
@@ -18,7 +17,7 @@ def output_commands(command: Command) -> None:
     )
     add("source", metavar="RUN", help="a run directory, a checkpoint, a saved encoder or hf://OWNER/NAME")
     add("--format", required=True, choices=("torchvision", "timm", "safetensors", "onnx"), help="who will load it")
-    add("--out", type=Path, required=True, metavar="FILE", help="beside it FILE.json and FILE.md are written")
+    add("--out", type=local, required=True, metavar="FILE", help="beside it FILE.json and FILE.md are written")
     add("--weights", choices=("trained", "ema"), default="trained", help="as trained, or their average (train.ema)")
     add("--force", action="store_true", help="replace files that are there")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="encoder.backbone=... if the backbone is your code")
@@ -31,7 +30,7 @@ def output_commands(command: Command) -> None:
     )
     add("source", metavar="RUN", help="as for export")
     add("data", metavar="SOURCE", help="as data.source: a folder of images, shards, an address")
-    add("--out", type=Path, required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
+    add("--out", type=local, required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
     add("--split", action="append", default=[], metavar="NAME", help="only this split; may be repeated (default: all)")
     add("--on-corrupt", choices=("abort", "skip"), default="abort", help="files that are not images: stop, or skip")
     add("--what", choices=("both", "features", "embeddings"), default="both", help="which arrays (default: both)")

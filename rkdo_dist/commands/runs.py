@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from rkdo_dist.commands.arguments import Command, add_config, configuration_of
+from rkdo_dist.commands.arguments import Command, add_config, configuration_of, local
 
 
 def run_commands(command: Command) -> None:
@@ -24,11 +24,11 @@ def run_commands(command: Command) -> None:
     add = command(
         "evaluate", _evaluate, "evaluate the newest checkpoint of a run", "runs/digits-rkdo evaluate.protocol=paper"
     )
-    add("directory", type=Path, metavar="RUN", help="a run directory")
+    add("directory", type=local, metavar="RUN", help="a run directory")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. evaluate.protocol=paper")
 
     add = command("status", _status, "how a run stands (its first word is for scripts)", "runs/digits-rkdo")
-    add("directory", type=Path, metavar="RUN", help="a run directory")
+    add("directory", type=local, metavar="RUN", help="a run directory")
 
     add = command(
         "doctor", _doctor, "check a configuration, shards and launch, without training", "configs/digits-rkdo.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rkdo_dist.addresses import holds_address
 from rkdo_dist.config.sections import (
     LEAST_TEMPERATURE,
     Config,
@@ -45,6 +46,8 @@ def check(config: Config) -> None:
     late = [epoch for epoch in train.evaluate_at if epoch > train.epochs]
     if late:
         raise ConfigError(f"train.evaluate_at must hold epochs from 1 to train.epochs={train.epochs}, got {late[0]}")
+    if holds_address(run.dir):
+        raise ConfigError(f"run.dir must be a path on this machine, got the address {run.dir}")
     if run.dir and run.resume == run.dir:
         raise ConfigError(
             f"run.resume={run.resume} is run.dir itself: use run.resume=auto to continue it where it is, "

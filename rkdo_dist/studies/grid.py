@@ -21,6 +21,7 @@ from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies.runner import Planned, complete
 
 _DECIDED = {"run.dir": "--out", "run.resume": "", "run.seed": "--seeds"}
+_CHANGE = re.compile(r"\w+\.\w+=")  # what stands before = in an address is no key
 _NAME = 120  # characters of a directory's name
 VARIANT = "variant"
 
@@ -106,7 +107,7 @@ def axis(text: str) -> Axis:
     """
     key, equals, values = text.partition("=")
     key = key.strip()
-    if not equals or "." not in key:
+    if not _CHANGE.match(f"{key}{equals}"):
         raise ConfigError(f"--vary {text!r} is not of the form section.key=value,value, e.g. field.depth=1,3,5")
     if key in _DECIDED:
         raise ConfigError(
@@ -131,7 +132,7 @@ def variants(texts: Sequence[str]) -> Axis:
             changes = shlex.split(words)
         except ValueError:  # a quotation without its end
             changes = []
-        if not colon or not name.strip() or "=" in name or not changes or not all("=" in change for change in changes):
+        if not colon or not name.strip() or "=" in name or not changes or not all(map(_CHANGE.match, changes)):
             raise ConfigError(f"--variant {text!r} is not of the form 'NAME: section.key=value section.key=value'")
         decided = next((key for key in _DECIDED if any(change.startswith(key + "=") for change in changes)), None)
         if decided:

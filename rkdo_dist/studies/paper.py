@@ -20,6 +20,7 @@ from rkdo_dist.addresses import shown
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.remote import Address, is_url
 from rkdo_dist.field.presets import PRESETS
 from rkdo_dist.history import History
 from rkdo_dist.rundir import RunDirectory
@@ -145,8 +146,11 @@ def locations(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
         else:
             general = text
     for name in datasets:
-        alone = len(datasets) == 1 and (Path(general) / "index.json").is_file()
-        found.setdefault(name, general if alone else str(Path(general) / name))
+        if is_url(general):
+            found.setdefault(name, Address(general).below(name).url)
+        else:
+            alone = len(datasets) == 1 and (Path(general) / "index.json").is_file()
+            found.setdefault(name, general if alone else str(Path(general) / name))
     return found
 
 

@@ -22,6 +22,8 @@ from accelerate.tracking import (
     get_available_trackers,
 )
 
+from rkdo_dist.addresses import shown_arguments
+
 PROJECT = "rkdo_dist"
 _TAG = "rkdo_dist.run"  # of a run in MLflow
 _EXTRAS = {"mlflow": "mlflow"}  # of other trackers "tracking"
@@ -65,11 +67,12 @@ class Trackers:
         self._logged = 0  # steps that MLflow has
         for name in names:
             try:
-                if name == "mlflow":
-                    tracker, self._logged = _mlflow(run, settings)
-                else:
-                    tracker = _tensorboard(run, step) if name == "tensorboard" else _wandb(run, settings)
-                    tracker.start()
+                with shown_arguments():
+                    if name == "mlflow":
+                        tracker, self._logged = _mlflow(run, settings)
+                    else:
+                        tracker = _tensorboard(run, step) if name == "tensorboard" else _wandb(run, settings)
+                        tracker.start()
             except Exception as error:  # whatever a third party raises, before the first step
                 self.close()
                 raise TrackerError(f"run.trackers: {name} does not start: {error}") from error
