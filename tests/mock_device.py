@@ -313,6 +313,7 @@ def mock_device(world: int = 1) -> Iterator[Device]:
         "torch.__future__._overwrite_module_params_on_conversion": True,  # of the host's type they stay otherwise
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.get_device_capability": lambda device=None: (9, 0),
         "torch.cuda.manual_seed_all": lambda seed: None,
         "torch.cuda.get_rng_state": lambda device=None: generator,
         "torch.cuda.set_rng_state": lambda state, device=None: None,

@@ -5,8 +5,10 @@ Numbers are the most that is allowed; where they are above the goal, it stands b
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,6 +18,7 @@ import torch
 from rkdo_dist.batch_norm import BatchStatistics
 from rkdo_dist.encoders.backbones import make_backbone
 from rkdo_dist.training import exact
+from tests.device_evaluation import collecting, embedding, scoring, whole
 from tests.device_steps import RELATION, Case, of_a_lane, operators_of, second_step
 from tests.mock_device import CUDA, by_file, mock_device
 
@@ -85,6 +88,54 @@ def test_running_statistics_of_any_network(network: str) -> None:
             statistics.update(torch.ones(statistics.size, dtype=torch.float64).to(CUDA))
     require(split(device.operators, "batch_norm")[0], 20, "operators for running statistics")
     require(split(device.waits, "batch_norm")[0], 0, "synchronisations")
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_embedding_a_split_waits_for_no_batch(world: int) -> None:
+    few, more = embedding(world, 2), embedding(world, 5)
+    require(few.waits, 1, "synchronisations of a split")
+    require(more.waits - few.waits, 0, "synchronisations of batches of images")
+    require(more.unsafe, 0, "copies to the host that nothing waits for")
+    require(more.copies - few.copies, 3 * 2, "copies of three batches, images and crops")
+    assert all(copy.endswith(" pinned") for copy in more.copies), more.copies
+    told = more.collectives - few.collectives  # whether to go on, on the host
+    require(told, 3 * (world > 1), "collectives of three batches")
+    assert all(entry.endswith(" cpu") for entry in told), told
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_features_travel_in_rounds_with_one_look_each(world: int) -> None:
+    few, more = collecting(world, 4000), collecting(world, 8000)  # of each rank, 4,096 rows of all a round
+    require(few.waits, 1 + (1 if world == 1 else 8), "synchronisations of one round a rank")
+    require(more.waits - few.waits, 1 if world == 1 else 8, "synchronisations of one round more a rank")
+    require(more.copies, 0, "copies")
+
+
+def test_scores_wait_once_a_point_of_the_fit() -> None:
+    """k-NN and neighbourhoods of more queries, and fits of more samples: not one synchronisation more."""
+    (few, _, points), (more, found, tried), (of_eight, _, same) = (scoring(*x) for x in ((1, 200), (1, 600), (8, 600)))
+    assert 0.4 < found["linear_accuracy"] < 0.8
+    assert min(points, tried) > 10
+    require(few.waits, points + 50, "synchronisations of an evaluation's scores")
+    require(more.waits - few.waits, max(0, tried - points), "synchronisations of more samples")
+    require(of_eight.waits, same + 50, "synchronisations on eight ranks")
+    require(split(few.waits, "evaluate/linear.py")[0], points + 10, "synchronisations of two fits")
+    blocks = Counter(entry.split(" ", 1)[1] for entry in of_eight.collectives.elements())
+    queries = 3 * 38  # two searches of test samples in train, one of test samples in test, 16 queries of a rank at once
+    assert blocks["alltoall_base float64 cuda"] == queries
+    assert blocks["broadcast float64 cuda"] == same + 2
+
+
+def test_a_whole_evaluation_and_probes(reference: Path, tmp_path: Path) -> None:
+    """As they are called, on one rank: nothing is asked of the device that grows with the images."""
+    shutil.copytree(reference, tmp_path / "run")
+    words = "evaluate.protocol=full", "evaluate.probes=[linear,knn]"
+    evaluation, probes = whole(tmp_path / "run", *words)
+    for found, most in ((evaluation, 20), (probes, 8)):
+        scored, rest = split(found.waits, "evaluate/linear.py", "evaluate/full_protocol.py")
+        assert bool(scored) == (found is evaluation)  # probes are scored on the host
+        require(rest, most, "synchronisations besides the scores'")
+        require(found.unsafe, 0, "copies to the host that nothing waits for")
 
 
 def test_a_look_at_a_number_is_named() -> None:

@@ -35,9 +35,11 @@ from rkdo_dist.evaluate.features import (
     at_rank_zero,
     class_counts,
     own_features,
+    plain_features,
 )
 from rkdo_dist.evaluate.full_protocol import full_protocol
 from rkdo_dist.exchange import group
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.ranks import signals
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import COMMON_METRIC_TITLES, SCORE_TITLES, RunDirectory
@@ -184,12 +186,7 @@ def _features(
     config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str, console: Console | None
 ) -> OwnFeatures:
     """Backbone features and embeddings of this rank's part of a split's images as they are."""
-    views = parts.make_views(config, index)
-
-    def embed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with runtime.autocast():
-            return encoder.features(views.plain(images.to(runtime.device)))
-
+    embed = plain_features(encoder, parts.make_views(config, index).plain, runtime)
     return _embedded(config, runtime, index, split, f"features of {split}", console, lambda blocks: blocks, embed)
 
 
@@ -211,7 +208,7 @@ def _pairs(
 
     def drawn(blocks: Iterable[tuple[int, MicroBatch]]) -> Iterator[tuple[int, Block]]:
         for number, block in blocks:
-            images = block.images.to(runtime.device)
+            images = upload(block.images, runtime.device)
             both = [views(images, block.ids, common.SEED, common.EPOCH, view) for view in (0, 1)]
             places = number * BLOCK + torch.arange(len(block.ids))
             yield number, _PairBlock(places, torch.stack(both, dim=1), block.labels)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.ranks import signals
+from rkdo_dist.ranks.runtime import Runtime
 
 # images (m, 3, H, W) as the stream gives them -> backbone features (m, f), embeddings (m, d)
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -65,13 +67,22 @@ class FrozenFeatures:
     embeddings: NDArray[np.float32]
 
 
+def plain_features(encoder: Any, plain: Callable[[Tensor], Tensor], runtime: Runtime) -> Embed:
+    """Embeds images as they are; `encoder` has `features`, `plain` makes its inputs (`Views.plain`)."""
+
+    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
+        with runtime.autocast():
+            return encoder.features(plain(upload(images, runtime.device)))
+
+    return embed
+
+
 def gather_features(
     blocks: Iterable[tuple[int, Block]],
     embed: Embed,
     samples: int,
     first_id: int = 0,
     device: torch.device | str = "cpu",
-    group: ranks.Group = None,
 ) -> FrozenFeatures | None:
     """Embed this rank's blocks and bring the features of all ranks to rank zero (collective).
 
@@ -80,8 +91,8 @@ def gather_features(
     Returns:
         The features on rank zero, None on the others.
     """
-    own = own_features(blocks, embed, samples, first_id, device, group)
-    return at_rank_zero(own, own.ids - first_id, samples, first_id, group)
+    own = own_features(blocks, embed, samples, first_id, device)
+    return at_rank_zero(own, own.ids - first_id, samples, first_id)
 
 
 def own_features(
@@ -90,12 +101,11 @@ def own_features(
     samples: int,
     first_id: int = 0,
     device: torch.device | str = "cpu",
-    group: ranks.Group = None,
 ) -> OwnFeatures:
-    """Embed this rank's blocks; the features stay here (collective).
+    """Embed this rank's blocks; the features stay here (collective, default group).
 
     A block is embedded whole, by one rank, so the features do not depend on how many ranks there are. After each block
-    the ranks agree on whether to go on.
+    the ranks agree on whether to go on, on the host: a device is not waited for.
 
     Args:
         blocks: (block number, block) for this rank; ranks may have different numbers of blocks, also none.
@@ -103,7 +113,6 @@ def own_features(
         samples: how many samples all ranks have together: the ids `first_id` up to `first_id + samples`.
         first_id: the smallest id.
         device: where tensors travel: the accelerator for nccl, the CPU for gloo.
-        group: the ranks; the default group if None.
 
     Raises:
         Stopped: on every rank, when one was asked to stop.
@@ -111,7 +120,7 @@ def own_features(
         RankError: the same with several ranks, and for any error of reading or embedding on any rank: on
             all.
     """
-    iterator = iter(blocks)
+    iterator, device = iter(blocks), torch.device(device)
     found: list[OwnFeatures] = []
     widths = [0, 0]
     while True:
@@ -120,17 +129,18 @@ def own_features(
         if rows is not None:
             found.append(rows)
             widths = [rows.backbone.shape[1], rows.embeddings.shape[1]]
-        header = torch.tensor([attempt.failed, signals.current().code, rows is not None, *widths], device=device)
-        failed, code, any_blocks, *widths = _largest(header, group)
+        header = [attempt.failed, signals.current().code, rows is not None, *widths]
+        failed, code, any_blocks, *widths = _largest(header)
         attempt.result(failed > 0, "embedding the samples to evaluate")
         if code:
             raise signals.Stopped(code)
         if not any_blocks:
             break
-    found.append(_rows([], [], torch.zeros(0, widths[0]), torch.zeros(0, widths[1]), device))
-    own = OwnFeatures(*(torch.cat(parts) for parts in zip(*(vars(part).values() for part in found), strict=True)))
-    _check(own.ids - first_id, samples, first_id, group)
-    return own
+    none = torch.zeros(0, dtype=torch.int64)
+    found.append(OwnFeatures(none, none, *(torch.zeros(0, width, device=device) for width in widths)))
+    ids, *others = (torch.cat(parts) for parts in zip(*(vars(part).values() for part in found), strict=True))
+    _check(ids - first_id, samples, first_id, device)
+    return OwnFeatures(*(upload(x, device) for x in (ids, *others)))
 
 
 def class_counts(labels: Tensor) -> Tensor:
@@ -139,13 +149,14 @@ def class_counts(labels: Tensor) -> Tensor:
     Args:
         labels: (m,) int64 of this rank's samples, where tensors travel; -1 where there is none.
     """
-    labelled = labels[labels >= 0]
+    labelled = labels.cpu()
+    labelled = labelled[labelled >= 0]
     highest = int(ranks.all_reduce_max(float(labelled.max()) if len(labelled) else -1.0))
-    return ranks.all_reduce_integers(torch.bincount(labelled, minlength=highest + 1))
+    return ranks.all_reduce_integers(upload(torch.bincount(labelled, minlength=highest + 1), labels.device))
 
 
-def _next(iterator: Iterator[tuple[int, Block]], embed: Embed, device: torch.device | str) -> OwnFeatures | None:
-    """This rank's next block, embedded; None after the last."""
+def _next(iterator: Iterator[tuple[int, Block]], embed: Embed, device: torch.device) -> OwnFeatures | None:
+    """This rank's next block, embedded, with ids and labels on the host; None after the last."""
     entry = next(iterator, None)
     if entry is None:
         return None
@@ -155,21 +166,15 @@ def _next(iterator: Iterator[tuple[int, Block]], embed: Embed, device: torch.dev
     for name, rows in (("labels", block.labels), ("backbone features", backbone), ("embeddings", embeddings)):
         if len(rows) != len(block.ids):
             raise ValueError(f"block {number} has {len(block.ids)} samples but {len(rows)} {name}")
-    return _rows(block.ids, block.labels, backbone, embeddings, device)
-
-
-def _rows(ids: object, labels: object, backbone: Tensor, embeddings: Tensor, device: torch.device | str) -> OwnFeatures:
-    facts = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (ids, labels))
+    facts = (torch.as_tensor(x, dtype=torch.int64) for x in (block.ids, block.labels))
     return OwnFeatures(*facts, *(x.to(device, torch.float32) for x in (backbone, embeddings)))
 
 
-def _check(places: Tensor, samples: int, first_id: int, group: ranks.Group) -> None:
+def _check(places: Tensor, samples: int, first_id: int, device: torch.device) -> None:
     """Check that all ranks together have every place once: a whole number for each travels (collective)."""
     stray = places[(places < 0) | (places >= samples)]
     inside = places[(places >= 0) & (places < samples)]
-    counts = torch.bincount(inside, minlength=samples).int()
-    if ranks.world_size(group) > 1:
-        dist.all_reduce(counts, group=group)
+    counts = ranks.all_reduce_integers(upload(torch.bincount(inside, minlength=samples).int(), device)).cpu()
 
     def complain() -> None:
         if len(stray):
@@ -185,10 +190,8 @@ def _check(places: Tensor, samples: int, first_id: int, group: ranks.Group) -> N
     ranks.together(complain, "gathering features")
 
 
-def at_rank_zero(
-    own: OwnFeatures, places: Tensor, samples: int, first_id: int = 0, group: ranks.Group = None
-) -> FrozenFeatures | None:
-    """Features of some samples on rank zero, None on the others (collective).
+def at_rank_zero(own: OwnFeatures, places: Tensor, samples: int, first_id: int = 0) -> FrozenFeatures | None:
+    """Features of some samples on rank zero, None on the others (collective, default group).
 
     Args:
         own: what each rank has.
@@ -196,39 +199,45 @@ def at_rank_zero(
         samples: how many places there are; each must be taken by one row of one rank.
         first_id: the `ids` of the result count from here.
     """
-    chosen, world = places >= 0, ranks.world_size(group)
-    facts = torch.stack([places[chosen], own.labels[chosen]], dim=1)
-    values = torch.cat([own.backbone[chosen], own.embeddings[chosen]], dim=1)
-    f, main = own.backbone.shape[1], ranks.rank(group) == 0
-    labels = np.empty(samples if main else 0, dtype=np.int64)
-    table = np.empty((len(labels), values.shape[1]), dtype=np.float32)
-    each = max(1, _TRAVELLING // world)
-    for start in range(0, _largest(places.new_tensor([len(facts)]), group)[0], each):
-        part = slice(start, start + each)
-        padded = facts.new_full((each, 2), -1), values.new_zeros(each, values.shape[1])
-        padded[0][: len(facts[part])], padded[1][: len(facts[part])] = facts[part], values[part]
-        for some_facts, some_values in zip(*(_gather(x, group) for x in padded), strict=True):
-            real = some_facts[:, 0] >= 0
-            at = some_facts[real, 0].cpu().numpy()
-            labels[at], table[at] = some_facts[real, 1].cpu().numpy(), some_values[real].cpu().numpy()
+    main, f = ranks.rank() == 0, own.backbone.shape[1]
+    table = collected([own.labels[:, None], own.backbone, own.embeddings], places, range(samples if main else 0))
     if not main:
         return None
     ids = np.arange(first_id, first_id + samples, dtype=np.int64)
-    return FrozenFeatures(ids, labels, *(np.ascontiguousarray(x) for x in np.split(table, [f], axis=1)))
+    labels, values = np.ascontiguousarray(table[:, :2]).view(np.int64)[:, 0], table[:, 2:].view(np.float32)
+    return FrozenFeatures(ids, labels, *(np.ascontiguousarray(x) for x in np.split(values, [f], axis=1)))
 
 
-def _gather(tensor: Tensor, group: ranks.Group) -> list[Tensor]:
-    """The tensors of all ranks in rank order on rank zero, an empty list on the others."""
-    if ranks.world_size(group) == 1:
-        return [tensor]
-    senders = ranks.world_size(group) if ranks.rank(group) == 0 else 0
-    out = [torch.empty_like(tensor) for _ in range(senders)]
-    dist.gather(tensor, out or None, group=group, group_dst=0)
-    return out
+def collected(columns: Sequence[Tensor], places: Tensor, wanted: range) -> NDArray[np.int32]:
+    """Rows of all ranks that this one wants, on its host (collective, default group): a few thousand travel at once.
+
+    Args:
+        columns: (m, c) tensors of this rank, where tensors travel; of any numbers, whose bits stay as they are.
+        places: (m,) int64 of its rows in all ranks' table; each is taken by one row of one rank; -1: not in it.
+        wanted: places, consecutive ones, which may be another rank's too.
+
+    Returns:
+        (len(wanted), C): words of 32 bits; one of 64 bits is two of them.
+    """
+    rows = torch.cat([x.contiguous().view(torch.int32) for x in (places[:, None], *columns)], dim=1)
+    rows = rows[places >= 0]
+    table = np.empty((len(wanted), rows.shape[1] - 2), dtype=np.int32)
+    each = max(1, _TRAVELLING // ranks.world_size())
+    for start in range(0, _largest([len(rows)])[0], each):
+        part = rows[start : start + each]
+        padded = torch.nn.functional.pad(part, (0, 0, 0, each - len(part)), value=-1)
+        everyones = ranks.all_gather_rows(padded)
+        if len(wanted):
+            arrived = everyones.cpu().numpy()
+            at = np.ascontiguousarray(arrived[:, :2]).view(np.int64)[:, 0] - wanted.start
+            mine = (at >= 0) & (at < len(wanted))
+            table[at[mine]] = arrived[mine, 2:]
+    return table
 
 
-def _largest(numbers: Tensor, group: ranks.Group) -> list[int]:
-    """The largest of every rank's `numbers` (c,) int64, where tensors travel."""
-    if ranks.world_size(group) > 1:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
-    return numbers.tolist()
+def _largest(numbers: Sequence[int]) -> list[int]:
+    """The largest of every rank's `numbers`, on the host."""
+    found = torch.tensor(numbers, dtype=torch.int64)
+    if ranks.world_size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=ranks.control())
+    return found.tolist()

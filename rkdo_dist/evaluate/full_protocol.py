@@ -77,7 +77,7 @@ class Labelled:
         Raises:
             ValueError: if a feature is not finite; RankError with several ranks.
         """
-        rows = own.labels >= 0
+        rows = (own.labels >= 0).nonzero()[:, 0]
         found = Labelled(getattr(own, name)[rows], own.labels[rows], own.ids[rows])
 
         def require_finite() -> None:
@@ -101,10 +101,10 @@ def knn_accuracy(train: Labelled, test: Labelled, k: int = scores.VOTERS) -> flo
     squared, _, labels = neighbours.nearest(queries, base, train.ids, train.labels, min(k, fitted))
     # cosine = 1 - squared / 2 for unit rows; the common factor exp(1 / temperature) cancels in the comparison.
     votes, right = (-squared / (2 * scores.TEMPERATURE)).exp(), 0
-    for some in torch.arange(len(test.ids)).split(1024):
-        totals = votes.new_zeros(len(some), highest + 1, device="cpu")
-        totals.scatter_add_(1, labels[some].cpu(), votes[some].cpu())  # one after another: atomics would mix the order
-        right += int((totals.argmax(1) == test.labels[some].cpu()).sum())
+    # On the host, which adds one after another: atomics would mix the order.
+    for vote, of, label in zip(*(x.cpu().split(1024) for x in (votes, labels, test.labels)), strict=True):
+        totals = vote.new_zeros(len(vote), highest + 1).scatter_add_(1, of, vote)
+        right += int((totals.argmax(1) == label).sum())
     return int(group.all_reduce_integers(own.new_tensor(right))) / scored
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rkdo_dist.evaluate.features import class_counts
 from rkdo_dist.exchange import group
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.ranks import signals
 
 BLOCK = 256  # samples of a block
@@ -111,44 +112,47 @@ class _Fit:
                 failure = error
             fitted = self._told(point, last=True)[1]
         else:
-            while (told := self._told())[0]:
+            while bool((told := self._told())[0]):
                 self._at(*told)
             fitted = told[1]
         group.together(lambda: _raise(failure), "fitting the linear classifier")
         return fitted
 
-    def _told(self, point: NDArray[np.float64] | None = None, last: bool = False) -> tuple[float, Tensor]:
+    def _told(self, point: NDArray[np.float64] | None = None, last: bool = False) -> tuple[Tensor, Tensor]:
         """The point that rank zero sends, and the unit that its loss is measured in (0: it is the last point)."""
         message = torch.zeros(1 + self.size, dtype=torch.float64, device=self._device)
         if point is not None:
-            message[1:] = torch.from_numpy(point)
+            message[1:] = upload(torch.from_numpy(point), self._device)
+        if point is not None and not last:
             weights, intercepts = self._of_plain_features(message[1:])
-            steepest = float((weights.abs() @ self._largest + intercepts.abs()).max())
-            most = self._samples * (2 * steepest + math.log(len(self.classes)))
-            message[0] = 0.0 if last else float(_unit(torch.tensor(most, dtype=torch.float64)))
+            steepest = (weights.abs() @ self._largest + intercepts.abs()).max()
+            message[0] = _unit(self._samples * (2 * steepest + math.log(len(self.classes))))
         if group.world_size() > 1:
             dist.broadcast(message, src=0)
-        return float(message[0]), message[1:]
+        return message[0], message[1:]
 
-    def _at(self, unit: float, point: Tensor) -> tuple[float, NDArray[np.float64]]:
-        """Value and gradient of the problem at a point (collective)."""
+    def _at(self, unit: Tensor, point: Tensor) -> tuple[float, NDArray[np.float64]]:
+        """Value and gradient of the problem at a point (collective); all that the host must know in one transfer."""
         attempt = group.Attempt(lambda: self._own_sums(unit, point))
         words = torch.zeros(3 + self.size, dtype=torch.int64, device=self._device)
         if attempt.value is not None:
             words[2:] = attempt.value
-        words[0], words[1] = attempt.failed, signals.current().code > 0
-        failed, stopped, loss, *_ = group.all_reduce_integers(words)[:3].tolist()
-        attempt.result(failed > 0, "fitting the linear classifier")
-        if stopped:
-            raise signals.Stopped(int(group.all_reduce_max(float(signals.current().code))))
+        words[0].fill_(attempt.failed)
+        words[1].fill_(signals.current().code > 0)
+        words = group.all_reduce_integers(words)
         n, (weights, _) = self._samples, self._parts(point)
+        value = (words[2].double() * unit + weights.square().sum() / 2) / n
         by_weights, by_intercepts = self._parts(words[3:].double())
         by_intercepts = by_intercepts * self._unit_of_one
         by_weights = by_weights * self._unit - by_intercepts[:, None] * self._mean
-        gradient = torch.cat([((by_weights / self._scale + weights) / n).flatten(), by_intercepts / n])
-        return (loss * unit + float(weights.square().sum()) / 2) / n, gradient.cpu().numpy()
+        gradient = [((by_weights / self._scale + weights) / n).flatten(), by_intercepts / n]
+        found = torch.cat([words[:2].double(), value[None], *gradient]).cpu().numpy()
+        attempt.result(found[0] > 0, "fitting the linear classifier")
+        if found[1] > 0:
+            raise signals.Stopped(int(group.all_reduce_max(float(signals.current().code))))
+        return float(found[2]), found[3:]
 
-    def _own_sums(self, unit: float, point: Tensor) -> Tensor:
+    def _own_sums(self, unit: Tensor, point: Tensor) -> Tensor:
         """Of this rank's samples, the loss and its gradient by the weights of plain features, as whole numbers."""
         loss = torch.zeros((), dtype=torch.int64, device=self._device)
         by_weights = torch.zeros(self._shape, dtype=torch.int64, device=self._device)
@@ -183,8 +187,8 @@ class _Fit:
 
 def _unit(bound: Tensor) -> Tensor:
     """A power of two of which sums of at most `bound` are so many that 64 bits hold their number."""
-    exponents = torch.frexp(bound.cpu()).exponent - _BITS
-    return torch.as_tensor(np.ldexp(1.0, exponents.numpy()), device=bound.device)
+    mantissa = torch.frexp(bound.double()).mantissa
+    return torch.where(mantissa == 0, 1.0, bound / mantissa) * 2.0**-_BITS  # exact: bound = mantissa * 2**exponent
 
 
 def _whole(x: Tensor, unit: Tensor | float) -> Tensor:

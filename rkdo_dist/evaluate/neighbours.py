@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rkdo_dist.exchange import group
-from rkdo_dist.field.nearest import ROWS, Nearest, note_largest
+from rkdo_dist.field.nearest import ROWS, Nearest, note
 from rkdo_dist.ranks import signals
 
 QUERIES = 2048  # that travel at once, of all ranks together
@@ -48,13 +48,12 @@ def nearest(
     found = []
     for start in range(0, longest, each):
         part = slice(start, start + each)
-        sent, facts = queries.new_zeros(each, queries.shape[1]), numbers.new_full((each + 1,), -1)
-        count = len(queries[part])
-        sent[:count], facts[:count], facts[each] = queries[part], numbers[part], signals.current().code
-        everyone, theirs = group.all_gather_rows(sent), group.all_gather_rows(facts).view(world, each + 1)
-        if (code := int(theirs[:, each].max())) > 0:
+        if code := int(group.all_reduce_max(float(signals.current().code))):
             raise signals.Stopped(code)
-        here = own.search(everyone, theirs[:, :each].flatten())
+        sent, own_numbers = queries.new_zeros(each, queries.shape[1]), numbers.new_full((each,), -1)
+        count = len(queries[part])
+        sent[:count], own_numbers[:count] = queries[part], numbers[part]
+        here = own.search(group.all_gather_rows(sent), group.all_gather_rows(own_numbers))
         arrived = here
         if world > 1:
             arrived = torch.empty_like(here)
@@ -94,7 +93,7 @@ class _Own:
         centred = (queries - self._centre).float() * 2
         for start in range(0, n, TILE):
             tile = slice(start, start + TILE)
-            note_largest(nearest, torch.addmm(-self._norms[tile], centred, self._centred[tile].T), start)
+            note(nearest, torch.addmm(-self._norms[tile], centred, self._centred[tile].T), start)
         return nearest.samples.long().sort(dim=1).values
 
     def _ordered(self, queries: Tensor, numbers: Tensor, places: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
@@ -27,7 +26,7 @@ from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate import scores
 from rkdo_dist.evaluate.evaluation import has_labels
-from rkdo_dist.evaluate.features import FrozenFeatures, gather_features
+from rkdo_dist.evaluate.features import FrozenFeatures, gather_features, plain_features
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
 
@@ -80,7 +79,6 @@ def probe(config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder)
 def _features(
     config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str
 ) -> FrozenFeatures | None:
-    views = parts.make_views(config, index)
 
     def blocks() -> Iterator[tuple[int, MicroBatch]]:
         """With ids in the order of the blocks, without the gaps between them."""
@@ -98,10 +96,7 @@ def _features(
             ids = number * BLOCK + torch.arange(len(block.ids))
             yield number, MicroBatch(block.keys, ids, block.images, block.labels)
 
-    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
-        with runtime.autocast():
-            return encoder.features(views.plain(images.to(runtime.device)))
-
+    embed = plain_features(encoder, parts.make_views(config, index).plain, runtime)
     return gather_features(blocks(), embed, min(SAMPLES, index.split(split).samples), device=runtime.device)
 
 

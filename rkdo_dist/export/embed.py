@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -20,7 +19,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.source import open_source
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.evaluate.evaluation import BLOCK
-from rkdo_dist.evaluate.features import FrozenFeatures, gather_features
+from rkdo_dist.evaluate.features import FrozenFeatures, gather_features, plain_features
 from rkdo_dist.exchange import group
 from rkdo_dist.export.formats import refuse_existing
 from rkdo_dist.export.pretrained import PretrainedEncoder, load_encoder
@@ -115,12 +114,9 @@ def _split(
             if progress is not None:
                 progress(min(total, number + rt.world), total, "")
 
-    def features(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with rt.autocast():
-            return encoder.features(encoder.transform.plain(images.to(rt.device)))
-
     shown = contextlib.nullcontext() if console is None else counting(console, f"embedding {split}")
     with shown as progress:
+        features = plain_features(encoder, encoder.transform.plain, rt)
         found = gather_features(noted(progress), features, samples, device=rt.device)
     keys: dict[int, str] = {}
     for part in group.gather_objects(mine):

@@ -86,9 +86,8 @@ def visit_tile(
         tile: number of the tile.
         stored: (r, K') int32, columns whose logits are asked for.
     """
-    # A GPU is not waited for: there a tile takes a pass more, and all of its columns are compared.
-    on_host = queries.device.type == "cpu"
-    everything = on_host and bool(seen.all())
+    # A GPU is not waited for: there a tile takes a pass more.
+    everything = queries.device.type == "cpu" and bool(seen.all())
     for start in range(0, len(queries), ROWS):
         rows = slice(start, min(start + ROWS, len(queries)))
         x = queries[rows] @ embeddings.T
@@ -96,7 +95,7 @@ def visit_tile(
             x.masked_fill_(~seen, -torch.inf)
         part = found.slice(rows.start, rows.stop)
         _note_stored(part.at_stored, x, stored[rows], first)
-        (note_largest if on_host else note_all)(part, x, first)
+        note(part, x, first)
         found.samples[rows], found.logits[rows] = part.samples, part.logits
         peak = x.amax(1)
         part.peaks[:, tile] = peak
@@ -110,8 +109,13 @@ def _note_stored(at_stored: Tensor, x: Tensor, stored: Tensor, first: int) -> No
     at_stored.copy_(torch.where(inside, x.gather(1, local.clamp_(0, x.shape[1] - 1)), at_stored))
 
 
+def note(part: Nearest, x: Tensor, first: int) -> None:
+    """Merge the logits x (r, t) of samples first..first + t - 1. A GPU is not waited for: there all are compared."""
+    (note_largest if x.device.type == "cpu" else note_all)(part, x, first)
+
+
 def note_largest(part: Nearest, x: Tensor, first: int) -> None:
-    """Merge those of x (r, t) that can be among the K largest: a comparison leaves few of them."""
+    """`note` of those that can be among the K largest: a comparison leaves few of them."""
     k, keys = part.logits.shape[1], x.float()
     threshold = part.logits.amin(1).float()
     if bool(threshold.isinf().any()):
@@ -133,7 +137,7 @@ def note_largest(part: Nearest, x: Tensor, first: int) -> None:
 
 
 def note_all(part: Nearest, x: Tensor, first: int) -> None:
-    """`note_largest` without a look at any number."""
+    """`note` without a look at any number."""
     columns = torch.arange(first, first + x.shape[1], dtype=torch.int32, device=x.device)
     part.merge(torch.where(x > -torch.inf, columns, part.n), x)
 

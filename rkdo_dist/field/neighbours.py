@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from rkdo_dist.field.nearest import ROWS, Nearest, note_largest
+from rkdo_dist.field.nearest import ROWS, Nearest, note
 from rkdo_dist.field.persistent import Rows
 
 TILE = 4096
@@ -103,11 +103,11 @@ def visit(found: Nearest, queries: Tensor, first: int, columns: Tensor, start: i
     for row in range(0, len(queries), ROWS):
         part = slice(row, min(row + ROWS, len(queries)))
         x = queries[part] @ columns.T
-        own = torch.arange(first + part.start, first + part.stop, device=x.device) - start
-        here = ((own >= 0) & (own < len(columns))).nonzero()[:, 0]
-        x[here, own[here]] = -torch.inf
+        own = torch.arange(first + part.start, first + part.stop, device=x.device)[:, None] - start
+        here, own = (own >= 0) & (own < len(columns)), own.clamp(0, len(columns) - 1)
+        x.scatter_(1, own, x.gather(1, own).masked_fill_(here, -torch.inf))
         block = found.slice(part.start, part.stop)
-        note_largest(block, x, start)
+        note(block, x, start)
         found.samples[part], found.logits[part] = block.samples, block.logits
 
 

@@ -27,6 +27,7 @@ from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate.evaluation import BLOCK
 from rkdo_dist.evaluate.features import gather_features
 from rkdo_dist.exchange import group
+from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.files import write_atomic
 from rkdo_dist.frozen.rows import Teachers, grade, own_class_share
 from rkdo_dist.ranks import surroundings
@@ -160,7 +161,7 @@ def _teachers(
 
     def embedded(images: Tensor, kind: int, samples: Tensor) -> Tensor:
         """The plain view for kind 0, else the strong and the weak view of visit `kind` - 1, side by side."""
-        images = images.to(rt.device)
+        images = upload(images, rt.device)
         with rt.autocast():
             if kind == 0:
                 return encoder(views.plain(images)).float()

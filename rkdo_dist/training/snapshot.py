@@ -31,7 +31,7 @@ from rkdo_dist.field.persistent import Rows, identity
 from rkdo_dist.field.presets import Relation
 from rkdo_dist.field.snapshot import at, attended, entropy, remember, supervising
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.training.supervision import own_features
+from rkdo_dist.training.supervision import features_of
 
 
 class Snapshots:
@@ -81,7 +81,8 @@ class Snapshots:
     def take(self, epoch: int, encoder: Encoder, store: RowStore) -> None:
         """Replace the rows of the store by those of the encoder as it is."""
         n, relation = self._samples, self.relation
-        x = own_features(self._runtime, self._index, self._split, self._data, encoder, self._views, "embeddings")
+        of = self._runtime, self._index, self._split, self._data, encoder, self._views
+        x = features_of(range(n), *of, "embeddings")
         own = range(store.first, store.stop)
         searched = slice(*Shards(n, self._runtime.world).own(self._runtime.rank))  # tiles, which a search does not part
         table = nearest_of_all(x[searched].to(self._runtime.device), n, relation.neighbours)

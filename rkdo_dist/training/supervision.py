@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rkdo_dist import parts
@@ -28,7 +27,7 @@ from rkdo_dist.data.shards import keys_of, labels_of
 from rkdo_dist.data.stream import evaluation_stream
 from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder
-from rkdo_dist.evaluate.features import gather_features
+from rkdo_dist.evaluate.features import collected, own_features, plain_features
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.neighbours import nearest_of_all
 from rkdo_dist.exchange.store import RowStore, Shards
@@ -134,19 +133,21 @@ def supervisor_rows(config: Config, runtime: Runtime, index: ShardIndex, encoder
             raise ConfigError(f"field.neighbours={k}: {error}") from None
 
     group.together(check, "looking at field.neighbours")
+    mine = range(*Shards(samples, runtime.world).own(runtime.rank))
     if f.features:
         what = f"reading field.features={f.features}"
         found = group.together(lambda: read_features(Path(f.features), split, samples, keys), what)
+        found = found[mine.start : mine.stop]
     else:
-        found = own_features(runtime, index, split, config.data, encoder, views)
-    mine = slice(*Shards(samples, runtime.world).own(runtime.rank))
-    table = nearest_of_all(found[mine].to(runtime.device), samples, k)
+        found = features_of(mine, runtime, index, split, config.data, encoder, views)
+    table = nearest_of_all(found.to(runtime.device), samples, k)
     table = mutual(table) if f.mutual else table
     own = range(first, stop)
     return with_self(walked(table, f.walk, f.stored, own), own, (table[first:stop] < samples).sum(1))
 
 
-def own_features(
+def features_of(
+    wanted: range,
     runtime: Runtime,
     index: ShardIndex,
     split: str,
@@ -155,15 +156,16 @@ def own_features(
     views: Views,
     which: str = "backbone",
 ) -> Tensor:
-    """Backbone features (n, f) or "embeddings" (n, d) float32 of a split's plain images, on every rank (collective);
-    of a block at a time, so that they do not depend on the number of ranks."""
+    """Backbone features (w, f) or "embeddings" (w, d) float32 of some samples' plain images, on the host (collective).
+
+    They are embedded a block at a time, so that they do not depend on the number of ranks.
+
+    Args:
+        wanted: consecutive samples; each rank may want others.
+    """
     samples = index.split(split).samples
     was_training = encoder.training
     encoder.eval()
-
-    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
-        with runtime.autocast():
-            return encoder.features(views.plain(images.to(runtime.device)))
 
     try:
         blocks = evaluation_stream(
@@ -175,12 +177,7 @@ def own_features(
             size=data.image_size,
             workers=data.workers,
         )
-        found = gather_features(blocks, embed, samples, device=runtime.device)
+        found = own_features(blocks, plain_features(encoder, views.plain, runtime), samples, device=runtime.device)
     finally:
         encoder.train(was_training)
-    shape = group.from_rank_zero(None if found is None else getattr(found, which).shape)
-    assert shape is not None
-    features = (torch.empty(shape) if found is None else torch.from_numpy(getattr(found, which))).to(runtime.device)
-    if runtime.world > 1:
-        dist.broadcast(features, src=0)
-    return features.cpu()
+    return torch.from_numpy(collected([getattr(found, which)], found.ids, wanted).view(np.float32))
