@@ -186,7 +186,11 @@ def make_encoder(
             f"add encoder.backbone={config.encoder.backbone}"
         )
     torch.manual_seed(config.run.seed)
-    return _encoder(config.encoder, pretrained, backbone, unit_norm(config)).train()
+    encoder = _encoder(config.encoder, pretrained, backbone, unit_norm(config)).train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):  # as images are (`training.step`): others are converted each time
+            module.to(memory_format=torch.channels_last)
+    return encoder
 
 
 @_named("encoder", EncoderConfig)

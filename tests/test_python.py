@@ -124,6 +124,7 @@ def test_a_module_of_the_users(small: list[str], tmp_path: Path) -> None:
     encoder = run.load_encoder()
     for name, tensor in module.state_dict().items():  # trained in place
         assert torch.equal(tensor, encoder.backbone.state_dict()[name])
+        assert tensor.is_contiguous()
     assert not torch.equal(module[0].weight, by_name.backbone[0].weight)
     assert encoder.backbone is not module
     with pytest.raises(ValueError, match="a module that Python code gave, python:CifarResNet"):

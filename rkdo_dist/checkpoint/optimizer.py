@@ -126,7 +126,11 @@ def _placed(value: Tensor, key: str, name: str, parameter: Tensor, group: dict[s
             f"its parameter {tuple(parameter.shape)}"
         )
     on_cpu = key == "step" and not group.get("capturable") and not group.get("fused")
-    return value.detach().clone().to("cpu" if on_cpu else parameter.device)
+    device = "cpu" if on_cpu else parameter.device
+    if value.shape != parameter.shape:
+        return value.detach().clone().to(device)
+    # Laid out as the parameter (channels last, say), as the optimizer itself does.
+    return torch.empty_like(parameter, dtype=value.dtype, device=device).copy_(value)
 
 
 def _pairs(named: Named) -> list[tuple[str, nn.Parameter]]:

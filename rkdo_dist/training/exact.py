@@ -44,6 +44,7 @@ class Exact(Strategy):
         super().__init__(encoder, optimizer, runtime, clip)
         self.model = encoder
         self._reduce: group.ExactAllReduce | None = None
+        self._shared: list[Tensor] = []  # the parameters' shares of its vector
         self._summed: list[Tensor] = []
         self._norms: list[Tensor] = []  # of the gradients of each lane
         self._batch = 0
@@ -82,15 +83,18 @@ class Exact(Strategy):
         return Exchanged(self._sum_statistics(statistics), torch.isfinite(torch.stack(self._norms)).all(1), norm)
 
     def _sum_gradients(self) -> list[Tensor]:
-        sizes = [p.numel() for p in self._parameters]
         if self._reduce is None:
+            sizes = [p.numel() for p in self._parameters]
             self._reduce = group.ExactAllReduce(sum(sizes), self._parameters[0].detach())
-        torch.cat([g.flatten() for g in self._summed], out=self._reduce.vector)
+            shares = zip(self._parameters, self._reduce.vector.split(sizes), strict=True)
+            # Laid out as the parameters (channels last, say): fused optimizers ask for that, and copies are plain.
+            self._shared = [share.as_strided(p.shape, torch.empty_like(p).stride()) for p, share in shares]
+        torch._foreach_copy_(self._shared, self._summed)
         self._summed = []
-        parts = self._reduce.reduce().split(sizes)
-        for parameter, part in zip(self._parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        return list(parts)
+        self._reduce.reduce()
+        for parameter, share in zip(self._parameters, self._shared, strict=True):
+            parameter.grad = share
+        return self._shared
 
     def _sum_statistics(self, lanes: Sequence[Tensor]) -> Tensor:
         local = group.tree_sum(torch.stack(list(lanes)))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -96,6 +97,8 @@ def _train(config: Config, given: Given, stop: StopRequest, output: Sequence[Las
             config = _dated(config, given.name)
         run = RunDirectory(config.run.dir)
         stack.callback(run.close)
+        if given.backbone is not None:  # its owner may save it: safetensors writes tensors of this layout alone
+            stack.callback(given.backbone.to, memory_format=torch.contiguous_format)
         asked, config = config, resolved(config, around.runtime, around.index, run, given.backbone)
         job, plan = _set_up(config, around, run, given)
         around.claimed(run if job.runtime.is_main else None, lambda: job.position)
