@@ -17,7 +17,7 @@ from rich.console import Console
 from examples.theory import results as theory
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.presets import PRESETS
-from rkdo_dist.frozen import mapping
+from rkdo_dist.frozen import clustering, mapping
 from rkdo_dist.measure import scaling
 from rkdo_dist.studies import (
     audit,
@@ -207,6 +207,17 @@ def test_colours_stand_in_one_module() -> None:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
+CLUSTERED = {
+    **dict.fromkeys(("accuracy", "nmi", "ari", "loss"), 0.12345),
+    "kmeans": dict.fromkeys(("accuracy", "nmi", "ari"), None),
+    "balance": {"smallest": 1, "largest": 1_000_000},
+    "request": {"control": "random"},
+    "losses": [0.1] * 10,
+    **dict.fromkeys(("samples", "clusters"), 1_000_000),
+    "labelled": 999_999,
+}
+
+
 def printed(sheet: Sheet, width: int = 80) -> list[str]:
     """Lines of a table in a pipe."""
     console = Console(width=width, color_system=None, force_terminal=False)
@@ -223,6 +234,8 @@ def test_tables_have_80_columns_and_break_no_cell(tmp_path: Path) -> None:
         overview(compared(tmp_path / "report", 2)),
         audit.table(audited()),
         *scaling_tables.tables(scaling.study(made_results())),
+        mapping.table([{"coupling": 0.1, "kl": 12.3456, "own_loss": 1.2, "trustworthiness": 0.98765}]),
+        clustering.table(CLUSTERED),
     ]
     for sheet in found:
         lines = printed(sheet)

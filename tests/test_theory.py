@@ -168,6 +168,8 @@ def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.Monke
     for words in ("Lemma 1", "Theorem 3", "Eq. 15", "false as written", "counterexample"):
         assert words in text, words
     facts = json.loads((tmp_path / "out" / "theory.json").read_text())
+    for finding in facts["findings"]:  # prose is read in lines, not in columns
+        assert finding["finding"] in " ".join(text.split())
     assert all(row["holds"] for row in facts["statements"])
     assert {finding["kind"] for finding in facts["findings"]} == set(conditions.KINDS)
     assert facts["findings"][0]["numbers"]["L(0)"] == "inf"

@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from examples.theory import conditions, results, statements
+from rkdo_dist.console import say
+from rkdo_dist.studies import sheets
 
 
 def verify(out: Path | None, repeats: int) -> int:
-    """Measure, print two tables, and write `theory.json` and a figure into `out`.
+    """Measure, print a table and a list, and write `theory.json` and a figure into `out`.
 
     Returns:
         0 if every statement held on every case, otherwise 1.
@@ -22,14 +22,16 @@ def verify(out: Path | None, repeats: int) -> int:
     """
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
-    console = Console()
+    console = sheets.console()
     with console.status("measuring"):
         tallies, findings = statements.measure(repeats=repeats), conditions.findings()
-    console.print(results.statement_table(tallies))
-    console.print(results.finding_table(findings))
+    sheets.show(console, [results.statement_table(tallies)])
+    say(console, "What the statements need beyond what they say\n", "bold")
+    for number, finding in enumerate(findings, start=1):
+        say(console, results.finding_text(number, finding, console.width) + "\n")
     if out:
         for path in results.write_results(out, tallies, findings):
-            console.print(f"written: {path}", soft_wrap=True)
+            say(console, f"written: {path}")
     return 0 if all(tally.holds for tally in tallies) else 1
 
 

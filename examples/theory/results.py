@@ -1,61 +1,48 @@
-"""What `rkdo verify-theory` shows: a table of the statements, a table of the findings, a figure and a JSON file."""
+"""What `rkdo verify-theory` shows: a table of the statements, a list of the findings, a figure and a JSON file."""
 
 from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from examples.theory import statements
-from examples.theory.conditions import FALSE, Finding
+from examples.theory.conditions import Finding
 from examples.theory.statements import Tally
 from rkdo_dist.files import write_atomic
 from rkdo_dist.studies.palette import DARK, style
 from rkdo_dist.studies.plots import panels, save
+from rkdo_dist.studies.sheets import Sheet
 
 
-def statement_table(tallies: list[Tally]) -> Table:
+def statement_table(tallies: list[Tally]) -> Sheet:
     """A row per statement: how many cases, whether all held, and how close the closest came."""
-    table = Table(
-        title="Section 6.2 of the paper on explicit distributions, exact inner minimisation, float64",
-        caption="worst: the largest left - right (rounding, where positive); tightest: the largest left / right; "
-        "empty: the bound is infinite or undefined",
+    table = Sheet(
+        "statements",
+        "Section 6.2 of the paper on explicit distributions,\nexact inner minimisation, float64",
+        ("statement", "what is measured", "cases", "holds", "worst", "tightest", "empty"),
+        "worst: the largest left - right (rounding, where positive); tightest: the\nlargest left / right; empty: the "
+        "bound is infinite or undefined",
     )
-    for name in ("statement", "what is measured"):
-        table.add_column(name)
-    for name in ("cases", "holds", "worst", "tightest", "empty"):
-        table.add_column(name, justify="right")
     for tally in tallies:
-        table.add_row(
-            tally.statement,
-            tally.bound,
-            f"{tally.cases:,}",
-            "yes" if tally.holds else f"NO: {tally.cases - tally.held:,}",
-            f"{tally.slack:.1e}",
-            f"{tally.tightest:.4f}",
-            f"{tally.empty:,}",
-        )
+        holds = "yes" if tally.holds else f"NO: {tally.cases - tally.held:,}"
+        closest = (f"{tally.slack:.1e}", f"{tally.tightest:.4f}", f"{tally.empty:,}")
+        table.rows.append([tally.statement, tally.bound, f"{tally.cases:,}", holds, *closest])
     return table
 
 
-def finding_table(findings: list[Finding]) -> Table:
-    """A row per finding, with its counterexample and the numbers."""
-    table = Table(title="What the statements need beyond what they say", show_lines=True)
-    for name in ("statement", "finding", "counterexample", "measured"):
-        table.add_column(name)
-    for finding in findings:
-        kind = f"[red]{finding.kind}[/]" if finding.kind == FALSE else finding.kind
-        measured = "\n".join(f"{name}: {_shown(value)}" for name, value in finding.numbers.items())
-        table.add_row(f"{finding.statement}\n{kind}", finding.finding, finding.example, measured)
-    return table
-
-
-def _shown(value: float) -> str:
-    return f"{value:.4g}"
+def finding_text(number: int, finding: Finding, width: int) -> str:
+    """A finding with its counterexample and the numbers, in lines of at most `width` characters."""
+    wrapped = textwrap.TextWrapper(width, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
+    paragraphs = (f"{finding.statement}: {finding.kind}", finding.finding, f"The counterexample: {finding.example}")
+    lines = [line for text in paragraphs for line in wrapped.wrap(f"   {text}")]
+    lines[0] = f"{number:>2}{lines[0][2:]}"
+    lines += [f"   {name}: {value:.4g}" for name, value in finding.numbers.items()]
+    return "\n".join(lines)
 
 
 def write_results(out: Path, tallies: list[Tally], findings: list[Finding]) -> list[Path]:
