@@ -131,7 +131,7 @@ def train(rank: int, world: int, task: Task) -> dict[str, Any]:
         if task.scale is not None:
             rt = dataclasses.replace(rt, loss_scale=LossScale(task.scale))
         torch.manual_seed(0)
-        encoder = Network()
+        encoder = Network().to(memory_format=torch.channels_last)  # as `parts.make_encoder` lays weights out
         optimizer = OPTIMIZERS[task.optimizer](list(encoder.parameters()))
         if task.begin is not None:
             _load(task.begin, encoder, optimizer)

@@ -45,6 +45,7 @@ class Zero(Averaged):
         before = optimizer_to_tensors(optimizer, self._named)
         self._groups = before.groups
         optimizer.state.clear()
+        encoder.to(memory_format=torch.contiguous_format)  # DeepSpeed sends and flattens no other
         self._engine = self._runtime.sharded(_Autocast(encoder, self._runtime), optimizer, self._clip)
         assert self._engine.optimizer.optimizer is optimizer, "DeepSpeed has put another optimizer in place of ours"
         self._take_over(before)
