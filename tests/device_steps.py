@@ -40,6 +40,7 @@ class Case:
         relation: for "restart".
         more: whether everything that adds work takes part: LARS, clipping, an average of the weights and a learned
             temperature.
+        exchange: how columns travel: "gather", or in fast mode "ring".
     """
 
     world: int = 1
@@ -50,6 +51,7 @@ class Case:
     rows: tuple[str, str] = ("batch", "cuda:0")
     relation: Relation = RELATION
     more: bool = False
+    exchange: str = "gather"
     samples: int = 1200
 
     def __str__(self) -> str:
@@ -59,8 +61,8 @@ class Case:
         return "-".join([*words, *(name for name in ("recompute", "more") if getattr(self, name))])
 
 
-class _Runtime(Runtime):
-    """Without DDP, whose buckets are Accelerate's."""
+class WithoutDDP(Runtime):
+    """Buckets are Accelerate's, and left out."""
 
     def wrap(self, encoder: nn.Module) -> nn.Module:
         return encoder
@@ -107,9 +109,9 @@ def _made(case: Case, lanes: int) -> tuple[Step, Objective]:
     parameters = list(encoder.parameters())
     optimizer = LARS(parameters, lr=1e-3) if case.more else torch.optim.Adam(parameters, lr=1e-3, foreach=True)
     launch = "ddp" if case.world > 1 else "single"
-    runtime = _Runtime(None, 0, case.world, CUDA, "no", launch, case.reduction)  # type: ignore[arg-type]
+    runtime = WithoutDDP(None, 0, case.world, CUDA, "no", launch, case.reduction)  # type: ignore[arg-type]
     settings = StepSettings(
-        1, case.reduction, case.recompute, True, "gather", 0.1 if case.more else None, learn_temperature=case.more
+        1, case.reduction, case.recompute, True, case.exchange, 0.1 if case.more else None, learn_temperature=case.more
     )
     persistent, relational, objective = None, None, Objective.of(case.objective)
     if case.objective == "persistent":

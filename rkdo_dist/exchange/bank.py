@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rkdo_dist.exchange import group as ranks
 from rkdo_dist.exchange.store import Shards
-from rkdo_dist.exchange.transfer import upload
 from rkdo_dist.field.presets import Relation
 from rkdo_dist.field.relation_tiles import NUMBERS, Combined, Queries, Tile, combined, differentiate, visit
 
@@ -63,12 +62,13 @@ class KeyBank:
         tiles = [self._tile(number) for number in self.shards.tiles_of(self._rank)]
         owners, places = self.shards.places()
         longest = -(-self.shards.tiles // world)  # tiles of a rank
-        numbers = torch.zeros(longest, len(samples), NUMBERS, dtype=torch.float64, device=rows.device)
-        for place, tile in enumerate(tiles):
+        numbers = torch.zeros(self.shards.tiles, len(samples), NUMBERS, dtype=torch.float64, device=rows.device)
+        for number, tile in zip(self.shards.tiles_of(self._rank), tiles, strict=True):
             for start, stop in blocks:
-                numbers[place, start:stop] = visit(of.part(start, stop), tile)
-        by_rank = ranks.all_gather_rows(numbers[None])
-        values = combined(by_rank[tuple(upload(x, rows.device) for x in (owners, places))], relation, relation.weight)
+                numbers[number, start:stop] = visit(of.part(start, stop), tile)
+        # Each tile's bits from its owner, nought from the others: there may be many more ranks than tiles.
+        ranks.all_reduce_integers(numbers.view(torch.int64))
+        values = combined(numbers, relation, relation.weight)
         sent = rows.new_zeros(world, longest, b, rows.shape[1], dtype=self._keys.dtype)
         for place, tile in enumerate(tiles):
             found = torch.cat([differentiate(of.part(*x), tile, _part(values, *x), temperature) for x in blocks])
