@@ -174,6 +174,8 @@ class Device(TorchDispatchMode):
         if name in ("_allgather_base_", "alltoall_base_", "_reduce_scatter_base_", "gather_", "allgather_"):
             for target in _tensors(inner[:1]):
                 _fill(target, _tensors(inner[1:])[0])
+        elif name == "recv_":
+            _tensors(inner)[0].detach().zero_()
         work = out[-1] if isinstance(out, tuple) else out
         return (args[0], work) if isinstance(out, tuple) else work
 

@@ -57,7 +57,7 @@ def test_a_step(case: Case) -> None:
     views = 2 * (1 + case.recompute) + (case.objective == "restart")
     draws, images = split(lane.copies, "data/pixels")
     require(images, 1, "copies of images of a lane")
-    require(draws, views, "copies of draws of a lane")  # goal: 1 with the images
+    require(draws, views, "copies of draws of a lane")  # one with the images would copy these on the host first
     assert all(copy.endswith(" pinned") for copy in lane.copies), lane.copies
     require(lane.collectives, 0, "collectives of a lane")
     assert all(entry.endswith(" cuda") for entry in rest.collectives), rest.collectives
@@ -77,6 +77,17 @@ def test_collectives(case: Case) -> None:
     fast = {"allgather_base float32": 1, "reduce_scatter_base float32": 1, "allreduce float64": 1}
     wanted = {"allgather_base int64": 1} | (exact if case.reduction == "exact" else fast)  # besides DDP's buckets
     assert kinds == {f"{kind} cuda": n for kind, n in wanted.items()}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_columns_on_a_ring(learned: bool) -> None:
+    """A learned temperature is read once there, and its slope is gathered."""
+    device = second_step(Case(8, "fast", more=learned, exchange="ring"), 2)
+    require(device.waits, 1 + learned, "synchronisations of a step")
+    require(device.unsafe, 0, "copies to the host that nothing waits for")
+    passed, others = split(device.collectives, "exchange/columns.py")
+    assert {entry.split(" ", 1)[1] for entry in passed} == {"send float32 cuda", "recv float32 cuda"}
+    require(others, 2 + learned, "collectives besides columns that are passed on")
 
 
 @pytest.mark.parametrize("network", ["resnet18", "resnet50"])
