@@ -32,6 +32,7 @@ class Found:
     test: bool
     broken: bool
     devices: int
+    bf16: bool
     cores: int
     slurm: bool
 
@@ -78,6 +79,7 @@ def look(source: str | None) -> Found:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     machine: dict[str, Any] = {
         "devices": torch.cuda.device_count(),
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
         "cores": cores,
         "slurm": shutil.which("sbatch") is not None,
     }
@@ -171,11 +173,12 @@ def _script(found: Found) -> str:
         if found.source == "data/digits"
         else ""
     )
-    several = "--multi_gpu " if ranks > 1 else ""
+    several, precision = "--multi_gpu " if ranks > 1 else "", "bf16" if found.bf16 else "no"
     return f"""\
 #!/usr/bin/env bash
 # Written by `rkdo init`: train on {found.machine}, with {ranks} {"process" if ranks == 1 else "processes"}.
 #   ./train.sh [CONFIG] [key=value ...]     RANKS=N for another number
+#   PRECISION of the encoder: no (float32), or bf16, the choice for GPUs that have it (Ampere and newer)
 # A stopped run continues where it was, also on another number of processes.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -186,7 +189,7 @@ if [ "$#" -gt 0 ] && [ -f "$1" ]; then
 fi
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
 {prepare}exec accelerate launch {several}--num_machines 1 --num_processes "${{RANKS:-{ranks}}}" --main_process_port 0 \\
-  --mixed_precision no --dynamo_backend no -m rkdo_dist train "$config" run.resume=auto "$@"
+  --mixed_precision "${{PRECISION:-{precision}}}" --dynamo_backend no -m rkdo_dist train "$config" run.resume=auto "$@"
 """
 
 
@@ -204,6 +207,7 @@ def _slurm(found: Found) -> str:
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=slurm-%j.out
 # Written by `rkdo init`: sbatch slurm.sh [CONFIG] [key=value ...]. At the time limit the run is saved; submit again.
+# PRECISION=bf16 sbatch slurm.sh: the choice for GPUs that have it, which a login node cannot know (see train.sh).
 set -euo pipefail
 RANKS=${{RANKS:-{devices}}} srun ./train.sh "$@"
 """

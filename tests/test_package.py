@@ -131,6 +131,15 @@ def test_init_writes_a_run_for_a_folder_of_pictures(tmp_path: Path) -> None:
     assert script.stat().st_mode & 0o100
 
 
+def test_init_chooses_bf16_for_gpus_that_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for has in (True, False):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, has=has: has)
+        assert command(["init", str(tmp_path / str(has))])[0] == 0
+        assert f"{{PRECISION:-{'bf16' if has else 'no'}}}" in (tmp_path / str(has) / "train.sh").read_text()
+
+
 def test_init_without_data_takes_the_digits_and_keeps_what_is_there(tmp_path: Path) -> None:
     assert command(["init", str(tmp_path)])[0] == 0
     before = {p.name: p.read_text() for p in tmp_path.iterdir()}
