@@ -17,7 +17,7 @@ TEMPORARY = ".tmp"  # ends the name of everything that is not complete yet
 _CHUNK = 1 << 20
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], content: str | bytes | memoryview) -> None:
     """Replace `path` by `content`: a reader, or a crash at any instant, finds the old or the new file, whole.
 
     The content goes to a hidden temporary file in the same directory, is flushed to the disk and renamed over

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -113,10 +114,14 @@ def resume(rank: int, world: int, root: Path) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = checkpoint.load_latest(root, together=True)
+        by_one_node = [*hashed]
+        with mock.patch.dict(os.environ, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}):  # as if each were on its own
+            checkpoint.load_latest(root, together=True)
     weights = None if found is None else {name: x.numpy() for name, x in found.model.items()}
     rows = None if found is None else found.part("field.0")["rows"].tolist()
     step = None if found is None else found.step
-    return {"hashed": hashed, "step": step, "weights": weights, "rows": rows, "said": [str(w.message) for w in said]}
+    facts = {"hashed": by_one_node, "alone": hashed[len(by_one_node) :], "step": step, "weights": weights, "rows": rows}
+    return {**facts, "said": [str(w.message) for w in said]}
 
 
 FILES = ["model.safetensors", "optimizer.safetensors", "field.0.safetensors", "state.json"]  # of rank 0, 1, 0, 1
@@ -142,6 +147,8 @@ def test_ranks_of_a_node_verify_a_checkpoint_together(tmp_path: Path, damaged: s
     hashed = sorted(name for answer in answers for name in answer["hashed"])
     assert sorted({*hashed}) == sorted(FILES)
     assert damaged is not None or len(hashed) == len(FILES)
+    if damaged is None:  # on two nodes, each hashes every file once
+        assert [sorted(answer["alone"]) for answer in answers] == [sorted(FILES)] * 2
 
 
 def test_nothing_to_continue(tmp_path: Path) -> None:

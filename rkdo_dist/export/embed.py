@@ -129,9 +129,9 @@ def _write(out: Path, found: list[tuple[str, FrozenFeatures | None, list[str]]],
     parts = [features for _, features, _ in found if features is not None]
     arrays: dict[str, np.ndarray] = {"splits": np.array([name for name, _, some in found for _ in some])}
     if what != "embeddings":
-        arrays["features"] = np.concatenate([part.backbone for part in parts])
+        arrays["features"] = _joined([part.backbone for part in parts])
     if what != "features":
-        arrays["embeddings"] = np.concatenate([part.embeddings for part in parts])
+        arrays["embeddings"] = _joined([part.embeddings for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     if (labels >= 0).any():
         arrays["labels"] = labels
@@ -140,21 +140,26 @@ def _write(out: Path, found: list[tuple[str, FrozenFeatures | None, list[str]]],
     write_atomic(out, {".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[out.suffix](keys, arrays))
 
 
-def _npz(keys: list[str], arrays: dict[str, np.ndarray]) -> bytes:
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Without a copy, if there is one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _npz(keys: list[str], arrays: dict[str, np.ndarray]) -> memoryview:
     buffer = io.BytesIO()
     np.savez(buffer, keys=np.array(keys), **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
+    return buffer.getbuffer()
 
 
-def _safetensors(keys: list[str], arrays: dict[str, np.ndarray]) -> bytes:
+def _safetensors(keys: list[str], arrays: dict[str, np.ndarray]) -> memoryview:
     from safetensors.numpy import save
 
     numbers = {name: array for name, array in arrays.items() if array.dtype.kind != "U"}
     text = {name: json.dumps(array.tolist()) for name, array in arrays.items() if array.dtype.kind == "U"}
-    return save(numbers, {"keys": json.dumps(keys), **text})
+    return memoryview(save(numbers, {"keys": json.dumps(keys), **text}))
 
 
-def _parquet(keys: list[str], arrays: dict[str, np.ndarray]) -> bytes:
+def _parquet(keys: list[str], arrays: dict[str, np.ndarray]) -> memoryview:
     pa = _pyarrow()
     columns = {"key": pa.array(keys), "split": pa.array(arrays["splits"].tolist())}
     for name, one in (("features", "features"), ("embeddings", "embeddings")):
@@ -168,7 +173,7 @@ def _parquet(keys: list[str], arrays: dict[str, np.ndarray]) -> bytes:
         table = table.replace_schema_metadata({"classes": json.dumps(arrays["classes"].tolist())})
     buffer = io.BytesIO()
     pa.parquet.write_table(table, buffer)
-    return buffer.getvalue()
+    return buffer.getbuffer()
 
 
 def _pyarrow() -> Any:
