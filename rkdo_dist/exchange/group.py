@@ -31,8 +31,9 @@ T = TypeVar("T")
 P = TypeVar("P", Tensor, list[Tensor])
 
 # Newer releases of torch rename these collectives; older ones know only the longer names.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather_of_torch = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_messages = dist.batch_isend_irecv  # those of an all-gather, which `measure.ledger` counts as a whole
 
 
 def is_distributed() -> bool:
@@ -151,6 +152,23 @@ def exact_reduce_scatter(rows: Tensor, group: Group = None) -> Tensor:
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return tree_sum(received.view(world, rows.shape[0] // world, *rows.shape[1:])).clone()
+
+
+def all_gather_single(out: Tensor, own: Tensor, group: Group = None) -> None:
+    """Fill `out` (W * b, ...) with every rank's `own` (b, ...), in rank order; both contiguous.
+
+    On the host by messages from each rank to each other: gloo's own all-gather copies the whole result twice.
+    """
+    if out.device.type != "cpu" or dist.get_backend(group) != "gloo":
+        _all_gather_of_torch(out, own, group=group)
+        return
+    parts, own = out.view(world_size(group), -1).unbind(), own.view(-1)
+    peers = {k: k if group is None else dist.get_global_rank(group, k) for k in range(len(parts)) if k != rank(group)}
+    both = [(dist.irecv, parts[k], peer) for k, peer in peers.items()] + [(dist.isend, own, x) for x in peers.values()]
+    works = _messages([dist.P2POp(op, x, peer, group) for op, x, peer in both]) if both and own.numel() else []
+    parts[rank(group)].copy_(own)
+    for work in works:
+        work.wait()
 
 
 def all_gather_rows(rows: Tensor, group: Group = None) -> Tensor:
