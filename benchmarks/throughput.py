@@ -131,7 +131,7 @@ def ours(settings: Config, index: ShardIndex, rt: runtime.Runtime, where: Path) 
     job = build(settings, rt, index, RunDirectory(where))
     job.begin()
     with (
-        Journal(where / "metrics.jsonl", 0, job.total_steps, quiet(), "rkdo") as journal,
+        Journal(where / "metrics.jsonl", 0, job.total_steps, settings.train.epochs, quiet(), "rkdo") as journal,
         contextlib.closing(steps(job, StopRequest())) as training,  # type: ignore[type-var]
     ):
         for _, record in training:
