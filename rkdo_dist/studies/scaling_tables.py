@@ -66,7 +66,7 @@ def notes(study: Study) -> list[str]:
 
 def figure(study: Study) -> Any:
     """Throughput, efficiency and memory by size; phases and bytes of every measured point."""
-    layout = [["speed", "efficiency", "memory"], ["phases", "phases", "bytes"]]
+    layout = [["speed", "efficiency", "memory"], ["phases", "bytes", "."]]
     drawn, axes = pyplot().subplot_mosaic(layout, figsize=(12.5, 8.4), layout="constrained")
     ways = {way: [row for row in study.rows if row.way == way] for way in dict.fromkeys(r.way for r in study.rows)}
     for number, (way, rows) in enumerate(ways.items()):
@@ -108,24 +108,28 @@ def _by_size(study: Study, axes: dict[str, Any]) -> None:
 
 
 def _by_point(study: Study, axes: dict[str, Any]) -> None:
-    labels = [f"{row.way}\n{row.world}" for row in study.rows]
-    bottom = [0.0] * len(labels)
+    places = range(len(study.rows))
+    left = [0.0] * len(study.rows)
     for number, name in enumerate(dict.fromkeys(name for row in study.rows for name in row.phases)):
-        heights = [1e3 * row.phases.get(name, 0.0) for row in study.rows]
-        axes["phases"].bar(labels, heights, bottom=bottom, label=name, width=0.6, **style(number).bar)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes["phases"].set(title="Where the time of a step goes (way, processes)", ylabel="ms per step")
-    _below(axes["phases"], 5)
+        widths = [1e3 * row.phases.get(name, 0.0) for row in study.rows]
+        axes["phases"].barh(places, widths, left=left, label=name, height=0.6, **style(number).bar)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    _points(axes["phases"], study.rows, "Where the time of a step goes", "ms per step")
     sending = [row for row in study.rows if row.world > 1]
     places = range(len(sending))
     columns = [_columns(row) / 1e6 for row in sending]
     rest = [sum(row.sent.values()) / 1e6 - some for row, some in zip(sending, columns, strict=True)]
     axes["bytes"].barh(places, columns, label="columns and their gradients", height=0.6, **style(0).bar)
     axes["bytes"].barh(places, rest, left=columns, label="everything else", height=0.6, **style(1).bar)
-    axes["bytes"].set_yticks(places, [f"{row.way}, {row.world}" for row in sending])
-    axes["bytes"].invert_yaxis()
-    axes["bytes"].set(title="Sent by a process in a step", xlabel="MB")
-    _below(axes["bytes"], 1)
+    _points(axes["bytes"], sending, "Sent by a process in a step", "MB")
+
+
+def _points(panel: Any, rows: list[Row], title: str, unit: str) -> None:
+    """Names of bars, the first one on top."""
+    panel.set_yticks(range(len(rows)), [f"{row.way}, {row.world}" for row in rows])
+    panel.invert_yaxis()
+    panel.set(title=title, xlabel=unit)
+    _below(panel, 2)
 
 
 def write(study: Study, folder: Path) -> Path:
