@@ -12,7 +12,7 @@ from rkdo_dist import parts
 VALUES = [
     ".nan", ".inf", "0", "-1", "1e400", "1" + "0" * 400, "1" + "0" * 5000, "1e-45", "1e300", "''", "[]", "{a: 1}",
     "[[1]]", "null", "true", "text", "9223372036854775808", "1099511627776", "[1, 2, 3, 4, 5]", '"\\0"', '"\\ud800"',
-    "2001-99-99", "x" * 300,
+    "2001-99-99", "x" * 300, "12:30:45", "1:30.5", "010",
 ]  # fmt: skip
 
 
@@ -35,6 +35,12 @@ def refusal(override: str) -> str:
     except c.ConfigError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("value", ["12:30:45", "1:30", "010", "-017", "!!int 12:30:45"])
+def test_numbers_that_yaml_reads_in_another_base_are_text(value: str) -> None:
+    assert "train.epochs must be a whole number" in refusal(f"train.epochs={value}")
+    assert "train.learning_rate must be a number" in refusal("train.learning_rate=1:30.5")
 
 
 def test_the_ends_of_every_range_are_in_it_and_what_is_beyond_is_not() -> None:

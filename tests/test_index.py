@@ -31,6 +31,11 @@ from tests.pictures import image_folder
         (lambda t: t["splits"].update(train=[]), "split 'train' has no shards"),
         (lambda t: t["splits"]["train"][0].update(samples=0), "split 'train' has no samples"),
         (lambda t: t["splits"]["train"][0].update(samples=True), '"samples" must be a whole number'),
+        (
+            lambda t: t["splits"]["train"][0].update(checks="nonsense"),
+            "shard 0 of split 'train': .checks. must be base64",
+        ),
+        (lambda t: t["splits"]["train"][0].update(checks="AAAAAAAAAAA="), '"checks" must be base64 of eight bytes a'),
         (lambda t: t["splits"]["train"][0].update(sha256="beef"), "64 hexadecimal digits"),
         (lambda t: t["splits"]["train"].append(t["splits"]["train"][0]), "is listed twice"),
         (lambda t: t["splits"]["train"][0].update(name="../x.tar"), "leads out of the directory"),

@@ -55,3 +55,10 @@ def test_a_run_says_it_before_its_first_step(small: list[str]) -> None:
     text = " ".join(text.split())
     assert "dilution: a batch of 32 out of 1,438 samples keeps 2.16%" in text
     assert text.index("forgetting: field.coupling=0.9") < text.index("step 1/1")
+
+
+def test_a_warm_up_that_a_run_does_not_live_to_see_is_said(small: list[str]) -> None:
+    words = [*small, "train.max_steps=2", "train.warmup_steps=3"]
+    code, text = command(words)
+    assert code == 0, text
+    assert "the warm-up of 3 steps is longer than the run of 2" in " ".join(text.split())

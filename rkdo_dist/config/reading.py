@@ -34,6 +34,13 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """A number, unless YAML reads one that nobody means: 12:30:45 as 45045 (base 60), 010 as 8 (base 8)."""
+    if re.search(r":|^[-+]?0\d+$", node.value):
+        return node.value  # text, which no setting that is a number takes
+    return loader.construct_yaml_int(node) if node.tag.endswith("int") else loader.construct_yaml_float(node)
+
+
 _MOST_BYTES, _MOST_NODES = 1 << 20, 10_000
 
 
@@ -67,6 +74,8 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
 
 # What YAML's constructors raise for a value that is none of its kind, such as 2001-99-99 or !!bool maybe.

@@ -348,6 +348,9 @@ def _from_tree(tree: Any, root: Path, side: Path | None) -> ShardIndex:
         built[name] = Split(name, tuple(found))
         if not built[name].samples:
             raise _Bad(f"split {name!r} has no samples")
+        bad = next((k for k, shard in enumerate(found) if not _fits(shard.checks, shard.samples)), None)
+        if bad is not None:
+            raise _Bad(f'shard {bad} of split {name!r}: "checks" must be base64 of eight bytes a sample, or ""')
     names = [shard.name for split in built.values() for shard in split.shards]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
@@ -383,6 +386,14 @@ def _shard(entry: Any, where: str, side: Path | None, offset: int) -> Shard:
             raise _Bad(f'{where}: "checks_bytes" must be a whole number >= 0, got {entry["checks_bytes"]!r}')
         return Shard(str(name), entry["samples"], digest, entry["bytes"], ChecksAt(side, offset, entry["checks_bytes"]))
     return Shard(str(name), entry["samples"], digest, entry["bytes"], checks)
+
+
+def _fits(checks: str | ChecksAt, samples: int) -> bool:
+    """Whether these may be checksums of so many samples; those in a file of their own are not read here."""
+    try:
+        return not checks or isinstance(checks, ChecksAt) or len(base64.b64decode(checks, validate=True)) == 8 * samples
+    except ValueError:
+        return False
 
 
 def _is_count(value: Any) -> bool:

@@ -192,12 +192,16 @@ class Job:
         known = parts.make_objective(self.config, step / self.total_steps, self.total_steps / self.steps_per_epoch)
         return known if self.temperature is None else known.with_temperature(self.temperature.value)
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up, however they are given."""
+        train = self.config.train
+        return train.warmup_steps if train.warmup_epochs is None else round(train.warmup_epochs * self.steps_per_epoch)
+
     def set_learning_rate(self, step: int) -> None:
         """Set the learning rate of a step, a function of the step alone."""
         train = self.config.train
-        epochs = train.warmup_epochs
-        warmup = train.warmup_steps if epochs is None else round(epochs * self.steps_per_epoch)
-        rate = learning_rate(train.schedule, train.peak_rate, step, self.total_steps, warmup)
+        rate = learning_rate(train.schedule, train.peak_rate, step, self.total_steps, self.warmup_steps)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
 

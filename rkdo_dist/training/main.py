@@ -225,6 +225,11 @@ def _remarks(job: Job, plan: EvaluationPlan, config: Config) -> list[str]:
             f"learning rate {train.peak_rate:g}: train.learning_rate={train.learning_rate:g} for 256 samples, "
             f"train.scale_lr={train.scale_lr} for train.global_batch={train.global_batch}"
         )
+    if job.warmup_steps > job.total_steps:
+        lines.append(
+            f"the warm-up of {job.warmup_steps} steps is longer than the run of {job.total_steps}: the learning rate "
+            f"never reaches {train.peak_rate:g} (train.warmup_steps, train.warmup_epochs)"
+        )
     if rt.reduction != config.run.reduction:
         lines.append(
             f"{rt.strategy} (DeepSpeed) sums gradients in its own order, so run.reduction={rt.reduction} is in effect: "
