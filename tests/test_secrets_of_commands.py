@@ -18,9 +18,8 @@ from tests.test_tracking import StandIn
 
 COMMANDS = cli._commands_of(cli._parser())
 # Commands that are walked to their end: here, in test_secrets.py, or without any place for an address of data.
-HERE = {"train", "audit", "field", "export", "embed", "cluster", "map", "compare", "report"}
-HERE |= {"status", "measure", "flops"}
-THERE = {"evaluate", "doctor", "index", "init", "sweep", "reproduce", "scale"}
+HERE = {"train", "audit", "field", "export", "embed", "cluster", "map", "compare", "status", "measure", "flops"}
+THERE = {"report", "evaluate", "doctor", "index", "init", "sweep", "reproduce", "scale"}
 NOWHERE = {"settings", "completion", "prepare", "verify-theory"}
 SMALL = ["encoder.backbone=cifar_resnet8", "encoder.stem=imagenet", "data.workers=0", "evaluate.at_end=false"]
 FIELD = ["field.recursion=persistent", "field.stored=24", "train.epochs=1", "train.batches_per_epoch=2"]
@@ -108,7 +107,6 @@ def test_from_training_to_pictures(small: list[str], url: str, tmp_path: Path, m
         for words in (
             ["field", str(run), "--out", "field"],
             ["compare", str(run), "--figure", "loss.svg"],
-            ["report", str(run), "--out", "report.html"],
             ["status", str(run)],
         ):
             code, text = command(words)
