@@ -15,7 +15,7 @@ from rkdo_dist import parts
 from rkdo_dist.config import ConfigError
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import runtime
-from rkdo_dist.training import memory
+from rkdo_dist.training import machine, memory
 from rkdo_dist.training.micro_batch import ROOM, candidates, resolved
 from rkdo_dist.training.shape import shape_of
 from tests.jobs import command, fingerprint, metrics, on_ranks, run_of
@@ -31,14 +31,14 @@ def test_candidates_give_every_rank_whole_lanes() -> None:
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, whole = torch.device("cpu"), memory.available_bytes(torch.device("cpu"))
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.available_bytes(cpu) > whole / 2  # no limit is written there
+    cpu, whole = torch.device("cpu"), machine.available_bytes(torch.device("cpu"))
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    assert machine.available_bytes(cpu) > whole / 2  # no limit is written there
     for name, text in (("max", "90000\n"), ("current", "80000\n"), ("stat", "anon 5\ninactive_file 3000\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert memory.available_bytes(cpu) == 13000
+    assert machine.available_bytes(cpu) == 13000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_bytes(cpu) > whole / 2
+    assert machine.available_bytes(cpu) > whole / 2
 
 
 def chosen(rank: int, world: int, config: configuration.Config, free: list[int]) -> Any:
@@ -46,7 +46,7 @@ def chosen(rank: int, world: int, config: configuration.Config, free: list[int])
     rt, index = runtime.start(1, 60, "exact"), parts.open_index(config)
     found = []
     for bytes_free in free:
-        memory.available_bytes = lambda device, n=bytes_free: n * world * (1 + rank)  # type: ignore[assignment]
+        machine.available_bytes = lambda device, n=bytes_free: n * world * (1 + rank)  # type: ignore[assignment]
         try:
             found.append(resolved(config, rt, index, None).train.micro_batch)
         except ConfigError as error:

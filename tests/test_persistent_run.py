@@ -176,7 +176,7 @@ def test_more_entries_than_samples_are_refused_on_every_rank(small: list[str]) -
 
 
 def test_no_room_is_said_before_the_first_step(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkdo_dist.training.persistent.available_memory", lambda: 1 << 16)
+    monkeypatch.setattr("rkdo_dist.training.persistent.available_bytes", lambda device: 1 << 16)
     code, text = command([*small, *FIELD, "field.columns=bank"])
     assert code == 2
     assert "are free: lower field.stored" in " ".join(text.split())

@@ -19,7 +19,7 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Rows
 from rkdo_dist.training.averaged import averaged_field
 from rkdo_dist.training.exact import exact_field
-from rkdo_dist.training.persistent import PersistentField, available_memory, make_rows, rows_bytes
+from rkdo_dist.training.persistent import PersistentField, make_rows, rows_bytes
 from tests.fields import kl, softmax
 from tests.ranks import run_ranks
 
@@ -298,8 +298,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 
 def test_memory_is_as_specified(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 6 <= rows_bytes(1_280_000, 256, None, 2) * 2 / (1_280_000 * 256) < 8.1
-    assert (available_memory() or 0) > 1 << 20
-    monkeypatch.setattr("rkdo_dist.training.persistent.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("rkdo_dist.training.persistent.available_bytes", lambda device: 1 << 20)
     with pytest.raises(ValueError, match=r"need 0\.\d\d GiB .* 0\.00 GiB are free: lower field\.stored.*columns=batch"):
         make_rows(10_000, 256, 64, torch.device("cpu"))
     make_rows(100, 4, 8, torch.device("cpu"))

@@ -24,7 +24,7 @@ from rkdo_dist.frozen import sne
 from rkdo_dist.frozen.features import Features, read_features
 from rkdo_dist.studies import plots, sheets
 from rkdo_dist.studies.palette import style
-from rkdo_dist.training.memory import available_bytes
+from rkdo_dist.training.machine import available_bytes
 
 JUDGED, NEIGHBOURS = 2000, 5  # samples of the trustworthiness, evenly spaced; its neighbours
 _BLOCKS = 200 * 2**20  # bytes of arrays that do not grow with n

@@ -32,7 +32,7 @@ from rkdo_dist.ranks.agreement import code_digest
 from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.training import memory, micro_batch
+from rkdo_dist.training import machine, memory, micro_batch
 from rkdo_dist.training.readiness import made_ready
 from rkdo_dist.training.shape import StepShape, shape_of
 
@@ -102,7 +102,7 @@ def _check_shards(index: ShardIndex, splits: list[str], console: Console | None)
 
 def _this_rank(rt: Runtime) -> dict[str, Any]:
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else platform.processor() or "CPU"
-    return {"host": socket.gethostname(), "device": f"{rt.device} ({name})", "cores": memory.cores()}
+    return {"host": socket.gethostname(), "device": f"{rt.device} ({name})", "cores": machine.cores()}
 
 
 def _launch_table(config: Config, rt: Runtime, ranks: list[Any]) -> Table:
@@ -198,10 +198,10 @@ def _memory_table(need: dict[str, int], rt: Runtime, per_host: int) -> Table:
     table.add_section()
     total = sum(need.values())
     table.add_row("all of these", _bytes(total))
-    there = memory.available_bytes(rt.device)
+    there = machine.available_bytes(rt.device)
     on_cpu = rt.device.type == "cpu"
     if on_cpu:
-        table.add_row("this process so far (torch and its libraries)", _bytes(memory.peak_bytes(rt.device)))
+        table.add_row("this process so far (torch and its libraries)", _bytes(machine.peak_bytes(rt.device)))
         table.add_row(f"free on this machine, for {per_host} process(es)", _bytes(there))
     else:
         table.add_row("the device has", _bytes(there))

@@ -39,7 +39,7 @@ from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.training import memory
+from rkdo_dist.training import machine
 from rkdo_dist.training.job import Job, build
 from rkdo_dist.training.loop import steps
 from rkdo_dist.training.shape import shape_of
@@ -72,7 +72,7 @@ def measure(config: Config, ways: Sequence[str], steps: int, out: Path) -> None:
 def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: int) -> dict[str, Any]:
     """The facts of one way, on every rank alike."""
     gc.collect()
-    memory.reset_peak(rt.device)
+    machine.reset_peak(rt.device)
     rt = dataclasses.replace(rt, reduction=config.run.reduction)
     wanted = WARM_UP + steps
     job = group.together(lambda: _job(config, rt, index, wanted), "building the run")
@@ -82,7 +82,7 @@ def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: i
     facts = _combined(records[WARM_UP:])
     ranks: list[Any] = group.gather_objects({
         "host": socket.gethostname(),
-        "peak_bytes": memory.peak_bytes(rt.device),
+        "peak_bytes": machine.peak_bytes(rt.device),
         "phases": facts.pop("phases"),
     })  # fmt: skip
     return {
@@ -91,7 +91,7 @@ def _measured(config: Config, way: str, rt: Runtime, index: ShardIndex, steps: i
         "machines": len({r["host"] for r in ranks}),
         "device": _device_name(rt),
         "device_kind": rt.device.type,
-        "cores": memory.cores(),
+        "cores": machine.cores(),
         "threads": config.run.threads,
         "precision": rt.precision,
         "shape": dataclasses.asdict(shape),

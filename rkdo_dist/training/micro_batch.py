@@ -15,7 +15,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
-from rkdo_dist.training import memory
+from rkdo_dist.training import machine, memory
 from rkdo_dist.training.shape import shape_of
 
 ROOM = 0.9  # share of the memory that a step may need by the estimate, which leaves out what libraries take
@@ -74,7 +74,7 @@ def _fitting(
     """The candidates that fit here, where `sharing` ranks share the memory."""
     encoder = parts.make_encoder(config, pretrained=False, backbone=backbone).to(runtime.device)
     lane = memory.lane_growth(config, runtime, index, encoder)
-    free = memory.available_bytes(runtime.device) * ROOM / sharing
+    free = machine.available_bytes(runtime.device) * ROOM / sharing
     objective, found = parts.make_objective(config, 0.0), []
     for size in candidates(config.train.global_batch, runtime.world):
         sized = _with(config, size)

@@ -38,6 +38,7 @@ from rkdo_dist.field.persistent import (
     restrict,
 )
 from rkdo_dist.field.rows import computing_dtype
+from rkdo_dist.training.machine import available_bytes
 
 Pair = tuple[Tensor, Tensor]  # of both views of a lane: embeddings (m, d), or gradients with respect to them
 BANK_TEMPERATURE = 0.1  # of the learned rows over the bank
@@ -354,9 +355,9 @@ def make_rows(
     """
     need = rows_bytes(samples, stored, width, group.world_size())
     on_device = device.type == "cuda"
-    room = torch.cuda.mem_get_info(device)[0] if on_device else available_memory()
+    room = torch.cuda.mem_get_info(device)[0] if on_device else available_bytes(device)
     ours = 1 if on_device else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if room is not None and need * ours > room:
+    if need * ours > room:
         bank = " and their embeddings" if width is not None else ""
         raise ValueError(
             f"the rows of {samples} samples{bank} need {need * ours / 2**30:.2f} GiB on {device.type} "
@@ -373,16 +374,3 @@ def rows_bytes(samples: int, stored: int, width: int | None, world: int) -> int:
     shards = Shards(samples, world, width is None)
     own = max(stop - start for start, stop in map(shards.own, range(world)))
     return own * (8 * stored + 4 + (0 if width is None else 4 * width + 1))
-
-
-def available_memory() -> int | None:
-    """Bytes of main memory that this process may still take, as far as the system says; None if it does not."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        used, limit = (int(Path(f"/sys/fs/cgroup/memory.{x}").read_text()) for x in ("current", "max"))
-        found.append(limit - used)
-    except (OSError, ValueError):  # another system, no limit
-        pass
-    return min(found, default=None)
