@@ -478,7 +478,7 @@ def _walk(call: _Call, field: FieldRows, own: Tensor) -> Tensor | None:
         home = torch.zeros_like(block)
         field.fused(block, home)
         return home
-    walk()
+    field.measure(block)
     return None
 
 

@@ -31,11 +31,11 @@ class RowSums:
     Attributes:
         shift: the largest x of the row (b,), where exp(x) might overflow.
         z: sum_j e_t (D+1, b), with e_t = exp(x tau(D) / tau(t)); the last is that of q(D).
-        mean: sum_j e_(t-1) x (D, b).
-        log_ratio: sum_j P_t rho_t (D, b), P_t proportional to p(t), rho_t = log p(t) - log q(t) + constant.
-        flow: sum_j e_(t-1) G_t (D, b), G_t the derivative of the loss by p(t), up to a constant.
-        total: sums of x and of G_1 (2, b), where every column has a share of p(0).
-        positive: `Supervisor.add_dot` of x, `add_mass` of e_D, `add_dot` of G_1 (3, b).
+        mean: sum_j q(t-1) log q(D) (D, b).
+        log_ratio: sum_j p(t) rho_t (D, b), rho_t = log p(t) - log q(t) + constant.
+        flow: sum_j q(t-1) G_t (D, b), G_t the derivative of the loss by p(t), up to a constant.
+        total: sums of x (log q(D) in a recursion) and of G_1 (2, b), where every column has a share of p(0).
+        positive: `Supervisor.add_dot` of the same, `add_mass` of e_D (of q(D) in a recursion), `add_dot` of G_1 (3, b).
     """
 
     shift: Tensor
@@ -75,6 +75,9 @@ class Kernel(Protocol):
 
     def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """All columns at once: fill `sums` from x and turn x into d loss / d x."""
+
+    def measure(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """All columns at once: fill `sums` from x, the same as `fused` does."""
 
     def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """Last walk, with complete `sums`: turn x into d loss / d x."""
@@ -136,9 +139,13 @@ class FixedKernel:
 
     def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """See `Kernel`."""
+        self.measure(x, sums, place)
+        self._differentiate(x, sums, place)  # x is exp(x) already
+
+    def measure(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """See `Kernel`."""
         for walk in self.walks:
             walk(x, sums, place)
-        self._differentiate(x, sums, place)  # x is exp(x) already
 
     def normalise(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """x <- exp(x), with what is needed of x and exp(x) noted."""

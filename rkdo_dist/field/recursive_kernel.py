@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -16,7 +16,17 @@ from torch import Tensor
 from rkdo_dist.field.kernels import RowSums, Walk, hide, might_overflow, note_maximum
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.places import Place
-from rkdo_dist.field.supervisors import Supervisor
+from rkdo_dist.field.supervisors import Identity, Supervisor
+
+
+class _Buffers:
+    """Of a strip: q (D+1, r, n), rho (D, r, n), and p (D, r, n), which shares memory with rho if nothing asks for both;
+    and their levels one by one."""
+
+    def __init__(self, q: Tensor, rho: Tensor, p: Tensor) -> None:
+        self.q, self.rho, self.p = q, rho, p
+        self.before, self.last = q[:-1], q[-1]
+        self.qs, self.rhos, self.ps = q.unbind(), rho.unbind(), p.unbind()
 
 
 class RecursiveKernel:
@@ -40,7 +50,7 @@ class RecursiveKernel:
         device: torch.device,
         parts: bool,
     ) -> None:
-        depth, alpha = objective.depth, objective.couplings
+        alpha = objective.couplings
         self._supervisor = supervisor
         self.flows = objective.supervisor_grad == "flow"
         self.keeps_parts = parts or not self.flows
@@ -48,22 +58,31 @@ class RecursiveKernel:
         self.scale = inverse[-1]
         self.shifts = might_overflow(objective, dtype)
         self._ratio = [x / self.scale for x in inverse]
-        self._alpha, self._fold, _, self._scale_of_p = alpha, *scaled_chain(alpha)
+        self._alpha = alpha
         # log p must stay finite where p is 0 or underflows
-        self._clamps = self.shifts or alpha[0] < 1e-6 or any(fold != 1 for fold in self._fold)
+        self._clamps = self.shifts or alpha[0] < 1e-6
+        # where p(0) is 0 beside the positive, log p(1) = log alpha q(0) needs no logarithm there
+        self._knows_first = isinstance(supervisor, Identity) and not supervisor.spreads and not self._clamps
         self._tiny = torch.finfo(dtype).tiny
-        kept = [math.prod(1 - a for a in alpha[:t]) for t in range(1, depth + 1)]
+        kept = [math.prod(1 - a for a in alpha[:t]) for t in range(1, len(alpha) + 1)]
         self._on_positive = sum(x * k for x, k in zip(self._ratio[1:], kept, strict=True))
-        self._table, self._ratios, per_level = _tables(tuple(self._ratio), alpha, dtype, device)
-        self._shares, self._scales, self._log_scales = per_level
+        self._through_p, self._direct = gradient_coefficients(alpha, self._ratio)
+        self._ratios, self._table, self._couplings, self._powers = _tables(tuple(self._ratio), alpha, dtype, device)
         self._shape = rows, columns
+        self._kept: dict[int, _Buffers] = {}
+        self._room: list[Tensor] = []
 
-    @cached_property
-    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """e (D+1, r, n), rho (D, r, n), and P (D, r, n), which shares memory with rho if nothing asks for both."""
-        e = self._table.new_empty(len(self._ratio), *self._shape)
-        rho = e.new_empty(len(self._alpha), *self._shape)
-        return e, rho, torch.empty_like(rho) if self.keeps_parts else rho
+    def _buffers(self, rows: int) -> _Buffers:
+        """Those of a strip of so many rows; a shorter one uses the memory of the largest."""
+        if rows not in self._kept:
+            most, columns = self._shape
+            if not self._room:
+                levels = len(self._alpha)
+                counts = (levels + 1, levels, levels) if self.keeps_parts else (levels + 1, levels)
+                self._room = [self._ratios.new_empty(n * most * columns) for n in counts]
+            views = [room[: len(room) // most * rows].view(-1, rows, columns) for room in self._room]
+            self._kept[rows] = _Buffers(views[0], views[1], views[-1])
+        return self._kept[rows]
 
     @property
     def walks(self) -> tuple[Walk, ...]:
@@ -72,135 +91,161 @@ class RecursiveKernel:
 
     def fused(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """See `Kernel`."""
-        if self.shifts:
-            note_maximum(x, sums, place)
-        e = self._normalise(x, sums, place)
-        product = self._log_ratios(e, x, sums, place, note=self.keeps_parts)
+        self.measure(x, sums, place)
+        self._differentiate(x, sums, place)
+
+    def measure(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """See `Kernel`."""
+        self._softmax(x, sums, place)
+        self._log_ratios(x, sums, place, note=self.keeps_parts)
         if self.flows:
-            product = self._flow(e, product, sums, place, note=True)
-        self._differentiate(e, product, x, sums, place)
+            self._flow(x, sums, place, note=True)
 
     def normalise(self, x: Tensor, sums: RowSums, place: Place) -> None:
-        """First walk over column blocks x (r, n): normalisers and means."""
-        self._normalise(x, sums, place)
+        """First walk over column blocks x (r, n): normalisers."""
+        if self.shifts:
+            x.sub_(sums.shift[:, None])
+        hide(x, place.excluded, -math.inf)
+        sums.z.add_(torch.mul(x, self._ratios, out=self._buffers(len(x)).q).exp_().sum(2))
 
     def correct(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """Second walk: log-ratios, and <q, g>, by which gradients through p are corrected."""
-        e = self._levels(x, sums, place)
-        rho = self._log_ratios(e, x, sums, place, note=self.keeps_parts)
+        self._learned(x, sums, place)
+        self._log_ratios(x, sums, place, note=self.keeps_parts)
         if self.flows:
-            self._flow(e, rho, sums, place, note=True)
+            self._flow(x, sums, place, note=True)
 
     def differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
         """See `Kernel`."""
-        e = self._levels(x, sums, place)
-        product = self._buffers[1]
+        self._learned(x, sums, place)
         if self.flows:
-            product = self._flow(e, self._log_ratios(e, x, sums, place, note=False), sums, place, note=False)
-        self._differentiate(e, product, x, sums, place)
+            self._log_ratios(x, sums, place, note=False)
+            self._flow(x, sums, place, note=False)
+        self._differentiate(x, sums, place)
 
     def release(self) -> None:
         """See `Kernel`."""
-        self.__dict__.pop("_buffers", None)
+        self._kept.clear()
+        self._room.clear()
         self._supervisor.release()
 
     def row_parts(self, sums: RowSums) -> list[Tensor]:
         """See `Kernel`."""
-        z, log_z = sums.z.double(), sums.z.double().log()
-        mean_of_q = sums.mean.double() * self._shares / z[:-1]  # times alpha
-        divergences = sums.log_ratio.double() * self._scales / z[-1] + self._constants(z)
-        cross = torch.zeros_like(z[0])
+        log_z = self._log_z(sums.z)
+        mean_of_q = sums.mean.double() * self._couplings
+        divergences = sums.log_ratio.double() + self._constants(log_z)
+        cross = torch.zeros_like(log_z[0])
         mean_of_p = self._supervisor.mean(sums.total[0], sums.positive[0])
         for t, alpha in enumerate(self._alpha, start=1):
             mean_of_p = (1 - alpha) * mean_of_p + mean_of_q[t - 1]
             cross = cross + (log_z[t] - self._ratio[t] * mean_of_p)
         entropy = cross - divergences.sum(0)
-        return [*divergences, cross, entropy, sums.positive[1].double() / z[-1]]
+        return [*divergences, cross, entropy, sums.positive[1].double()]
 
     def row_loss(self, sums: RowSums) -> Tensor:
         """See `Kernel`."""
-        z = sums.z.double()
+        constants = self._constants(self._log_z(sums.z))
         if self.keeps_parts:
-            return (sums.log_ratio.double() * self._scales / z[-1] + self._constants(z)).sum(0)
+            return (sums.log_ratio.double() + constants).sum(0)
         # sum_t <p(t), rho_t>, with p(t) resolved into p(0) and the q(s): what the gradient has summed already
-        flow, constants = sums.flow.double() * self._shares / z[:-1], self._constants(z)
         loss = (1 - self._alpha[0]) * self._supervisor.mean(sums.total[1], sums.positive[2])
-        for of_level, constant in zip(flow, constants, strict=True):
+        for of_level, constant in zip(sums.flow.double() * self._couplings, constants, strict=True):
             loss = loss + of_level + constant
         return loss
 
-    def _constants(self, z: Tensor) -> Tensor:
-        """The constants by which rho_t is smaller than log p(t) - log q(t), (D, b)."""
-        return self._log_scales + (z[1:] / z[-1]).log()
+    def _log_z(self, z: Tensor) -> Tensor:
+        """Logarithms of the normalisers of q(D)^(tau(D) / tau(t)) (D+1, b) float64: 0 for q(D) itself."""
+        log_z = z.double().log()
+        return log_z - self._powers * log_z[-1]
 
-    def _levels(self, x: Tensor, sums: RowSums, place: Place) -> Tensor:
-        """e_0..e_D (D+1, r, n), 0 at the excluded column; x is shifted in place."""
+    def _constants(self, log_z: Tensor) -> Tensor:
+        """The constants by which rho_t is smaller than log p(t) - log q(t), (D, b)."""
+        if not self._knows_first:
+            return log_z[1:]
+        return torch.cat([log_z[1:2] + (math.log(self._alpha[0]) - log_z[0]), log_z[2:]])
+
+    def _softmax(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """q(0)..q(D) of rows whose columns are all there; x becomes log q(D), 0 at the excluded column."""
+        buffers = self._buffers(len(x))
+        hide(x, place.excluded, -math.inf)
+        if self.shifts:  # large logits lose digits when log q is made of them at once
+            x.sub_(x.amax(1, keepdim=True))
+        torch.softmax(x, 1, out=buffers.last)
+        # Normalisers are what is missing between x and log q, read off at a column where q does not underflow.
+        assert place.positive is not None
+        positive = partial(torch.diagonal, offset=place.positive, dim1=-2, dim2=-1)
+        at = partial(torch.amax, dim=-1) if self.shifts else positive
+        log_q = at(buffers.last).log()
+        x.sub_((at(x) - log_q)[:, None])
+        torch.softmax(torch.mul(x, self._ratios[:-1], out=buffers.before), 2, out=buffers.before)
+        torch.div((log_q * self._ratios[:, :, 0]).exp_(), at(buffers.q), out=sums.z)
+        hide(x, place.excluded, 0)
+
+    def _learned(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """The same in a block of columns, with complete `sums`."""
+        buffers = self._buffers(len(x))
         if self.shifts:
             x.sub_(sums.shift[:, None])
+        x.sub_(sums.z[-1].log()[:, None])
+        hide(x, place.excluded, -math.inf)
+        torch.mul(x, self._ratios, out=buffers.q).exp_()
+        buffers.q.mul_(self._log_z(sums.z).neg_().exp_().to(x.dtype)[:, :, None])
         hide(x, place.excluded, 0)
-        e = self._buffers[0][:, : len(x)]
-        torch.mul(x, self._ratios[:-1], out=e[:-1])
-        e[:-1].exp_()
-        torch.exp(x, out=e[-1])
-        if place.excluded is not None:
-            e.diagonal(place.excluded, 1, 2).zero_()
-        return e
 
-    def _normalise(self, x: Tensor, sums: RowSums, place: Place) -> Tensor:
-        e = self._levels(x, sums, place)
-        sums.z.add_(e.sum(2))
-        if self.keeps_parts:
-            sums.mean.add_(torch.mul(e[:-1], x, out=self._buffers[1][:, : len(x)]).sum(2))
-        if self._supervisor.spreads:
-            sums.total[0].add_(x.sum(1))
-        self._supervisor.add_dot(sums.positive[0], x, place)
-        self._supervisor.add_mass(sums.positive[1], e[-1], place)
-        return e
-
-    def _log_ratios(self, e: Tensor, x: Tensor, sums: RowSums, place: Place, note: bool) -> Tensor:
-        """rho_1..rho_D (D, r, n). P_t = p(t) z_D / scale keeps rho_t small: it is log p - log q but for a constant
-        that is 0 where temperatures agree."""
-        rho, p = (buffer[:, : len(x)] for buffer in self._buffers[1:])
-        added = (self._table[0] * (sums.z[-1] / sums.z))[:, :, None]
-        torch.mul(e[0], added[0], out=p[0])
-        self._supervisor.add(p[0], place, self._fold[0], sums.z[-1])
-        hide(p[0], place.excluded, self._tiny)
-        for t in range(1, len(p)):
-            previous = p[t - 1] if self._fold[t] == 1 else torch.mul(p[t - 1], self._fold[t], out=p[t])
-            torch.addcmul(previous, e[t], added[t], out=p[t])
-        if self._clamps:
-            p.clamp_min_(self._tiny)
-        torch.log(p, out=rho).addcmul_(x, self._ratios[1:], value=-1)
+    def _log_ratios(self, x: Tensor, sums: RowSums, place: Place, note: bool) -> None:
+        """rho_1..rho_D, which is log p - log q but for a constant of the row."""
+        buffers, alpha = self._buffers(len(x)), self._alpha
+        qs, rhos, ps = buffers.qs, buffers.rhos, buffers.ps
         if note:
-            sums.log_ratio.add_(p.mul_(rho).sum(2))
-        return rho
+            sums.mean.add_(torch.mul(buffers.before, x, out=buffers.rho).sum(2))
+            if self._supervisor.spreads:
+                sums.total[0].add_(x.sum(1))
+            self._supervisor.add_dot(sums.positive[0], x, place)
+            self._supervisor.add_mass(sums.positive[1], buffers.last, place)
+        torch.mul(qs[0], alpha[0], out=ps[0])
+        self._supervisor.add(ps[0], place, 1 - alpha[0])
+        for t in range(1, len(alpha)):
+            torch.lerp(ps[t - 1], qs[t], alpha[t], out=ps[t])
+        if place.excluded is not None:
+            buffers.p.diagonal(place.excluded, 1, 2).fill_(self._tiny)
+        if self._clamps:
+            buffers.p.clamp_min_(self._tiny)
+        first = int(self._knows_first)
+        if first:  # log p(1) is that of alpha q(0), but at the positive
+            torch.mul(x, self._ratio[0] - self._ratio[1], out=rhos[0])
+            if place.positive is not None:
+                q = qs[0].diagonal(place.positive)
+                rhos[0].diagonal(place.positive).add_(q.reciprocal().mul_(1 / alpha[0] - 1).log1p_())
+        torch.log(buffers.p[first:], out=buffers.rho[first:]).addcmul_(x, self._ratios[1 + first :], value=-1)
+        if note:
+            sums.log_ratio.add_(buffers.p.mul_(buffers.rho).sum(2))
 
-    def _flow(self, e: Tensor, rho: Tensor, sums: RowSums, place: Place, note: bool) -> Tensor:
-        """e_(t-1) G_t (D, r, n) in place of rho_t, where G_t = rho_t + (1 - alpha(t+1)) G_(t+1)."""
-        for t in range(len(rho) - 1, 0, -1):
-            rho[t - 1].add_(rho[t], alpha=1 - self._alpha[t])
+    def _flow(self, x: Tensor, sums: RowSums, place: Place, note: bool) -> None:
+        """q(t-1) G_t in place of rho_t, where G_t = rho_t + (1 - alpha(t+1)) G_(t+1)."""
+        buffers = self._buffers(len(x))
+        rhos = buffers.rhos
+        for t in range(len(rhos) - 1, 0, -1):
+            rhos[t - 1].add_(rhos[t], alpha=1 - self._alpha[t])
         if note:
             if self._supervisor.spreads:
-                hide(rho[0], place.excluded, 0)
-                sums.total[1].add_(rho[0].sum(1))
-            self._supervisor.add_dot(sums.positive[2], rho[0], place)
-        product = rho.mul_(e[:-1])
+                hide(rhos[0], place.excluded, 0)
+                sums.total[1].add_(rhos[0].sum(1))
+            self._supervisor.add_dot(sums.positive[2], rhos[0], place)
+        product = buffers.rho.mul_(buffers.before)
         if note:
             sums.flow.add_(product.sum(2))
-        return product
 
-    def _differentiate(self, e: Tensor, product: Tensor, x: Tensor, sums: RowSums, place: Place) -> None:
-        """x <- sum_s e_s (K_s + f_s G_(s+1)) - p(0) on_positive, with factors K_s and f_s of the row."""
-        inverse = sums.z.reciprocal()
-        through_p, factor = self._table[1] * inverse, self._table[2] * inverse
-        gradient = e[-1].mul_(factor[-1][:, None])
+    def _differentiate(self, x: Tensor, sums: RowSums, place: Place) -> None:
+        """x <- sum_s q_s (K_s + f_s (G_(s+1) - <q_s, G_(s+1)>)) - p(0) on_positive."""
+        buffers = self._buffers(len(x))
+        torch.mul(buffers.last, self._direct[-1], out=x)
         if self.flows:
-            factor = torch.addcmul(factor[:-1], (through_p * inverse)[:-1], sums.flow, value=-1)
-        through_p, factor = through_p[:, :, None], factor[:, :, None]
-        for s in range(len(product) - 1, -1, -1):
-            if self.flows:
-                gradient.addcmul_(product[s], through_p[s])
-            torch.addcmul(gradient, e[s], factor[s], out=gradient if s else x)
+            factors = torch.addcmul(self._table[1], self._table[0], sums.flow, value=-1).unsqueeze(2).unbind()
+            for q, factor, product, through_p in zip(buffers.qs, factors, buffers.rhos, self._through_p, strict=False):
+                x.add_(product, alpha=through_p).addcmul_(q, factor)
+        else:
+            for q, direct in zip(buffers.qs, self._direct[:-1], strict=False):
+                x.add_(q, alpha=direct)
         self._supervisor.add(x, place, -self._on_positive)
         if self._supervisor.spreads:
             hide(x, place.excluded, 0)
@@ -209,35 +254,13 @@ class RecursiveKernel:
 @lru_cache(maxsize=64)
 def _tables(
     ratio: tuple[float, ...], alpha: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Constants of an objective on a device, made once: what `_log_ratios` and `_differentiate` multiply with (3, D+1,
-    1), tau(D) / tau(s) (D+1, 1, 1); and in float64 alpha, the scales of p, and their logarithms (3, D, 1)."""
-    _, added, scales = scaled_chain(alpha)
-    table = torch.tensor([[*added, 0.0], *gradient_coefficients(alpha, ratio)], dtype=dtype, device=device)
-    ratios = torch.tensor(ratio, dtype=dtype, device=device)
-    per_level = torch.tensor([alpha, scales, [math.log(s) for s in scales]], dtype=torch.float64, device=device)
-    return table[:, :, None], ratios[:, None, None], per_level[:, :, None]
-
-
-def scaled_chain(alpha: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
-    """Coefficients of P_t = fold P_(t-1) + added q(t-1), where P_t = p(t) / scale.
-
-    The scale absorbs the factors 1 - alpha, so that a step of the recursion is one multiply-add; when it
-    becomes small (or alpha is 1), it is folded into P and starts again from 1.
-
-    Returns:
-        fold, added, scale, one number per level.
-    """
-    folds, added, scales, scale = [], [], [], 1.0
-    for a in alpha:
-        scale *= 1 - a
-        fold = 1.0
-        if scale < 1e-3:
-            fold, scale = scale, 1.0
-        folds.append(fold)
-        added.append(a / scale)
-        scales.append(scale)
-    return folds, added, scales
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Constants of an objective on a device, made once: tau(D) / tau(s) (D+1, 1, 1), and the factors of q(s), s < D,
+    through p and directly (2, D, 1); in float64 alpha (D, 1), and those quotients again (D+1, 1)."""
+    powers = torch.tensor(ratio, dtype=torch.float64, device=device)[:, None]
+    factors = torch.tensor(gradient_coefficients(alpha, ratio), dtype=dtype, device=device)[:, :-1, None]
+    couplings = torch.tensor(alpha, dtype=torch.float64, device=device)[:, None]
+    return powers.to(dtype)[:, :, None], factors, couplings, powers
 
 
 def gradient_coefficients(alpha: Sequence[float], ratio: Sequence[float]) -> list[list[float]]:

@@ -134,6 +134,10 @@ class FieldRows:
         """The one visit of all columns at once (arguments as for `visit`)."""
         self.visit(self._kernel.fused, columns, 0, home)
 
+    def measure(self, columns: Tensor) -> None:
+        """The one visit of all columns at once that leaves no gradients behind."""
+        self.visit(self._kernel.measure, columns, 0)
+
     def differentiate(self, columns: Tensor, first_column: int, home: Tensor) -> None:
         """The visit of a block after all walks (arguments as for `visit`)."""
         self.visit(self._kernel.differentiate, columns, first_column, home)
@@ -390,7 +394,7 @@ def tile_rows(rows: int, columns: int, depth: int, device: str) -> tuple[int, in
     kind = device if device in PANEL_ELEMENTS else "cpu"
     panel = min(rows, max(PANEL_ROWS, PANEL_ELEMENTS[kind] // columns))
     most = STRIP_BUFFER_ELEMENTS[kind]
-    buffers = min(most, max(most // 4, 2 * rows * columns))
+    buffers = min(most, max(most // 4, rows * columns))
     return panel, min(panel, max(1, buffers // ((2 * depth + 2) * columns)))
 
 

@@ -199,11 +199,11 @@ class TritonKernel(RecursiveKernel):
                 SHIFTS=self.shifts, APPROXIMATE=x.dtype == torch.float32 and not _INTERPRETED, num_warps=WARPS,
             )  # fmt: skip
         top, positive, z, mean, divergence = found.split((1, 1, depth + 1, depth, depth))
+        # as the walks leave it: logits are those of log q(D), and constants not yet restored
+        log_z = z[-1].log()
         sums.shift.copy_(top[0])
-        sums.positive[0].copy_(positive[0])
-        sums.positive[1].copy_(positive[0].exp())
+        sums.positive[0].copy_(positive[0] - log_z)
+        sums.positive[1].copy_((positive[0] - log_z).exp())
         sums.z.copy_(z)
-        sums.mean.copy_(mean)
-        # as the walks leave it: before the constant and the scale are restored
-        unscaled = divergence * math.log(2) - self._constants(z)
-        sums.log_ratio.copy_(unscaled * z[-1] / self._scales)
+        sums.mean.copy_(mean / z[:-1] - log_z)
+        sums.log_ratio.copy_(divergence * math.log(2) - self._constants(self._log_z(z)))
