@@ -26,7 +26,7 @@ from rkdo_dist.commands.output import output_commands
 from rkdo_dist.commands.reading import reading_commands
 from rkdo_dist.commands.runs import run_commands
 from rkdo_dist.commands.studies import study_commands
-from rkdo_dist.faults import OUT_OF_MEMORY, fault, out_of_memory
+from rkdo_dist.faults import fault, shortage
 
 USER_ERROR, INTERRUPTED = 2, 130
 _EXTRAS = {  # that bring a module; all others come with "train"
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         if os.environ.get("RKDO_TRACEBACK") or not _is_users(error):
             raise
-        logger.error("%s", OUT_OF_MEMORY if out_of_memory(error) else error)
+        logger.error("%s", shortage(error) or error)
         code = getattr(error, "exit_code", USER_ERROR)
     if arguments is None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C must not change how a finished command ends
@@ -126,7 +126,7 @@ def _is_users(error: BaseException) -> bool:
     """Whether an error speaks to the user (a message of ours) rather than of a fault in the program."""
     from rkdo_dist.exchange.group import RankError
 
-    return isinstance(error, ValueError | OSError | RankError | ArithmeticError) or out_of_memory(error)
+    return isinstance(error, ValueError | OSError | RankError | ArithmeticError) or bool(shortage(error))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

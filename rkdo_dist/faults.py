@@ -1,9 +1,11 @@
-"""Errors that are no mistake of the user's: a fault of this project, or too little memory."""
+"""Errors that are no mistake of the user's: a fault of this project, too little memory, too few files."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import sys
 import tempfile
 import traceback
@@ -21,6 +23,19 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether Python or one of torch's allocators (CPU, GPU) had no memory left."""
     words = ("can't allocate memory", "out of memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(x in str(error) for x in words))
+
+
+def shortage(error: BaseException) -> str:
+    """What there was too little of, memory or files that may be open, and what to do; empty for another error."""
+    if out_of_memory(error):
+        return OUT_OF_MEMORY
+    if isinstance(error, OSError | RuntimeError) and os.strerror(errno.EMFILE).lower() in str(error).lower():
+        most, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (
+            f"too many open files: a process may have {most} here (ulimit -n). Raise it with ulimit -n "
+            f"{min(4096, highest) if highest > 0 else 4096}, or take fewer loader processes (data.workers)"
+        )
+    return ""
 
 
 def fault(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

@@ -1,8 +1,9 @@
-"""Directory lock, for one writer at a time: the operating system keeps it and releases it when the process dies.
+"""Locks that the operating system keeps, and releases when the process dies: a directory has one writer, and what one
+process of a machine does for all (`wait_for_lock`) is done once.
 
-A POSIX record lock (`fcntl`) and not `flock`: it belongs to one process, so a loader worker that outlives its rank does
-not keep it; and it holds between the nodes of a network file system. The file `.lock` stays; only the lock counts, so a
-process that was killed blocks nobody. The content of the file is for the message.
+A directory's is a POSIX record lock (`fcntl`) and not `flock`: it belongs to one process, so a loader worker that
+outlives its rank does not keep it; and it holds between the nodes of a network file system. The file `.lock` stays;
+only the lock counts, so a process that was killed blocks nobody. The content of the file is for the message.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import time
 import warnings
 from pathlib import Path
 
+from rkdo_dist.diagnostics import logger
 from rkdo_dist.files import read_regular
 
 NAME = ".lock"
+VOICE = 30.0  # seconds between two lines of a process that waits
+_SOON = 1.0
 _GLANCE = 0.2  # seconds
 _LONGEST = 4096  # bytes of a note
 _TAKEN = (errno.EAGAIN, errno.EACCES)
-_CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+# The last where flock becomes a record lock (NFS), which a descriptor for reading cannot have.
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
 
 
 class LockedError(ValueError):
@@ -58,13 +63,8 @@ class DirectoryLock:
                 if error.errno in _TAKEN:
                     raise LockedError(f"{directory} is in use by {_named(path)}: wait for it, or end it") from None
                 raise
-            warnings.warn(
-                f"the file system of {directory} cannot lock files ({os.strerror(error.errno)}): "
-                "make sure that no second process writes to this directory",
-                stacklevel=2,
-            )
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+            _warn(error, directory, "make sure that no second process writes to this directory")
+        _sign(self._descriptor)
         os.fsync(self._descriptor)  # a process on another node reads it
 
     def release(self) -> None:
@@ -72,6 +72,53 @@ class DirectoryLock:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def wait_for_lock(descriptor: int, path: Path, doing: str, signed: bool = True) -> None:
+    """Take a lock (`flock`) that other processes hold for as long as they do the same work; closing releases it.
+
+    The wait has no end of its own, because that work has none (to read a folder of any size); it ends when the holder
+    is done or dies. A line says soon, and every `VOICE` seconds, who it is. Where the file system cannot lock, a
+    warning says so, and the caller does the work too.
+
+    Args:
+        descriptor: of `path`, open for reading and writing.
+        doing: what the holder does, such as "reads the folder F".
+        signed: whether the file has no other content, so that the holder writes its name there.
+    """
+    began, line = time.monotonic(), _SOON
+    while not lock_at_once(descriptor, path, "the work is done by each process"):
+        waited = time.monotonic() - began
+        if waited >= line:
+            other = _named(path) if signed else "another process"
+            logger.info("waiting for %s, which %s (%s, %.0f s now)", other, doing, path, waited)
+            line = waited + VOICE
+        time.sleep(min(_GLANCE, 0.01 + waited / 10))
+    if signed:
+        _sign(descriptor)
+
+
+def lock_at_once(descriptor: int, path: Path, otherwise: str) -> bool:
+    """Take a lock (`flock`), unless another process has it: then False.
+
+    Args:
+        path: of the descriptor.
+        otherwise: said where the file system cannot lock, which counts as True.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        if error.errno not in _CANNOT_LOCK:
+            raise
+        _warn(error, path.parent, otherwise)
+    return True
+
+
+def _warn(error: OSError, directory: Path, otherwise: str) -> None:
+    reason = os.strerror(error.errno or 0)
+    warnings.warn(f"the file system of {directory} cannot lock files ({reason}): {otherwise}", stacklevel=3)
 
 
 def holder(directory: Path) -> str | None:
@@ -100,6 +147,11 @@ def _taken(descriptor: int) -> bool:
             raise
         return True
     return False
+
+
+def _sign(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
 
 def _named(path: Path) -> str:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from rkdo_dist import web
 from rkdo_dist.data import remote
 from rkdo_dist.data.errors import Unreachable
 from rkdo_dist.data.foreign import index_shards
@@ -139,7 +140,7 @@ def test_broken_transfers_go_on_where_they_stopped(server: Server, folder: Path,
 
 @pytest.mark.parametrize("part", ["header", "body"])
 def test_a_server_that_drips_does_not_hold_a_job(server: Server, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    monkeypatch.setattr(remote, "TIMEOUT", 0.4)
+    monkeypatch.setattr(web, "TIMEOUT", 0.4)
     monkeypatch.setattr(remote, "TRIES", 2)
     sent: list[int] = []
 

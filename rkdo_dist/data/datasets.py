@@ -15,6 +15,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -28,6 +29,7 @@ from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.images import pixels_of
 from rkdo_dist.data.index import Shard, ShardIndex, Split
 from rkdo_dist.data.order import hash64, permutation, run_length
+from rkdo_dist.web import waiting
 
 _PROBES = 8  # items of a split that are looked at before training
 _CALLED_TEST = ("test", "val", "valid", "validation")
@@ -316,7 +318,8 @@ def torchvision_splits(name: str, root: str, download: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"root": root} if "root" in known else {}
     if "download" in known:
         options["download"] = download
-    return dict(_torchvision_splits(kind, known, options))
+    with waiting(f"torchvision's download of {name}") if download else nullcontext():
+        return dict(_torchvision_splits(kind, known, options))
 
 
 def _torchvision_splits(kind: Any, known: Mapping[str, Any], options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -345,7 +348,8 @@ def hub_splits(name: str) -> dict[str, Any]:
         import datasets
     except ImportError:
         raise DataError("hf:// data sets need the library `datasets`: pip install 'rkdo_dist[datasets]'") from None
-    return dict(datasets.load_dataset(name))
+    with waiting(f"the data set {name} of the Hugging Face hub"):
+        return dict(datasets.load_dataset(name))
 
 
 def _brief(error: BaseException) -> str:

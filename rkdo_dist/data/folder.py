@@ -9,7 +9,6 @@ when it is read.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from rkdo_dist.data.listing import SPLITS, ImageFile, Listing, list_images
 from rkdo_dist.data.order import hash64, permutation, run_length
 from rkdo_dist.data.remote import default_cache
 from rkdo_dist.files import read_regular, write_atomic
+from rkdo_dist.lock import wait_for_lock
 
 Progress = Callable[[int, int, str], None]
 _THREADS = 8  # reading and hashing leave the interpreter's lock
@@ -187,7 +187,7 @@ def _notes(listing: Listing, broken: Sequence[ImageFile]) -> Iterator[str]:
 def _examined(listing: Listing, progress: Progress) -> dict[str, _Entry]:
     """Digest and size of every file, read where the cache does not know it; one process of a machine at a time."""
     place = hashlib.sha256(os.fsencode(listing.root)).hexdigest()[:32]
-    with _cache_file(place) as cache:
+    with _cache_file(place, listing.root) as cache:
         old = _cached(cache)
         stamps = {file.name: _stamp(listing, file) for file in listing.files}
         known = {name: entry for name, (stamp, entry) in old.items() if stamps.get(name) == stamp}
@@ -223,8 +223,9 @@ def _stamp(listing: Listing, file: ImageFile) -> tuple[int, int]:
 
 
 @contextmanager
-def _cache_file(place: str) -> Iterator[Path | None]:
-    """The cache file of a folder, locked; None where no cache can be written."""
+def _cache_file(place: str, root: Path) -> Iterator[Path | None]:
+    """The cache file of a folder, locked: others wait for its reader, and need not read it. None where no cache can be
+    written."""
     folder = default_cache() / "folders"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +234,7 @@ def _cache_file(place: str) -> Iterator[Path | None]:
         yield None
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        wait_for_lock(descriptor, folder / f"{place}.lock", f"reads {root} for its index")
         yield folder / f"{place}.json"
     finally:
         os.close(descriptor)

@@ -7,7 +7,6 @@ end. The index is written last: a directory with an index is complete.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from rkdo_dist.data.order import hash64, permutation, run_length
 from rkdo_dist.data.shards import ShardWriter
 from rkdo_dist.data.sources import Samples, Source, open_source
 from rkdo_dist.files import TEMPORARY, sha256_of, write_atomic
+from rkdo_dist.lock import lock_at_once
 
 Progress = Callable[[int, int, str], None]
 JOURNAL_NAME = ".prepare.json"
@@ -93,10 +93,8 @@ def prepare(
 def _locked(out: Path) -> Iterator[None]:
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is preparing {out} right now") from None
+        if not lock_at_once(descriptor, out, f"make sure that no second process prepares {out}"):
+            raise DataError(f"another process is preparing {out} right now")
         yield
     finally:
         os.close(descriptor)

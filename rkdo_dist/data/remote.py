@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import base64
 import errno
-import fcntl
 import http.client
-import io
 import os
 import re
 import secrets
-import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPMessage
@@ -30,20 +29,20 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from rkdo_dist import addresses
+from rkdo_dist import addresses, web
 from rkdo_dist.data.errors import DataError, Unreachable
 from rkdo_dist.diagnostics import logger
 from rkdo_dist.files import sha256_of, sync_file
+from rkdo_dist.lock import wait_for_lock
 
 HTTP = ("http", "https")
 OBJECT_STORES = ("s3", "gs", "hf")  # through fsspec, where it is installed
 CACHE_VARIABLE = "RKDO_CACHE"
 TRIES = 5
 FIRST_DELAY = 0.5  # seconds before the second try; doubled before each further one
-TIMEOUT = 30.0  # seconds without a byte
-LEAST_RATE = 16 << 10  # bytes a second, over each TIMEOUT: a server that drips must not hold a job for days
 MAX_SHARD_BYTES = 64 << 30  # of a shard that has no index yet
 _PIECE = 1 << 20
+_BLOCK = 4 << 20  # what drivers of object stores ask for at a time
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
@@ -135,76 +134,6 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         return request
 
 
-class _Paced(io.RawIOBase):
-    """The bytes of a connection, headers included, as long as they come at `LEAST_RATE`; a line now and then meanwhile.
-
-    Raises:
-        TimeoutError: from reads, when they come more slowly.
-    """
-
-    def __init__(self, raw: io.RawIOBase, shown: str) -> None:
-        self._raw, self._shown = raw, shown
-        self._received, self._began = 0, time.monotonic()
-        self._window = self._began, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, into: Any) -> int:
-        read = self._raw.readinto(into) or 0
-        self._received += read
-        since, before = self._window
-        if time.monotonic() - since >= TIMEOUT and read:
-            if self._received - before < LEAST_RATE * TIMEOUT:
-                slow = f"it sent {self._received - before} bytes in {TIMEOUT:g} s, fewer than {LEAST_RATE} a second"
-                raise TimeoutError(errno.ETIMEDOUT, slow)
-            self._window = time.monotonic(), self._received
-            seconds = time.monotonic() - self._began
-            logger.info("%s: %.1f MB after %.0f s, still reading", self._shown, self._received / 1e6, seconds)
-        return read
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _opener(shown: str) -> urllib.request.OpenerDirector:
-    """Handlers for http and https alone: the usual opener would also read file: and ftp:."""
-
-    class Response(http.client.HTTPResponse):
-        def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
-            super().__init__(sock, *arguments, **options)
-            self.fp.close()
-            self.fp = io.BufferedReader(_Paced(sock.makefile("rb", buffering=0), shown))
-
-    class Plain(http.client.HTTPConnection):
-        response_class = Response
-
-    class Secure(http.client.HTTPSConnection):
-        response_class = Response
-
-    class PlainHandler(urllib.request.HTTPHandler):
-        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-            return self.do_open(Plain, request)
-
-    class SecureHandler(urllib.request.HTTPSHandler):
-        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-            return self.do_open(Secure, request)
-
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        PlainHandler(),
-        SecureHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-        _SameHost(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
 @contextmanager
 def _open(address: Address, start: int) -> Iterator[tuple[IO[bytes], int]]:
     """The bytes at `address` from `start` on, or from 0 if the server has no ranges; and where they begin."""
@@ -220,7 +149,7 @@ def _open(address: Address, start: int) -> Iterator[tuple[IO[bytes], int]]:
         request.add_header("Authorization", "Basic " + base64.b64encode(unquote(login).encode()).decode())
     if start:
         request.add_header("Range", f"bytes={start}-")
-    with _opener(address.shown).open(request, timeout=TIMEOUT) as response:
+    with web.opener(address.shown, _SameHost()).open(request, timeout=web.TIMEOUT) as response:
         partial = response.status == 206 and str(response.headers.get("Content-Range", "")).startswith(
             f"bytes {start}-"
         )
@@ -235,9 +164,47 @@ def _open_object(address: Address, start: int) -> Iterator[Any]:
         raise DataError(
             f"{address.shown} needs fsspec and its driver: pip install 'rkdo_dist[object-stores]'"
         ) from None
-    with fsspec.open(address.url, "rb") as stream:
+
+    def opened() -> Any:
+        store, path = fsspec.core.url_to_fs(address.url)
+        stream = store.open(path, "rb", block_size=_BLOCK)
         stream.seek(start)
-        yield stream
+        return stream
+
+    with _answered(opened, web.TIMEOUT) as stream:
+        yield _Answering(stream)
+
+
+class _Answering:
+    """A file of an object store whose driver must answer in time: drivers try again by themselves, for long."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def read(self, count: int) -> bytes:
+        """At most `count` bytes.
+
+        Raises:
+            TimeoutError: when they come at less than the least rate.
+        """
+        return _answered(lambda: self._stream.read(count), web.TIMEOUT + _BLOCK / web.LEAST_RATE)
+
+
+def _answered(call: Callable[[], Any], seconds: float) -> Any:
+    """What `call` returns; one that takes longer is left alone in its thread."""
+    answer: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # whatever a driver raises belongs to the caller
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer in {seconds:g} s") from None
 
 
 def read_all(address: Address, limit: int) -> bytes:
@@ -298,12 +265,16 @@ def _again_and_again(address: Address, once: Callable[[], None]) -> None:
             reason, passing = type(error).__name__, False
         if not passing:
             raise kind(f"cannot read {address.shown}: {reason}") from None
+        if attempt + 1 < TRIES:
+            logger.info("%s: %s; trying again", address.shown, reason)
     raise kind(f"cannot read {address.shown} after {TRIES} tries: {reason}") from None
 
 
 def _reason(error: Exception) -> str:
     """Reason of a failure, in words that cannot contain an address."""
     inner = getattr(error, "reason", error)
+    if isinstance(inner, TimeoutError) and not inner.strerror:
+        return f"no answer in {web.TIMEOUT:g} s"
     if isinstance(inner, OSError) and inner.strerror:
         return inner.strerror
     return type(inner if isinstance(inner, BaseException) else error).__name__
@@ -349,12 +320,8 @@ def fetch(address: Address, sha256: str, length: int, cache: Path) -> Path:
     target = folder / f"{sha256}.tar"
     if target.exists():
         return target
-    with open(folder / f"{sha256}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            logger.info("%s: waiting for another process of this machine, which is fetching it", address.shown)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(folder / f"{sha256}.lock", "a+") as lock:
+        wait_for_lock(lock.fileno(), folder / f"{sha256}.lock", f"fetches {address.shown}")
         if not target.exists():
             temporary = folder / f".{sha256}.{secrets.token_hex(4)}.tmp"
             try:

@@ -7,7 +7,6 @@ a shard costs nothing, and an error knows its offset.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -31,6 +30,7 @@ from rkdo_dist.data.images import decode, parse_label
 from rkdo_dist.data.index import DataError, OpenSamples, Shard, ShardIndex
 from rkdo_dist.exchange import group
 from rkdo_dist.files import TEMPORARY, sync_directory
+from rkdo_dist.lock import wait_for_lock
 
 _THOROUGH = 2 << 30  # bytes of a split up to which `check_shards` hashes it
 _cached_samples = 1 << 18  # tables of so many samples are kept in a process, about 40 MB
@@ -199,7 +199,7 @@ def _open_verified(path: Path, name: str, shard: Shard, notes: Path | None) -> O
         key = (shard, _identity(status))
         table = _verified.get(key)
         if table is None:
-            with _once(notes, key) as known:
+            with _once(notes, key, name) as known:
                 if not known:
                     _verify(descriptor, name, shard)
             table = _table(descriptor, name, shard)
@@ -260,7 +260,7 @@ def verified_once(index: ShardIndex) -> Iterator[ShardIndex]:
 
 
 @contextmanager
-def _once(notes: Path | None, key: tuple) -> Iterator[bool]:
+def _once(notes: Path | None, key: tuple, shown: str) -> Iterator[bool]:
     """Whether another process of the node has done what is to be done here; noted as done if this context ends well.
 
     While one does it, the others wait.
@@ -268,9 +268,9 @@ def _once(notes: Path | None, key: tuple) -> Iterator[bool]:
     note = -1
     if notes is not None:
         with suppress(OSError):  # where no note can be kept, everybody does it
-            name = hashlib.sha256(repr(key).encode()).hexdigest()
-            note = os.open(notes / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(note, fcntl.LOCK_EX)
+            path = notes / hashlib.sha256(repr(key).encode()).hexdigest()
+            note = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            wait_for_lock(note, path, f"verifies {shown}", signed=False)
     try:
         yield note >= 0 and os.fstat(note).st_size > 0
         with suppress(OSError):

@@ -21,6 +21,7 @@ from rkdo_dist.data.images import MAX_BYTES, check, encode_png
 from rkdo_dist.data.index import DataError
 from rkdo_dist.data.listing import SPLITS, ImageFile, Listing, list_images
 from rkdo_dist.data.order import hash64, permutation
+from rkdo_dist.web import waiting
 
 DOWNLOADS = ("cifar10", "cifar100", "stl10")
 NAMES = ("digits", *DOWNLOADS, "imagefolder")
@@ -137,7 +138,8 @@ def _fetch(make: Callable[..., Any], name: str, root: Path, arguments: dict[str,
         pass  # not there, or not whole
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return make(str(root), download=True, **arguments)
+        with waiting(f"torchvision's download of {name}"):
+            return make(str(root), download=True, **arguments)
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"cannot download {name} to {root} ({error}): put its files there, or say where with --root"

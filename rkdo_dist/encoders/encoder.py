@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rkdo_dist.encoders.backbones import Backbone, make_backbone, nearest, probe
 from rkdo_dist.encoders.weights import load_into, read_weights
+from rkdo_dist.web import waiting
 
 HEADS = ("released", "paper")
 WHOLE = "backbone"  # as a value of `freeze`
@@ -165,7 +166,8 @@ def _begin_with(backbone: Backbone, weights: str) -> None:
         raise ValueError(f"weights=DEFAULT: {backbone.name} has no pretrained weights; name a file or hf://...")
     else:
         try:
-            state = backbone.pretrained()
+            with waiting(f"the weights of {backbone.name}"):
+                state = backbone.pretrained()
         except Exception as error:  # no such weights, no network, no space, ...
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"weights=DEFAULT: cannot get the weights of {backbone.name}: {reason}") from error

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rkdo_dist.web import waiting
+
 _TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([\w./-]+))?")
 MODEL_FILE = "model.safetensors"
@@ -68,7 +70,8 @@ def hub_file(source: str, default: str) -> Path:
         raise ValueError(f"{source} needs huggingface_hub: pip install 'rkdo_dist[hub]'") from None
     repository, revision, name = match.groups()
     try:
-        return Path(hf_hub_download(repository, name or default, revision=revision))
+        with waiting(source):
+            return Path(hf_hub_download(repository, name or default, revision=revision))
     except Exception as error:  # its own kinds, HTTP's, and the file system's
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot get {name or default} of {source}: {reason[:300]}") from None

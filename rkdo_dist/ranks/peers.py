@@ -21,7 +21,7 @@ import psutil
 import torch.distributed as dist
 
 from rkdo_dist.exchange import group
-from rkdo_dist.faults import OUT_OF_MEMORY, out_of_memory
+from rkdo_dist.faults import shortage
 from rkdo_dist.ranks.watch import BEAT, Note, Watch
 
 ALIKE = (group.RankError, ValueError, ArithmeticError)  # errors that every rank raises
@@ -101,7 +101,7 @@ class Peers:
         """Leave a note on an error that may be this rank's alone; where all have it, nobody reads the note."""
         if self._note is not None:
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            reason = OUT_OF_MEMORY if out_of_memory(error) else " ".join(f"{kind}{error}".split())[:500]
+            reason = shortage(error) or " ".join(f"{kind}{error}".split())[:500]
             self._note.leave(f"rank {self._me}{self._where([self._me])} failed: {reason}")
 
     def explain(self, error: BaseException) -> str | None:

@@ -23,9 +23,12 @@ from accelerate.tracking import (
 )
 
 from rkdo_dist.addresses import shown_arguments
+from rkdo_dist.web import waiting
 
 PROJECT = "rkdo_dist"
 _TAG = "rkdo_dist.run"  # of a run in MLflow
+# A silent server holds a run for two minutes at most; by MLflow's own defaults for more than 20.
+_MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 _EXTRAS = {"mlflow": "mlflow"}  # of other trackers "tracking"
 
 
@@ -67,7 +70,7 @@ class Trackers:
         self._logged = 0  # steps that MLflow has
         for name in names:
             try:
-                with shown_arguments():
+                with shown_arguments(), waiting(f"{name} (run.trackers)"):
                     if name == "mlflow":
                         tracker, self._logged = _mlflow(run, settings)
                     else:
@@ -120,6 +123,8 @@ def _mlflow(run: Path, settings: dict[str, Any]) -> tuple[GeneralTracker, int]:
     """In the run directory unless MLFLOW_TRACKING_URI says otherwise; and the last step that this run has there."""
     import mlflow
 
+    for name, value in _MLFLOW_PATIENCE.items():
+        os.environ.setdefault(name, value)
     if "MLFLOW_TRACKING_URI" not in os.environ:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # no server and no data base is needed for one run
         mlflow.set_tracking_uri((run.resolve() / "mlflow").as_uri())
