@@ -78,7 +78,7 @@ class FieldConfig:
     features: str = setting(
         "", "features that neighbours are nearest in: a .npz of `rkdo embed`; empty: those of the untrained encoder"
     )
-    walk: int = setting(1, "steps s of a walk over the neighbours, whose rows are (P + ... + P^s) / s", least=1)
+    walk: int = setting(1, "steps s of a walk over the neighbours: rows (P + ... + P^s) / s", least=1, most=100)
     recursion: Literal["none", "in_batch", "persistent", "restart"] = setting(
         "in_batch",
         "where RKDO's rows recur: nowhere, inside a step, across iterations (a row of every sample is kept), or with "

@@ -32,6 +32,7 @@ DENSE = 512  # samples of a batch, up to which the dense formula is faster than 
 ROWS = 4096  # of a block of `probabilities`
 _HEAD, _BATCH, _PARTNER, _CONTROL = 11, 12, 13, 14  # streams of draws
 CONTROLS = ("none", "random")
+LONGEST_WALK = 100  # as of field.walk: after 31 steps even a walk over two neighbours can be anywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Recipe:
         clusters: C, in [2, n].
         seed: of everything random, >= 0.
         neighbours: k of the graph, in [1, n - 1].
-        walk: s >= 1: a walk has 1 to s steps, each number alike.
+        walk: s in [1, 100]: a walk has 1 to s steps, each number alike.
         debias: a in [0, 1), the uniform share on both sides.
         heads: trained side by side; the one of the smallest loss counts.
         batch: B >= 2 samples of a step (all n if there are fewer); None: 128, or 8 C if that is more.
@@ -74,7 +75,7 @@ class Recipe:
         for name, least, most in (
             ("clusters", 2, n),
             ("neighbours", 1, n - 1),
-            ("walk", 1, None),
+            ("walk", 1, LONGEST_WALK),
             ("heads", 1, None),
             ("batch", 2, None),
             ("steps", 1, None),
