@@ -108,6 +108,26 @@ class BatchStatistics:
         with self._swapped():
             yield
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While open, the module is in evaluation mode, but its batch norms that train normalise as in training.
+
+        Each forward by its own statistics, without a trace in the running ones: a teacher's forward.
+        """
+        was = self._module.training
+        self._module.train()
+        training = [norm for norm in self._norms if norm.training]  # those of frozen parts are not
+        self._module.eval()
+        saved = [(norm, _swap(norm, [None, None, None], norm.momentum)) for norm in training]
+        for norm in training:
+            norm.training = True
+        try:
+            yield
+        finally:
+            for norm, values in saved:
+                _swap(norm, *values)
+            self._module.train(was)
+
     def take(self) -> Tensor:
         """The sums of the forward just collected, to be added over lanes; in or after `collecting`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -210,3 +212,29 @@ def test_misuse_is_refused_and_leaves_the_module_whole() -> None:
     assert all(torch.equal(v, before[k]) for k, v in state(module).items())
     module(images)  # plain training works as before
     assert module[1].num_batches_tracked == 1
+
+
+def test_a_teachers_forward_is_normalised_by_its_own_batch_and_leaves_no_trace() -> None:
+    """As torch in training, lane by lane, with dropout off; frozen batch norms keep their running statistics."""
+
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> nn.Sequential:
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    lanes = list(torch.randn(2, 6, 3, 8, 8))
+    for kind in (nn.Sequential, Frozen):
+        module = kind(*network(), nn.Dropout(0.9))
+        for training in (True, False):
+            module.train(training)
+            before, statistics = state(module), BatchStatistics(module)
+            plain = copy.deepcopy(module).train()
+            plain[-1].eval()
+            wanted = [plain(lane) for lane in lanes]
+            with statistics.evaluating():
+                got = [module(lane) for lane in lanes]
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+            assert not torch.equal(got[0], copy.deepcopy(module).eval()(lanes[0]))  # the control
+            assert all(torch.equal(value, before[name]) for name, value in state(module).items())
+            assert module.training == training

@@ -103,6 +103,9 @@ class Step:
         self.strategy.persistent, self.strategy.relational = persistent, relational
         self.strategy.learns_temperature = settings.learn_temperature
         self.average, self._encoder = average, encoder
+        self._teachers = {"student": (encoder, self.statistics)}
+        if average is not None:
+            self._teachers["ema"] = average.model, BatchStatistics(average.model)
 
     def uploaded(self, lanes: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Lanes with their images on the device, for all passes of a step."""
@@ -128,20 +131,18 @@ class Step:
     def keys(self, lanes: Sequence[MicroBatch], at: Position, teacher: str) -> list[Tensor]:
         """A teacher's embeddings (m, d) of its view of every lane, without graph.
 
-        It is in evaluation mode, so a key depends on its image alone: batch norm has its running statistics.
+        It is in evaluation mode, except that batch norms normalise a lane by its own statistics, as the encoder's do:
+        running statistics are behind those of a network that is being trained, and keys of another scale than rows.
 
         Args:
-            teacher: "student", or "ema" of its weights.
+            teacher: "student", or "ema" (with an average).
         """
-        assert teacher == "student" or self.average is not None
-        model = self.average.model if teacher == "ema" and self.average is not None else self._encoder
-        training, found = model.training, []
-        model.eval()
-        with torch.no_grad(), self.runtime.autocast():
+        model, statistics = self._teachers[teacher]
+        found = []
+        with torch.no_grad(), self.runtime.autocast(), statistics.evaluating():
             for lane in lanes:
                 view = self.make_view(lane.images, lane.ids, at.epoch, TEACHER)
                 found.append(model(view.contiguous(memory_format=torch.channels_last)))
-        model.train(training)
         return found
 
     def embed_again(self, lanes: Sequence[MicroBatch], embedded: list[Embedded], at: Position) -> Iterator[Pair]:
