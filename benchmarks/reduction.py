@@ -28,6 +28,7 @@ from rkdo_dist.training.loop import train_step
 from rkdo_dist.training.step import Step, StepSettings
 
 LANES, MICRO = 8, 32
+ALONE = 5  # reductions alone after each step
 
 
 def main() -> None:
@@ -61,11 +62,12 @@ def measure(steps: int) -> None:
         for kind, (_, step) in kinds.items():
             work = (step, lanes, Objective.rkdo(), 0, number)
             times[kind].append(timed(lambda work=work: train_step(*work)))
-        times["tree"].append(timed(reduce.reduce))
-        times["backend"].append(timed(lambda: dist.all_reduce(flat)))
+        for _ in range(ALONE):
+            times["tree"].append(timed(reduce.reduce))
+            times["backend"].append(timed(lambda: dist.all_reduce(flat)))
     if rt.is_main:
         report(rt.world, flat.numel() * flat.element_size(), {k: statistics.median(v[1:]) for k, v in times.items()})
-    runtime.finish()
+    runtime.finish(intact=True)
 
 
 def lane(step: int, index: int) -> MicroBatch:
