@@ -39,6 +39,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 fast: $(READY)  ## the loop of daily work: no whole jobs
 	$(PYTEST) -m 'not slow and not nightly' -n $(TESTERS) --dist worksteal

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.tiled import value_and_gradient
 
 AFFINITIES: dict[str, Affinity] = {a.name: a for a in (Cosine(), Gaussian(4.0), Student(2.0), Clusters(0.2))}
-OBJECTIVES = {"icon": Objective.icon, "rkdo": Objective.rkdo}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"icon": Objective.icon, "rkdo": Objective.rkdo}
 
 
 def embeddings(objective: Objective, batch: int, dim: int) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 GROUPS, LABELS, RANK = 40, 10, 12
 
 
-def features(samples: int, width: int) -> dict[str, np.ndarray]:
+def features(samples: int, width: int) -> dict[str, Any]:
     """Groups of normals with a covariance of low rank each, and some noise."""
     drawn = np.random.default_rng(1)
     values, group = np.empty((samples, width), np.float32), drawn.integers(0, GROUPS, samples)
@@ -33,7 +34,7 @@ def features(samples: int, width: int) -> dict[str, np.ndarray]:
     return {"features": values, "labels": group % LABELS}
 
 
-def measured(folder: Path, samples: int, options: argparse.Namespace) -> dict[str, float]:
+def measured(folder: Path, samples: int, options: argparse.Namespace) -> dict[str, Any]:
     """The result of a clustering, and `memory`: its largest resident memory in bytes."""
     path, out = folder / f"{samples}.npz", folder / f"{samples}"
     np.savez(path, **features(samples, options.width))

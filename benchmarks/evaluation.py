@@ -40,7 +40,7 @@ def main() -> None:
     mine = [own(*of) for of in (train, test)]
     cases: dict[str, Callable[[], float]] = {
         "linear, on the ranks": lambda: linear.linear_accuracy(*(x for of in mine for x in (of.backbone, of.labels))),
-        "k-NN, on the ranks": lambda: knn_accuracy(*(Labelled.of(of, "backbone") for of in mine)),
+        "k-NN, on the ranks": lambda: knn_accuracy(Labelled.of(mine[0], "backbone"), Labelled.of(mine[1], "backbone")),
     }
     if group.world_size() == 1:
         cases = {

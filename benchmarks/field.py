@@ -80,18 +80,21 @@ def steps(arguments: argparse.Namespace) -> None:
         return x.float() / 128 - 1 + 0.1 * number
 
     settings = StepSettings(seed=0, reduction="exact", recompute=False, views_together=True, exchange="gather")
-    kinds = {"infonce": (None, Objective.infonce()), "rkdo, in the batch": (None, Objective.rkdo())}
+    kinds: dict[str, tuple[PersistentField | None, Objective]] = {
+        "infonce": (None, Objective.infonce()),
+        "rkdo, in the batch": (None, Objective.rkdo()),
+    }
     for columns in ("batch", "bank"):
         store = RowStore(samples, k, D if columns == "bank" else None)
         filled(store, D)
         memory = PersistentField(store, columns, 0.1, plan, device)
-        kinds[f"persistent, {columns}"] = (memory, Objective.persistent(0.3))  # type: ignore[assignment]
+        kinds[f"persistent, {columns}"] = (memory, Objective.persistent(0.3))
     made = {}
-    for name, (memory, objective) in kinds.items():
+    for name, (rows, objective) in kinds.items():
         torch.manual_seed(0)
         encoder = Encoder("resnet18", "released", D, arguments.stem)
         optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
-        made[name] = Step(encoder, view, rt, settings, optimizer, memory), objective
+        made[name] = Step(encoder, view, rt, settings, optimizer, rows), objective
     times: dict[str, list[float]] = {name: [] for name in made}
     for number in range(arguments.rounds + 1):
         ids = plan(number)
@@ -163,7 +166,7 @@ def size(rank: int, world: int, arguments: argparse.Namespace, folder: str) -> N
         lanes = lanes_of(b, D, step * world + rank)
         began = time.perf_counter()
         memory.begin(step, plan(step)[rank * b : (rank + 1) * b])
-        exact_field(lanes, Objective.persistent(0.3), rank * len(lanes), 0, memory)
+        exact_field(lanes, Objective.persistent(0.3), rank * len(lanes), memory)
         store.finish()
         times.append(time.perf_counter() - began)
     totals = _sums(store.rows)

@@ -72,7 +72,7 @@ class Synchronisations:
     def on_step(self, record: dict[str, Any]) -> None:
         """Begin after the step before, end after the step."""
         if record["step"] == _STEP - 1:
-            self._shown, warnings.showwarning = warnings.showwarning, self._count
+            self._shown, warnings.showwarning = warnings.showwarning, self._count  # type: ignore[assignment]
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
         elif record["step"] == _STEP:

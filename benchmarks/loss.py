@@ -70,7 +70,10 @@ def sentence_transformers_cached() -> Loss:
         # It leaves gradients in the embeddings chunk by chunk; they are handed on when the step calls backward.
         held = [x.detach().requires_grad_() for x in (u, v)]
         value = loss.calculate_loss([[x] for x in held], with_backward=True)
-        return value + sum(((x - x.detach()) * h.grad).sum() for x, h in zip((u, v), held, strict=True))
+        for x, h in zip((u, v), held, strict=True):
+            assert h.grad is not None
+            value = value + ((x - x.detach()) * h.grad).sum()
+        return value
 
     return both
 
