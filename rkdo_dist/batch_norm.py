@@ -56,6 +56,7 @@ class BatchStatistics:
     Attributes:
         size: length of the vector of `take` and `update`, 3 x the number of tracked channels; 0 without
             batch norm.
+        counts: elements per channel that each batch norm saw in the forward collected last.
 
     Raises:
         ValueError: if `module` holds torch's SyncBatchNorm, which exchanges statistics between ranks
@@ -74,21 +75,25 @@ class BatchStatistics:
         self._firsts = [sum(self._channels[:i]) for i in range(len(self._channels))]
         self.size = 3 * sum(self._channels)
         self._by_channel: dict[Any, Tensor] = {}  # numbers of batch norms, repeated for their channels, on the device
+        self.counts: list[int] = []
         self._collected: tuple[Tensor, list[int]] | None = None
         self._active = False
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(self, counts: list[int] | None = None) -> Iterator[None]:
         """While open, ONE training forward leaves its statistics for `take`; running statistics stay.
+
+        Args:
+            counts: `self.counts` after another forward of images of this shape: a compiled one does not count.
 
         Raises:
             RuntimeError: if opened inside another `collecting` or `discarding`, or if a batch norm runs
                 twice while it is open (the second use would hide the first).
         """
         with self._swapped() as collected:
-            counts = collected[1]
-            hooks = [m.register_forward_pre_hook(_counter(counts, i)) for i, m in enumerate(self._norms)]
-            self._collected = collected
+            self.counts, counting = (collected[1], self._norms) if counts is None else (counts, [])
+            hooks = [m.register_forward_pre_hook(_counter(self.counts, i)) for i, m in enumerate(counting)]
+            self._collected = collected[0], self.counts
             try:
                 yield
             except BaseException:

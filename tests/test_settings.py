@@ -22,8 +22,8 @@ SETTINGS = {
     "data": "source shards allow_remote split image_size shuffle_buffer workers on_corrupt",
     "views": "crop_scale flip jitter grayscale blur solarize teacher mean std",
     "encoder": "backbone stem head embedding_dim head_width head_depth weights freeze",
-    "train": "global_batch micro_batch epochs batches_per_epoch max_steps views recompute skip_nonfinite optimizer "
-    "learning_rate scale_lr weight_decay decay_norms clip_gradient schedule warmup_steps warmup_epochs ema "
+    "train": "global_batch micro_batch epochs batches_per_epoch max_steps views recompute compile skip_nonfinite "
+    "optimizer learning_rate scale_lr weight_decay decay_norms clip_gradient schedule warmup_steps warmup_epochs ema "
     "early_stop_slope early_stop_window checkpoint_every keep_checkpoints evaluate_every evaluate_at",
     "evaluate": "protocol train_split test_split at_end weights probes probe_every",
     "run": "dir seed resume branch reduction threads timeout matmul_precision trackers",

@@ -304,6 +304,7 @@ class TrainConfig:
         "together", "both views in one forward pass, or in two (the released code)"
     )
     recompute: bool = setting(False, "embed again in the backward pass: less memory, same numbers", free=True)
+    compile: bool = setting(False, "torch.compile the encoder's training pass: same but for rounding", free=True)
     skip_nonfinite: int = setting(0, "steps in a row that may be skipped because of NaN or Inf", least=0)
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = setting(
         "adam", "the optimizer (sgd and lars have momentum 0.9, lars the trust coefficient 0.001)"

@@ -170,19 +170,20 @@ def _before_a_device() -> None:
     """Set what libraries of a GPU read from the environment when they start, unless the user has.
 
     cuBLAS is deterministic with a workspace of fixed size; NCCL's flight recorder keeps the last collectives of every
-    rank, and writes them to a file at a timeout; Triton's kernels are compiled on a local disk, not by all ranks of all
-    nodes at once on a shared one.
+    rank, and writes them to a file at a timeout; kernels of Triton and torch.compile go to a local disk, not
+    from all ranks of all nodes at once to a shared one.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    cache = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        cache.mkdir(mode=0o700, exist_ok=True)
-        there = cache.lstat()
-        if stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid() and not there.st_mode & 0o022:  # ours alone
-            os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
+    for name in ("triton", "torchinductor"):
+        cache = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+        with contextlib.suppress(OSError):
+            cache.mkdir(mode=0o700, exist_ok=True)
+            there = cache.lstat()
+            if stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid() and not there.st_mode & 0o022:  # ours alone
+                os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(cache))
 
 
 def keep_freed_memory() -> None:

@@ -37,7 +37,7 @@ class Averaged(Strategy):
         encoder, optimizer, runtime: see `Strategy`.
         exchange: how columns travel, "gather" or "ring".
         recompute: whether `backward` gets outputs that are computed when asked for.
-        clip: see `Strategy`.
+        clip, compiled: see `Strategy`.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Averaged(Strategy):
         exchange: str,
         recompute: bool,
         clip: float | None = None,
+        compiled: nn.Module | None = None,
     ) -> None:
-        super().__init__(encoder, optimizer, runtime, clip)
+        super().__init__(encoder, optimizer, runtime, clip, compiled)
         self._exchange, self._recompute = exchange, recompute
-        self.model = self._wrap(encoder)
+        self.model = self._wrap(self.model)
 
     def _wrap(self, encoder: nn.Module) -> nn.Module:
         """The model that embeds training lanes and averages their gradients."""

@@ -40,9 +40,9 @@ class Exact(Strategy):
         optimizer: torch.optim.Optimizer | None,
         runtime: Runtime,
         clip: float | None = None,
+        compiled: nn.Module | None = None,
     ) -> None:
-        super().__init__(encoder, optimizer, runtime, clip)
-        self.model = encoder
+        super().__init__(encoder, optimizer, runtime, clip, compiled)
         self._reduce: group.ExactAllReduce | None = None
         self._shared: list[Tensor] = []  # the parameters' shares of its vector
         self._summed: list[Tensor] = []

@@ -26,10 +26,12 @@ from rkdo_dist.exchange import group
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.schedules import learning_rate
 from rkdo_dist.ranks import messages
+from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.training.average import WeightAverage
 from rkdo_dist.training.collapse import Collapse
+from rkdo_dist.training.compiled import compiled
 from rkdo_dist.training.early_stop import EarlyStop
 from rkdo_dist.training.facts import Facts, Told
 from rkdo_dist.training.persistent import PersistentField, make_persistent
@@ -62,6 +64,7 @@ class Job:
         metrics: further scores of evaluations, by name.
         collapse: watches the loss.
         kernel: of the field, in words (`ranks.agreement.agreed_kernel`).
+        compiled: the encoder's training pass, with `train.compile`.
         step: encoder and strategy; from `begin` on, they own weights and optimizer state.
     """
 
@@ -90,6 +93,7 @@ class Job:
     collapse: Collapse = dataclasses.field(default_factory=Collapse)
     snapshots: Snapshots | None = None
     kernel: str = "eager"
+    compiled: nn.Module | None = None
     step: Step = dataclasses.field(init=False)
 
     def supervise(self) -> None:
@@ -107,6 +111,19 @@ class Job:
         self.persistent = group.together(lambda: make_persistent(config, index, device, rows), what)
         store = None if self.persistent is None else self.persistent.store
         self.sampled = group.together(lambda: make_sampled(config, index, store), what)
+
+    def compile(self) -> None:
+        """Compile the encoder's training pass, if that was asked for (collective).
+
+        Raises:
+            ValueError: on every rank, if this launch or this machine cannot.
+        """
+        train = self.config.train
+        if not train.compile:
+            return
+        both = train.views == "together" and (self.relational is None or self.relational.relation.own_keys)
+        shape = (train.lane_size * (1 + both), 3, self.views.size, self.views.size)
+        self.compiled = compiled(self.encoder, shape, self.runtime)
 
     def begin(self) -> None:
         """Hand weights and optimizer to the step's strategy (collective)."""
@@ -128,6 +145,7 @@ class Job:
             self.persistent,
             self.average,
             self.relational,
+            self.compiled,
         )
         self.step.strategy.load_scale(self.loss_scale)
 
@@ -274,6 +292,10 @@ class Job:
         if not self.epoch_ended or self.position >= self.total_steps:
             return False
         return epochs in train.evaluate_at or (train.evaluate_every is not None and epochs % train.evaluate_every == 0)
+
+    def arithmetic(self) -> dict[str, str]:
+        """What the bits of the run depend on besides (`ranks.arithmetic`)."""
+        return {**arithmetic(self.runtime.device), "encoder": "eager" if self.compiled is None else "compiled"}
 
     def facts(self) -> dict[str, Any]:
         """Facts that decide the result, for environment.json and for the comparison between ranks."""

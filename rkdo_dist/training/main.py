@@ -23,7 +23,6 @@ from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics,
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import code_digest
-from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.signals import Stopped, StopRequest
 from rkdo_dist.ranks.surroundings import Surroundings
 from rkdo_dist.rundir import RunDirectory
@@ -174,7 +173,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
             "world_size": rt.world,
             "device": str(rt.device),
             **rt.launch,
-            "arithmetic": arithmetic(rt.device),
+            "arithmetic": job.arithmetic(),
             "kernel": job.kernel,
             "fused_optimizer": bool(job.optimizer.defaults.get("fused")),
             "threads": config.run.threads,
@@ -235,7 +234,7 @@ def _remarks(job: Job, plan: EvaluationPlan, config: Config) -> list[str]:
             f"{rt.strategy} (DeepSpeed) sums gradients in its own order, so run.reduction={rt.reduction} is in effect: "
             "bits depend on the number of processes"
         )
-    numbers = arithmetic(rt.device)
+    numbers = job.arithmetic()
     other = ", ".join(f"{k}: {v} -> {numbers.get(k)}" for k, v in job.arithmetic_before.items() if numbers.get(k) != v)
     if other:
         lines.append(

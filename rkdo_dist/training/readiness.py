@@ -61,6 +61,7 @@ def made_ready(
     if config.encoder.weights != "none" or config.run.branch != "none" or is_code(config.encoder.backbone):
         # Read from a file of this node, or made by code of the user's: nothing here has seen to it that they are alike.
         agree({"the encoder's weights (digest)": job.encoder.digest()})
+    job.compile()  # last: it takes a minute
     return job, plan
 
 

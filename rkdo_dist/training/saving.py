@@ -15,7 +15,6 @@ from rkdo_dist.diagnostics import logger
 from rkdo_dist.evaluate import probes
 from rkdo_dist.evaluate.evaluation import evaluate_encoder
 from rkdo_dist.exchange import group
-from rkdo_dist.ranks.arithmetic import arithmetic
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.training.job import Job
@@ -63,7 +62,7 @@ def save(job: Job, journal: Journal) -> bool:
             **({} if job.snapshots is None else {"snapshots": job.snapshots.state()}),
             "loss_scale": state.loss_scale,
             "launch": job.runtime.launch,
-            "arithmetic": arithmetic(job.runtime.device),
+            "arithmetic": job.arithmetic(),
         }
         checkpoint.commit(building, state.model, state.optimizer, extra, job.config.train.keep_checkpoints, parts)
         job.run.saved(job.position)

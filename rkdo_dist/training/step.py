@@ -79,6 +79,7 @@ class Step:
         persistent: the rows of a persistent field, for objectives of that kind.
         average: moves after the weights have.
         relational: what a recursion with restart keeps, for objectives of that kind.
+        compiled: embeds training lanes in the encoder's place (`training.compiled`); None: the encoder does.
 
     Attributes:
         strategy: how gradients are summed, and who owns weights and optimizer state.
@@ -96,16 +97,18 @@ class Step:
         persistent: PersistentField | None = None,
         average: WeightAverage | None = None,
         relational: RelationalField | None = None,
+        compiled: nn.Module | None = None,
     ) -> None:
         self.make_view, self.runtime, self._settings = make_view, runtime, settings
         self.statistics = BatchStatistics(encoder)
-        self.strategy = _choose(encoder, optimizer, runtime, settings)
+        self.strategy = _choose(encoder, optimizer, runtime, settings, compiled)
         self.strategy.persistent, self.strategy.relational = persistent, relational
         self.strategy.learns_temperature = settings.learn_temperature
         self.average, self._encoder = average, encoder
         self._teachers = {"student": (encoder, self.statistics)}
         if average is not None:
             self._teachers["ema"] = average.model, BatchStatistics(average.model)
+        self._counts: dict[torch.Size, list[int]] | None = None if compiled is None else {}
 
     def uploaded(self, lanes: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Lanes with their images on the device, for all passes of a step."""
@@ -122,11 +125,13 @@ class Step:
         Args:
             keys: take the place of the second view's embeddings, which are then not computed.
         """
-        with torch.set_grad_enabled(not self._settings.recompute):
-            return [
-                self._embed(lane, number, at, None if keys is None else keys[number])
-                for number, lane in enumerate(lanes)
-            ]
+        again, found = self._settings.recompute, []
+        # A graph that is compiled without gradient would round otherwise than the one of the second pass.
+        with torch.set_grad_enabled(not again or self._counts is not None):
+            for number, lane in enumerate(lanes):
+                embedded = self._embed(lane, number, at, None if keys is None else keys[number])
+                found.append(embedded.detached() if again else embedded)
+        return found
 
     def keys(self, lanes: Sequence[MicroBatch], at: Position, teacher: str) -> list[Tensor]:
         """A teacher's embeddings (m, d) of its view of every lane, without graph.
@@ -173,9 +178,10 @@ class Step:
         outputs, statistics = [], []
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.runtime.autocast():
             lane_key = hash64(_STREAM_ENCODER, self._settings.seed, at.epoch, at.step, at.first_lane + number)
+            counts = [None if again else self._counted(x) for x in inputs]
             torch.manual_seed(lane_key >> 1)
-            for x in inputs:
-                with self.statistics.discarding() if again else self.statistics.collecting():
+            for x, known in zip(inputs, counts, strict=True):
+                with self.statistics.discarding() if again else self.statistics.collecting(known):
                     outputs.append(model(x))
                 statistics.append(x.new_zeros(0) if again else self.statistics.take())
         if key is not None:
@@ -183,14 +189,29 @@ class Step:
         u, v = outputs[0].chunk(2) if self._settings.views_together else outputs
         return Embedded(u, v, torch.stack(statistics))
 
+    def _counted(self, images: Tensor) -> list[int] | None:
+        """What a compiled pass does not count of batch norm's statistics, by one pass of the encoder for each shape."""
+        if self._counts is None:
+            return None
+        if images.shape not in self._counts:
+            with torch.no_grad(), self.statistics.collecting():
+                self._encoder(images)
+            self.statistics.take()
+            self._counts[images.shape] = self.statistics.counts
+        return self._counts[images.shape]
+
 
 def _choose(
-    encoder: nn.Module, optimizer: torch.optim.Optimizer | None, runtime: Runtime, settings: StepSettings
+    encoder: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    runtime: Runtime,
+    settings: StepSettings,
+    compiled: nn.Module | None,
 ) -> Strategy:
     if runtime.zero_stage:
         from rkdo_dist.training.zero import Zero  # imports DeepSpeed
 
         return Zero(encoder, optimizer, runtime, settings.exchange, settings.recompute, settings.clip)
     if settings.reduction == "exact":
-        return Exact(encoder, optimizer, runtime, settings.clip)
-    return Averaged(encoder, optimizer, runtime, settings.exchange, settings.recompute, settings.clip)
+        return Exact(encoder, optimizer, runtime, settings.clip, compiled)
+    return Averaged(encoder, optimizer, runtime, settings.exchange, settings.recompute, settings.clip, compiled)

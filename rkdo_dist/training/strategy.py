@@ -105,9 +105,10 @@ class Strategy(abc.ABC):
         optimizer: over the encoder's parameters; None leaves the gradient in `.grad` and no weight moves.
         runtime: ranks, device, precision.
         clip: the largest norm of the gradient; None for any.
+        compiled: embeds in the encoder's place, with its parameters and buffers, in training; None: the encoder does.
 
     Attributes:
-        model: what embeds training lanes (the encoder, or a wrapper of it).
+        model: what embeds training lanes (the encoder, compiled or not, or a wrapper of it).
         persistent: the rows of a persistent field, if there is one.
         learns_temperature: whether `field` gives the derivative by tau0 too, as the sum "temperature_slope".
         relational: what a recursion with restart keeps, if there is one; only `train.exact` and `train.averaged`.
@@ -124,7 +125,9 @@ class Strategy(abc.ABC):
         optimizer: torch.optim.Optimizer | None,
         runtime: Runtime,
         clip: float | None = None,
+        compiled: nn.Module | None = None,
     ) -> None:
+        self.model = encoder if compiled is None else compiled
         self._encoder, self._optimizer, self._runtime, self._clip = encoder, optimizer, runtime, clip
         self._parameters = [p for p in encoder.parameters() if p.requires_grad]
         self._scale = runtime.loss_scale
