@@ -215,6 +215,28 @@ def test_the_activations_of_a_lane_are_what_autograd_keeps() -> None:
         assert predicted == measured
 
 
+def test_the_activations_of_large_images_are_foreseen_from_small_ones(small: list[str], tmp_path: Path) -> None:
+    seen: list[int] = []
+    encoder = Encoder("resnet18", "paper", 16, "imagenet")
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.shape[-1])
+        return encoder(images)
+
+    predicted = memory.lane_bytes(forward, encoder, 2, 192, torch.device("cpu"))
+    assert set(seen) == {64, 128}
+    assert predicted == memory.kept_bytes(encoder, torch.rand(4, 3, 192, 192), encoder)
+    pixels = nn.Linear(3 * 160**2, 2)  # takes one size alone, and is measured there
+    predicted = memory.lane_bytes(lambda images: pixels(images.flatten(1)), pixels, 3, 160, torch.device("cpu"))
+    assert predicted == 6 * 3 * 160**2 * 4
+    for what in ("doctor", "train"):
+        code, text = command([what, *small[1:], "data.image_size=8192"])
+        assert code == 2
+        assert "the activations of a step take about" in " ".join(text.split())
+        assert "lower data.image_size or train.micro_batch, or set train.recompute=true" in " ".join(text.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_kept_bytes_counts_a_storage_once_and_no_parameter() -> None:
     """Linear keeps its input; ReLU its output, which the next Linear keeps too."""
     network = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3))

@@ -1,10 +1,12 @@
 """Memory of a rank for one step, from what can be counted and from two small forward passes.
 
-The bytes that autograd keeps of a forward pass are affine in the number of images, so two sizes are measured.
+The bytes that autograd keeps of a forward pass are affine in the number of images and, where a network takes images of
+any size, in their area: two numbers of small images are measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 
@@ -24,6 +26,7 @@ from rkdo_dist.training.trial import without_trace
 
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
 _PROBES = (2, 4)  # images; batch norm of vectors needs two
+_SIDES = (64, 128)  # pixels, for images that are larger
 
 
 def kept_bytes(forward: Callable[[Tensor], Tensor], images: Tensor, encoder: nn.Module) -> int:
@@ -70,11 +73,21 @@ def lane_growth(config: Config, runtime: Runtime, index: ShardIndex, encoder: nn
 def _line(
     forward: Callable[[Tensor], Tensor], encoder: nn.Module, size: int, device: torch.device
 ) -> Callable[[int], int]:
+    def measured(side: int) -> Callable[[int], float]:
+        with without_trace(encoder, device):
+            found = [kept_bytes(forward, torch.rand(n, 3, side, side, device=device) - 0.5, encoder) for n in _PROBES]
+        each = (found[1] - found[0]) / (more - few)
+        return lambda micro_batch: found[0] + each * (2 * micro_batch - few)
+
     few, more = _PROBES
-    with without_trace(encoder, device):
-        found = [kept_bytes(forward, torch.rand(n, 3, size, size, device=device) - 0.5, encoder) for n in _PROBES]
-    each = (found[1] - found[0]) / (more - few)
-    return lambda micro_batch: round(found[0] + each * (2 * micro_batch - few))
+    small, large = _SIDES
+    if size > large:
+        with contextlib.suppress(ValueError, RuntimeError, AssertionError):  # of networks that take one size alone
+            at = measured(small), measured(large)
+            area = (size**2 - large**2) / (large**2 - small**2)
+            return lambda micro_batch: round(at[1](micro_batch) + area * (at[1](micro_batch) - at[0](micro_batch)))
+    whole = measured(size)
+    return lambda micro_batch: round(whole(micro_batch))
 
 
 def needed(config: Config, runtime: Runtime, index: ShardIndex, shape: StepShape, lane: int) -> dict[str, int]:
@@ -163,6 +176,31 @@ def require(config: Config, runtime: Runtime, index: ShardIndex, sharing: int) -
             f"every process needs {total / 1e9:,.1f} GB at least ({need[what] / 1e9:,.1f} GB for {what}), but "
             f"{'its share of this machine' if runtime.device.type == 'cpu' else runtime.device} has {there / 1e9:,.1f} "
             f"GB: lower {_DECIDED_BY[what]}"
+        )
+
+
+def require_activations(config: Config, runtime: Runtime, index: ShardIndex, encoder: nn.Module, sharing: int) -> None:
+    """Refuse a step whose activations alone are more than all memory of this machine, by an estimate.
+
+    Args:
+        encoder: not yet sharded.
+        sharing: ranks that share the memory.
+
+    Raises:
+        ConfigError: naming the settings that decide it.
+    """
+    try:
+        lane = lane_growth(config, runtime, index, encoder)(config.train.lane_size)
+    except Exception:  # of any backbone: what is wrong with it, its first step says
+        return
+    shape = shape_of(config, encoder, parts.make_objective(config, 0.0), runtime.world, runtime.launch)
+    need, there = needed(config, runtime, index, shape, lane)["activations"], all_bytes(runtime.device) // sharing
+    if need > there:
+        where = "its share of this machine" if runtime.device.type == "cpu" else runtime.device
+        raise ConfigError(
+            f"the activations of a step take about {need / 1e9:,.0f} GB on every process, but {where} has "
+            f"{there / 1e9:,.1f} GB: lower data.image_size or train.micro_batch"
+            + ("" if shape.recompute else ", or set train.recompute=true")
         )
 
 

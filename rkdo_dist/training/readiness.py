@@ -48,6 +48,8 @@ def made_ready(
     if backbone is None:
         group.together(lambda: memory.require(config, rt, index, sharing), "estimating memory")
     job = group.together(lambda: build(config, rt, index, run, backbone=backbone, metrics=metrics), "building the run")
+    if backbone is None and rt.zero_stage < 3:
+        group.together(lambda: memory.require_activations(config, rt, index, job.encoder, sharing), "estimating memory")
     branch(job)
     job.supervise()
     agree(job.facts())
