@@ -207,8 +207,9 @@ def color_jitter(pixels: Tensor, numbers: Numbers) -> Tensor:
     """
     for slot in range(_SLOTS):
         if slot == 3 and numbers.used("turned"):
-            turned = _turned(pixels, numbers.each("turn", axes=2))
-            pixels = turned if numbers.host("turned").all() else _chosen(numbers.each("turned"), turned, pixels)
+            every = numbers.host("turned").all()
+            turned = _turned(pixels, numbers.each("turn", axes=2), pixels if every else torch.empty_like(pixels))
+            pixels = turned if every else _chosen(numbers.each("turned"), turned, pixels)
         _blend(pixels, numbers, slot)
     return pixels
 
@@ -286,23 +287,24 @@ def _blend(pixels: Tensor, numbers: Numbers, slot: int) -> None:
     pixels.mul_(factor).add_(reference).clamp_(0, 1)
 
 
-def _turned(pixels: Tensor, turn: Tensor) -> Tensor:
+def _turned(pixels: Tensor, turn: Tensor, out: Tensor) -> Tensor:
     """Add `turn` - 1 (m, 1, 1), a share of a full turn, to the hue of (m, 3, H, W), keeping value and saturation.
 
     With h in turns from red and t = (red - (green + blue) / 2) / chroma, |h| = 1/4 - (t + t') / 6, where t' is what t
     has beyond +-1/2, and the sign is that of green - blue. Back again, a channel lies between the least and the largest
     value by the distance of h on the circle from 1/2 (red) or from its own hue (green, blue), cut to 1/6 and 1/3.
-    Comparisons and `where` take five times as long on CPUs as what stands here.
+    Comparisons and `where` take five times as long on CPUs as what stands here. `out` may be the pixels
+    themselves, which spares memory that is in no cache.
     """
     red, green, blue = pixels.unbind(1)
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
     value, least = torch.maximum(red, high), torch.minimum(red, low)
     chroma = value - least
     # Grey has no hue: 0 / tiny is 0 there.
-    t = torch.sub(red, torch.add(green, blue, out=high), alpha=0.5, out=low).div_(chroma.clamp(min=_TINY))
+    t = torch.sub(red, torch.add(green, blue, out=high), alpha=0.5, out=low)
+    t.div_(torch.clamp(chroma, min=_TINY, out=high))
     hue = torch.rsub(functional.softshrink(t, 0.5).add_(t), 0.25, alpha=1 / 6)
-    hue = hue.copysign_(torch.sub(green, blue, out=high)).add_(turn).frac_()
-    out = torch.empty_like(pixels)
+    hue = hue.copysign_(torch.sub(green, blue, out=low)).add_(turn).frac_()
     for channel, opposite in enumerate((1 / 2, 1 / 3, 2 / 3)):
         torch.sub(hue, opposite, out=out[:, channel])
     out.abs_().clamp_(1 / 6, 1 / 3)
