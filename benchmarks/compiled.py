@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     given = parser.parse_args()
     rt = runtime.start(1, 600, "fast")
-    encoder = Encoder(given.backbone).to(rt.device, memory_format=torch.channels_last)
+    encoder = Encoder(given.backbone).to(rt.device).to(memory_format=torch.channels_last)
     shape = (given.images, 3, given.size, given.size)
     began = time.process_time(), time.perf_counter()
     model = compiled(encoder, shape, rt)
