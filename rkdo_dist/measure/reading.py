@@ -16,7 +16,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.stream import lane_stream
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.training.trial import without_trace
+from rkdo_dist.training.trial import in_precision, without_trace
 
 _STEPS, _PAIRS = 4, 8  # of reading; of a pass on a CPU, which is as fast with few
 
@@ -58,13 +58,11 @@ def images_a_second(config: Config, index: ShardIndex) -> float:
 
 def pairs_a_second(config: Config, runtime: Runtime, index: ShardIndex, encoder: nn.Module) -> float:
     """Of the encoder alone, forward and backward."""
-    size, device = parts.make_views(config, index).size, runtime.device
+    size, device, forward = parts.make_views(config, index).size, runtime.device, in_precision(encoder, runtime)
     pairs = config.train.lane_size if device.type == "cuda" else min(_PAIRS, config.train.lane_size)
 
     def step() -> None:
-        with runtime.autocast():
-            found = encoder(images)
-        torch.autograd.grad(found.float().sum(), [p for p in encoder.parameters() if p.requires_grad])
+        torch.autograd.grad(forward(images).float().sum(), [p for p in encoder.parameters() if p.requires_grad])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -22,7 +22,7 @@ from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.machine import all_bytes
 from rkdo_dist.training.persistent import of_points, rows_bytes
 from rkdo_dist.training.shape import StepShape, shape_of
-from rkdo_dist.training.trial import without_trace
+from rkdo_dist.training.trial import in_precision, without_trace
 
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
 _PROBES = (2, 4)  # images; batch norm of vectors needs two
@@ -61,13 +61,8 @@ def lane_bytes(
 
 def lane_growth(config: Config, runtime: Runtime, index: ShardIndex, encoder: nn.Module) -> Callable[[int], int]:
     """`lane_bytes` of a run as a function of the micro-batch, measured now."""
-
-    def forward(images: Tensor) -> Tensor:
-        with runtime.autocast():
-            return encoder(images)
-
     # Parameters under ZeRO-3 are sharded later: the encoder here is whole.
-    return _line(forward, encoder, parts.make_views(config, index).size, runtime.device)
+    return _line(in_precision(encoder, runtime), encoder, parts.make_views(config, index).size, runtime.device)
 
 
 def _line(

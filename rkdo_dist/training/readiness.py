@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from rkdo_dist import parts
 from rkdo_dist.config import Config
@@ -23,6 +23,7 @@ from rkdo_dist.training import memory, tracking
 from rkdo_dist.training.job import Job, build
 from rkdo_dist.training.reproducible import check_deterministic, check_half_precision
 from rkdo_dist.training.saving import branch
+from rkdo_dist.training.trial import in_precision
 
 
 def made_ready(
@@ -48,7 +49,7 @@ def made_ready(
     if backbone is None:
         group.together(lambda: memory.require(config, rt, index, sharing), "estimating memory")
     job = group.together(lambda: build(config, rt, index, run, backbone=backbone, metrics=metrics), "building the run")
-    if backbone is None and rt.zero_stage < 3:
+    if backbone is None:
         group.together(lambda: memory.require_activations(config, rt, index, job.encoder, sharing), "estimating memory")
     branch(job)
     job.supervise()
@@ -68,15 +69,12 @@ def made_ready(
 
 
 def _check_gradients(job: Job) -> None:
-    def forward(images: Tensor) -> Tensor:
-        with job.runtime.autocast():
-            return job.encoder(images)
-
-    about = (job.encoder, job.config.encoder.backbone, job.views.size)
+    forward = in_precision(job.encoder, job.runtime)
+    about = (forward, job.encoder, job.config.encoder.backbone, job.views.size)
     if job.runtime.reduction == "exact":
-        check_deterministic(forward, *about)
+        check_deterministic(*about)
     if job.runtime.precision != "no":
-        check_half_precision(forward, *about)
+        check_half_precision(*about)
 
 
 def _fitting_plan(config: Config, index: ShardIndex) -> EvaluationPlan:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from rkdo_dist.ranks.runtime import Runtime
 
 
 @contextlib.contextmanager
@@ -20,3 +22,13 @@ def without_trace(encoder: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in encoder.named_buffers():
                 buffer.copy_(saved[name])
+
+
+def in_precision(encoder: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """The encoder as a function of images (n, 3, S, S), under the run's precision."""
+
+    def forward(images: Tensor) -> Tensor:
+        with runtime.autocast():
+            return encoder(images)
+
+    return forward
