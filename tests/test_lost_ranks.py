@@ -87,6 +87,9 @@ def _unreachable(rank: int, world: int, port: int) -> tuple[str, str, str]:
     if rank == 0:
         time.sleep(10 * ABORT)
     os.kill(first, signal.SIGSTOP)
+    threads = Path(f"/proc/{first}/task")
+    while any("\nState:\tT" not in thread.read_text() for thread in threads.glob("*/status")):
+        time.sleep(0.01)  # they stop one after the other, the store's perhaps last
     said = note.read(), note.leave("lost"), note.read(1.0)
     os.kill(first, signal.SIGKILL)
     return said
