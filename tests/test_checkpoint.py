@@ -82,8 +82,8 @@ def test_loaded_tensors_do_not_hang_on_the_file(tmp_path: Path) -> None:
 
 def test_parts_are_written_by_their_owners(tmp_path: Path) -> None:
     building = checkpoint.begin(tmp_path, 5)
-    checkpoint.write_part(building, "rows.1", {"x": torch.ones(2)})
-    checkpoint.write_part(building, "rows.0", {"x": torch.zeros(3)})
+    checkpoint.write_parts(building, {"rows.1": {"x": torch.ones(2)}})
+    checkpoint.write_parts(building, {"rows.0": {"x": torch.zeros(3)}})
     assert checkpoint.load_latest(tmp_path) is None
     checkpoint.commit(building, {"w": torch.ones(1)})
     found = quietly(tmp_path)
@@ -94,7 +94,7 @@ def test_parts_are_written_by_their_owners(tmp_path: Path) -> None:
         found.part("rows.2")
     for name in ("../evil", "a/b", "", ".hidden"):
         with pytest.raises(ValueError, match="part's name"):
-            checkpoint.write_part(building, name, {})
+            checkpoint.write_parts(building, {name: {}})
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:

@@ -158,10 +158,10 @@ def test_nothing_to_continue(tmp_path: Path) -> None:
 def test_a_part_is_hashed_by_who_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sha256_of = manifest.sha256_of
     building = checkpoint.begin(tmp_path, 5)
-    known = checkpoint.write_part(building, "rows.1", {"x": torch.ones(2)})
+    known = checkpoint.write_parts(building, {"rows.1": {"x": torch.ones(2)}})
     hashed: list[str] = []
     monkeypatch.setattr(manifest, "sha256_of", lambda path: (hashed.append(path.name), sha256_of(path))[1])
-    checkpoint.write_part(building, "rows.2", {"x": torch.ones(2)})
+    checkpoint.write_parts(building, {"rows.2": {"x": torch.ones(2)}})
     checkpoint.commit(building, {"w": torch.ones(1)}, known=known)
     assert sorted(hashed) == ["model.safetensors", "rows.2.safetensors", "rows.2.safetensors", "state.json"]
     monkeypatch.undo()

@@ -135,7 +135,7 @@ def simulate(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     results["digest"] = digest(memory.store)
     rows = memory.store.rows
     results["dense"] = dict(zip(range(memory.store.first, memory.store.stop), rows.dense().numpy(), strict=True))
-    results["snapshot"] = memory.snapshot(9)
+    results["snapshot"] = memory.watched(9)
     results["sums"] = (rows.probabilities.double().sum(1) + rows.rest - 1).abs().tolist()
     if "save" in options:
         folder = Path(options["save"])
@@ -143,7 +143,7 @@ def simulate(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
         if rank == 0:
             building = checkpoint.begin(folder, options["stop"])
         _barrier(world)
-        memory.write_parts(building, memory.store.whole_tiles())
+        checkpoint.write_parts(building, memory.parts())
         _barrier(world)
         if rank == 0:
             checkpoint.commit(building, {"w": torch.zeros(1)})

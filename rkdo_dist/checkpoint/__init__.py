@@ -24,13 +24,14 @@ from rkdo_dist.checkpoint.store import (
     AVERAGE,
     Checkpoint,
     CheckpointWarning,
+    Kept,
     begin,
     commit,
     load,
     load_latest,
     model_digest,
     save,
-    write_part,
+    write_parts,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWarning",
     "Facts",
+    "Kept",
     "OptimizerState",
     "begin",
     "commit",
@@ -48,5 +50,5 @@ __all__ = [
     "optimizer_to_tensors",
     "save",
     "tensors_to_optimizer",
-    "write_part",
+    "write_parts",
 ]

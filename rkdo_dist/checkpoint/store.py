@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -96,6 +96,20 @@ class Checkpoint:
         return self.part(AVERAGE) if which == "ema" else self.model
 
 
+class Kept(Protocol):
+    """What is kept from step to step beside weights and optimizer, in parts of every checkpoint."""
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the parts that this rank writes, by the part's name (collective)."""
+
+    def restore(self, found: Checkpoint) -> None:
+        """Continue with what a checkpoint holds, whatever the number of ranks that wrote it.
+
+        Raises:
+            ValueError: if it has none, or it does not fit.
+        """
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +124,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step, then point `latest` to it and remove all but the newest `keep`.
 
-    On one rank. Where several ranks write, call `begin` on one, `write_part` on the owners, and after a
+    On one rank. Where several ranks write, call `begin` on one, `write_parts` on the owners, and after a
     barrier `commit` on the first again. If the step has a checkpoint already, an equal one is kept and
     another replaced.
 
@@ -134,17 +148,14 @@ def save(
     if keep < 1:
         raise ValueError(f"at least one checkpoint must be kept, got keep={keep}")
     building = begin(directory, step)
-    known: Facts = {}
-    for name, tensors in (parts or {}).items():
-        known |= write_part(building, name, tensors)
-    return commit(building, model, optimizer, extra, keep, known)
+    return commit(building, model, optimizer, extra, keep, write_parts(building, parts or {}))
 
 
 def begin(directory: str | os.PathLike[str], step: int) -> Path:
     """Remove the remains of an interrupted save and make the temporary directory of a new one; see `save`.
 
     Returns:
-        The temporary directory, for `write_part` and `commit`.
+        The temporary directory, for `write_parts` and `commit`.
 
     Raises:
         CheckpointError: if that is impossible.
@@ -166,26 +177,29 @@ def begin(directory: str | os.PathLike[str], step: int) -> Path:
     return building
 
 
-def write_part(building: Path, name: str, tensors: Mapping[str, Tensor]) -> Facts:
-    """Write one part of a checkpoint that `begin` has begun, flushed to the disk; on the part's owner.
+def write_parts(building: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> Facts:
+    """Write parts of a checkpoint that `begin` has begun, flushed to the disk; on their owner.
 
     Args:
         building: from `begin`.
-        name: a global name, the same whatever the world size; letters, digits, `_`, `.`, `-`.
-        tensors: by name, on any device.
+        parts: tensors, on any device, by the part's global name, the same whatever the world size; letters, digits,
+            `_`, `.`, `-`.
 
     Returns:
-        Its line of the manifest, for `commit`, which need not read the file then.
+        Their lines of the manifest, for `commit`, which need not read the files then.
 
     Raises:
-        CheckpointError: if it cannot be written.
+        CheckpointError: if one cannot be written.
         ValueError: for an impossible name.
     """
-    if not _PART.fullmatch(name):
-        raise ValueError(f"a part's name has letters, digits, '_', '.' and '-' only, got {name!r}")
-    with _explained(building, "written"):
-        _write_tensors(building / PARTS / f"{name}.safetensors", tensors)
-        return facts_of(building, f"{PARTS}/{name}.safetensors")
+    facts: Facts = {}
+    for name, tensors in parts.items():
+        if not _PART.fullmatch(name):
+            raise ValueError(f"a part's name has letters, digits, '_', '.' and '-' only, got {name!r}")
+        with _explained(building, "written"):
+            _write_tensors(building / PARTS / f"{name}.safetensors", tensors)
+            facts |= facts_of(building, f"{PARTS}/{name}.safetensors")
+    return facts
 
 
 def commit(
@@ -199,7 +213,7 @@ def commit(
     """Complete the checkpoint that `begin` has begun, after all parts are written; arguments as `save`.
 
     Args:
-        known: from `write_part`, of any parts.
+        known: from `write_parts`, of any parts.
     """
     root, step = building.parent, int(building.name[1:].removesuffix(TEMPORARY))
     with _explained(building, "written"):

@@ -11,7 +11,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from rkdo_dist.checkpoint import AVERAGE, Checkpoint
+from rkdo_dist.exchange import group
 
 
 class WeightAverage:
@@ -50,7 +53,15 @@ class WeightAverage:
         averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
         torch._foreach_lerp_(list(averages), list(values), 1 - self._decay)
 
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """See `checkpoint.Kept`."""
+        return {AVERAGE: self.model.state_dict()} if group.rank() == 0 else {}
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    def restore(self, found: Checkpoint) -> None:
+        """See `checkpoint.Kept`."""
+        self.model.load_state_dict(found.weights("ema"))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers in their order, a tied one once."""
     return [*module.parameters(), *module.buffers()]

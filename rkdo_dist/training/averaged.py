@@ -23,9 +23,7 @@ from rkdo_dist.training.strategy import (
     LossAndGradient,
     Position,
     Strategy,
-    as_points,
     norm_of_all,
-    of_points,
     with_graph,
 )
 
@@ -58,19 +56,17 @@ class Averaged(Strategy):
         """The model that embeds training lanes and averages their gradients."""
         return self._runtime.wrap(encoder)
 
-    def field(
-        self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
+    def _field(
+        self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None
     ) -> LossAndGradient:
         """The field loss, formed on all local rows at once."""
-        if objective.recursion == "persistent" and objective.pairing == "joint":
-            return of_points(self.field(*as_points(lanes, objective), at))
         relational = self.relational_for(objective)
         if relational is not None:
             gradients, found = relational.field(lanes, objective, GatheredColumns(), merged=True)
             b, like = sum(len(u) for u, _ in lanes), lanes[0][0].dtype
             gradients = [((u / b).to(like), (v / b).to(like)) for u, v in gradients]
             return LossAndGradient(gradients, {name: x / b for name, x in found.items()})
-        rows = self.persistent if objective.supervisor == "rows" else None
+        rows = self.rows_for(objective)
         return averaged_field(lanes, objective, self._exchange, labels, self.learns_temperature, rows)
 
     def mean(self, sums: Tensor) -> Tensor:

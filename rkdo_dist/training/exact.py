@@ -23,10 +23,8 @@ from rkdo_dist.training.strategy import (
     LossAndGradient,
     Position,
     Strategy,
-    as_points,
     norm_of_all,
     norms_of_all,
-    of_points,
     with_graph,
 )
 
@@ -49,18 +47,16 @@ class Exact(Strategy):
         self._norms: list[Tensor] = []  # of the gradients of each lane
         self._batch = 0
 
-    def field(
-        self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
+    def _field(
+        self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None
     ) -> LossAndGradient:
         """The field loss, formed per lane."""
-        if objective.recursion == "persistent" and objective.pairing == "joint":
-            return of_points(self.field(*as_points(lanes, objective), at))
         self._batch = batch = sum(len(u) for u, _ in lanes) * self._runtime.world
         relational = self.relational_for(objective)
         if relational is not None:
             gradients, sums = relational.field(lanes, objective, ExactColumns(), merged=False)
             return LossAndGradient([(u / batch, v / batch) for u, v in gradients], sums)
-        return exact_field(lanes, objective, at.first_lane, self.persistent, labels, self.learns_temperature)
+        return exact_field(lanes, objective, at.first_lane, self.rows_for(objective), labels, self.learns_temperature)
 
     def mean(self, sums: Tensor) -> Tensor:
         """Lanes' sums, added in tree order."""
@@ -105,7 +101,7 @@ def exact_field(
     lanes: Sequence[Pair],
     objective: Objective,
     first_lane: int,
-    persistent: PersistentField | None = None,
+    rows: PersistentField | None = None,
     labels: Tensor | None = None,
     temperature: bool = False,
 ) -> LossAndGradient:
@@ -117,7 +113,7 @@ def exact_field(
         lanes: embeddings (m, d) of this rank's lanes, without graph.
         objective: resolved for this step.
         first_lane: global number of this rank's first lane.
-        persistent: rows of all samples, which supervise and, if they persist, recur then; for an objective of rows.
+        rows: of all samples, which supervise and, if they persist, recur then; for an objective of rows.
         labels: (b,) of this rank's samples, in lane order, for objectives that need them.
         temperature: whether to give the derivative by tau0 too.
 
@@ -131,7 +127,6 @@ def exact_field(
     block = block.to(computing_dtype(block.dtype))
     batch = block.shape[1]
     everyones = None if labels is None else group.all_gather_rows(labels)
-    rows = persistent if objective.supervisor == "rows" else None
     supervisor = None if rows is None else Restricted.cat(list(rows.supervisors(lanes, objective)))
     pooled = objective.affinity.pool(block, len(block) * batch)
     given = views, batch, first_lane * m, batch, everyones

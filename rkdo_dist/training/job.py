@@ -13,6 +13,7 @@ from torch import nn
 
 from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
+from rkdo_dist.checkpoint import Kept
 from rkdo_dist.config import Config
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import rank_lanes
@@ -95,6 +96,11 @@ class Job:
     kernel: str = "eager"
     compiled: nn.Module | None = None
     step: Step = dataclasses.field(init=False)
+
+    @property
+    def kept(self) -> list[Kept]:
+        """What is kept from step to step beside weights and optimizer."""
+        return [x for x in (self.persistent, self.average, self.relational, self.temperature) if x is not None]
 
     def supervise(self) -> None:
         """Make the rows that supervise, and what draws of them (collective).

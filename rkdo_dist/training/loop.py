@@ -50,7 +50,7 @@ def train_step(
     Returns:
         The facts of the step and the outcome of the update; the same on every rank.
     """
-    strategy, persistent = step.strategy, step.strategy.persistent if objective.supervisor == "rows" else None
+    strategy, persistent = step.strategy, step.strategy.rows_for(objective)
     at = Position(epoch, number, step.runtime.rank * len(lanes))
     lanes = step.uploaded(lanes)
     labels = torch.cat([x.labels for x in lanes]) if objective.needs_labels else None

@@ -20,7 +20,7 @@ from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.machine import all_bytes
-from rkdo_dist.training.persistent import of_points, rows_bytes
+from rkdo_dist.training.persistent import has_bank, has_points, rows_bytes
 from rkdo_dist.training.shape import StepShape, shape_of
 from rkdo_dist.training.trial import in_precision, without_trace
 
@@ -94,8 +94,8 @@ def needed(config: Config, runtime: Runtime, index: ShardIndex, shape: StepShape
     """
     size, rows = parts.make_views(config, index).size, 0
     if shape.persistent:
-        width = shape.dimension if config.field.value("columns") == "bank" else None
-        samples = index.split(config.data.split).samples * (2 if of_points(config) else 1)
+        width = shape.dimension if has_bank(config) else None
+        samples = index.split(config.data.split).samples * (2 if has_points(config) else 1)
         rows = rows_bytes(samples, config.field.stored, width, runtime.world)
     averaged = configuration.decay_of(config) is not None
     return step_memory(shape, config.train.optimizer, lane, 3 * size * size, rows, averaged)

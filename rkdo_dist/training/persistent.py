@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rkdo_dist import checkpoint, parts
+from rkdo_dist import parts
 from rkdo_dist.checkpoint import Checkpoint
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.index import ShardIndex
@@ -43,7 +42,7 @@ from rkdo_dist.training.machine import available_bytes
 Pair = tuple[Tensor, Tensor]  # of both views of a lane: embeddings (m, d), or gradients with respect to them
 BANK_TEMPERATURE = 0.1  # of the learned rows over the bank
 CHUNK = 1 << 20  # entries of the float64 matrices that rows recur in
-WATCHED, NEIGHBOURS = 6, 8  # rows, and stored entries of each, that snapshots show
+WATCHED, NEIGHBOURS = 6, 8  # rows, and stored entries of each, that are shown over time
 
 
 class PersistentField:
@@ -146,28 +145,21 @@ class PersistentField:
             self._moved = None
         self._fetch(self._step + 1)
 
-    def snapshot(self, step: int) -> dict[str, Any]:
+    def watched(self, step: int) -> dict[str, Any]:
         """A few rows as they are now, the same ones every time: their nearest stored neighbours (JSON-able)."""
         self.store.finish()
         n = self.store.shards.samples // self._views
-        watched = [i * self._views for i in sorted({(2 * k + 1) * n // (2 * WATCHED) for k in range(WATCHED)})]
-        mine = [self._described(i) for i in watched if self.store.first <= i < self.store.stop]
+        places = [i * self._views for i in sorted({(2 * k + 1) * n // (2 * WATCHED) for k in range(WATCHED)})]
+        mine = [self._described(i) for i in places if self.store.first <= i < self.store.stop]
         everyone: list[Any] = group.gather_objects(mine)
         return {"step": step, "samples": n, "rows": [row for part in everyone for row in part]}
 
-    def write_parts(self, building: Path, tiles: dict[int, dict[str, Tensor]]) -> checkpoint.Facts:
-        """Write this rank's tiles, from `store.whole_tiles`, into a checkpoint that has been begun."""
-        facts: checkpoint.Facts = {}
-        for tile, tensors in tiles.items():
-            facts |= checkpoint.write_part(building, _part(tile), tensors)
-        return facts
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's tiles; see `checkpoint.Kept`."""
+        return {_part(tile): tensors for tile, tensors in self.store.whole_tiles().items()}
 
     def restore(self, found: Checkpoint) -> None:
-        """Take this rank's rows from a checkpoint, whatever the number of ranks that wrote it.
-
-        Raises:
-            ValueError: if it has none, or they do not fit.
-        """
+        """See `checkpoint.Kept`."""
         for tile in self.store.shards.touched(group.rank()):
             try:
                 self.store.load(tile, found.part(_part(tile)))
@@ -294,7 +286,7 @@ def make_persistent(
             f"field.stored={f.stored}, but split {config.data.split!r} of {index.place} has {samples} samples: "
             f"a row has no more entries than that"
         )
-    joint = of_points(config)
+    joint = has_points(config)
     if persists and (rows is not None or f.debias or joint):
         own = torch.arange(*own_samples(config, samples))
         rows = identity(own, samples, 1) if rows is None else rows
@@ -320,7 +312,7 @@ def make_persistent(
     return PersistentField(store, columns, BANK_TEMPERATURE, schedule, device, lane)
 
 
-def of_points(config: Config) -> bool:
+def has_points(config: Config) -> bool:
     """Whether rows persist under joint pairing: those of both views of a sample then, over both views of all."""
     return config.field.recursion == "persistent" and config.field.pairing == "joint"
 
@@ -332,7 +324,7 @@ def has_bank(config: Config) -> bool:
 
 def own_samples(config: Config, samples: int) -> tuple[int, int]:
     """First sample whose rows this rank owns, and the one after its last."""
-    views = 2 if of_points(config) else 1
+    views = 2 if has_points(config) else 1
     first, stop = Shards(views * samples, group.world_size(), not has_bank(config)).own(group.rank())
     return first // views, stop // views
 

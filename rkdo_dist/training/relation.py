@@ -9,12 +9,10 @@ key of every sample, also of a skipped step, at its owner.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.checkpoint import Checkpoint
 from rkdo_dist.config import Config
@@ -190,22 +188,14 @@ class RelationalField:
         if self.queue is not None:
             self.queue.advance(len(self._keys))
 
-    def write_parts(self, building: Path) -> checkpoint.Facts:
-        """Write the queue, or this rank's tiles of the bank, into a checkpoint that has been begun; on all ranks."""
-        facts: checkpoint.Facts = {}
-        if self.queue is not None and group.rank() == 0:
-            facts |= checkpoint.write_part(building, QUEUE, self.queue.tensors())
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The queue, or this rank's tiles of the bank; see `checkpoint.Kept`."""
         if self.bank is not None:
-            for tile in self.bank.shards.tiles_of(group.rank()):
-                facts |= checkpoint.write_part(building, f"{BANK}.{tile:06d}", self.bank.tensors(tile))
-        return facts
+            return {f"{BANK}.{tile:06d}": self.bank.tensors(tile) for tile in self.bank.shards.tiles_of(group.rank())}
+        return {QUEUE: self.queue.tensors()} if self.queue is not None and group.rank() == 0 else {}
 
     def restore(self, found: Checkpoint) -> None:
-        """Continue with the queue, or bank, of a checkpoint.
-
-        Raises:
-            ValueError: if it has none, or it does not fit.
-        """
+        """See `checkpoint.Kept`."""
         try:
             if self.queue is not None:
                 self.queue.load(found.part(QUEUE))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
@@ -19,7 +21,6 @@ from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory, RunError
 from rkdo_dist.training.job import Job
 from rkdo_dist.training.journal import Journal
-from rkdo_dist.training.temperature import PART as TEMPERATURE
 
 
 def save(job: Job, journal: Journal) -> bool:
@@ -31,28 +32,19 @@ def save(job: Job, journal: Journal) -> bool:
     what = f"saving the checkpoint of step {job.position}"
     building = group.on_main(lambda: checkpoint.begin(job.run.checkpoints, job.position), what)
     everyones = Path(group.from_rank_zero(str(building)))
-    known: checkpoint.Facts = {}
-    if job.relational is not None:
-        relational = job.relational
-        known |= group.together(lambda: relational.write_parts(everyones), what)
+    mine: dict[str, dict[str, Tensor]] = {}
+    for kept in job.kept:
+        mine |= kept.parts()
+    hashed = group.gather_objects(group.together(lambda: checkpoint.write_parts(everyones, mine), what))
     if job.persistent is not None:
-        persistent = job.persistent
-        tiles = persistent.store.whole_tiles()
-        known |= group.together(lambda: persistent.write_parts(everyones, tiles), what)
-        shown = persistent.snapshot(job.position)
+        shown = job.persistent.watched(job.position)
         group.on_main(lambda: job.run.write_rows(shown), what)
-
-    hashed = group.gather_objects(known)  # by those who wrote them
 
     def commit() -> None:
         assert building is not None
         parts: checkpoint.Facts = {}
         for some in hashed:
             parts.update(some)  # type: ignore[call-overload]
-        if job.average is not None:
-            parts |= checkpoint.write_part(building, checkpoint.AVERAGE, job.average.model.state_dict())
-        if job.temperature is not None:
-            parts |= checkpoint.write_part(building, TEMPERATURE, job.temperature.tensors())
         extra = {
             **job.facts(),
             "configuration": configuration.decisive_tree(job.config),
@@ -88,14 +80,8 @@ def _continue(job: Job, found: checkpoint.Checkpoint) -> None:
     assert found.optimizer is not None  # `save` writes it
     job.encoder.load_state_dict(found.model)
     checkpoint.tensors_to_optimizer(found.optimizer, job.optimizer, job.encoder.named_parameters())
-    if job.persistent is not None:
-        job.persistent.restore(found)
-    if job.average is not None:
-        job.average.model.load_state_dict(found.weights("ema"))
-    if job.relational is not None:
-        job.relational.restore(found)
-    if job.temperature is not None:
-        job.temperature.restore(found.part(TEMPERATURE))
+    for kept in job.kept:
+        kept.restore(found)
     job.position = job.saved = found.step
     job.skipped_in_a_row = found.extra["skipped_in_a_row"]
     job.early_stop.restore(found.extra.get("early_stop", {}))

@@ -132,11 +132,14 @@ class Strategy(abc.ABC):
         self._parameters = [p for p in encoder.parameters() if p.requires_grad]
         self._scale = runtime.loss_scale
 
+    def rows_for(self, objective: Objective) -> PersistentField | None:
+        """`persistent`, if the objective of a step asks for it."""
+        return self.persistent if objective.supervisor == "rows" else None
+
     def relational_for(self, objective: Objective) -> RelationalField | None:
         """`relational`, if the objective of a step asks for it."""
         return self.relational if self.relational is not None and self.relational.takes_part(objective) else None
 
-    @abc.abstractmethod
     def field(
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
     ) -> LossAndGradient:
@@ -146,6 +149,15 @@ class Strategy(abc.ABC):
             lanes: embeddings (m, d) of both views of each of this rank's lanes, without graph.
             labels: (b,) of this rank's samples, in lane order, for objectives that need them.
         """
+        if objective.recursion == "persistent" and objective.pairing == "joint":
+            return of_points(self._field(*as_points(lanes, objective), at, None))
+        return self._field(lanes, objective, at, labels)
+
+    @abc.abstractmethod
+    def _field(
+        self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None
+    ) -> LossAndGradient:
+        """`field`, whose rows that persist are those of the lanes as they are."""
 
     @abc.abstractmethod
     def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:

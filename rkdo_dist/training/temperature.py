@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rkdo_dist import parts
-from rkdo_dist.checkpoint import OptimizerState, optimizer_to_tensors, tensors_to_optimizer
+from rkdo_dist.checkpoint import Checkpoint, OptimizerState, optimizer_to_tensors, tensors_to_optimizer
 from rkdo_dist.config import LEAST_TEMPERATURE, Config
+from rkdo_dist.exchange import group
 
 PART = "temperature"  # of a checkpoint
 
@@ -52,13 +53,14 @@ class LearnedTemperature(nn.Module):
         self._optimizer.step()
         self.logarithm.clamp_(min=math.log(LEAST_TEMPERATURE))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint needs."""
-        return {**self.state_dict(), **optimizer_to_tensors(self._optimizer, self.named_parameters()).tensors}
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """See `checkpoint.Kept`."""
+        moments = optimizer_to_tensors(self._optimizer, self.named_parameters()).tensors
+        return {PART: {**self.state_dict(), **moments}} if group.rank() == 0 else {}
 
-    def restore(self, saved: dict[str, Tensor]) -> None:
-        """Continue from `tensors`."""
+    def restore(self, found: Checkpoint) -> None:
+        """See `checkpoint.Kept`."""
         groups = optimizer_to_tensors(self._optimizer, self.named_parameters()).groups
-        state = {name: tensor for name, tensor in saved.items() if name != "logarithm"}
-        self.load_state_dict({"logarithm": saved["logarithm"]})
+        state = found.part(PART)
+        self.load_state_dict({"logarithm": state.pop("logarithm")})
         tensors_to_optimizer(OptimizerState(state, groups, {}), self._optimizer, self.named_parameters())
