@@ -16,7 +16,6 @@ from rkdo_dist.field.persistent import Restricted
 from rkdo_dist.field.rows import field_normaliser
 from rkdo_dist.field.tiled import log_sum, value_and_gradient
 from rkdo_dist.losses import FieldLoss
-from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
 from rkdo_dist.training.strategy import (
     Exchanged,
@@ -29,32 +28,10 @@ from rkdo_dist.training.strategy import (
 
 
 class Averaged(Strategy):
-    """A rank's lanes accumulate in `.grad`, the wrapper averages over ranks; see `Strategy`.
+    """A rank's lanes accumulate in `.grad`, the wrapper averages over ranks; see `Strategy`."""
 
-    Args:
-        encoder, optimizer, runtime: see `Strategy`.
-        exchange: how columns travel, "gather" or "ring".
-        recompute: whether `backward` gets outputs that are computed when asked for.
-        clip, compiled: see `Strategy`.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        runtime: Runtime,
-        exchange: str,
-        recompute: bool,
-        clip: float | None = None,
-        compiled: nn.Module | None = None,
-    ) -> None:
-        super().__init__(encoder, optimizer, runtime, clip, compiled)
-        self._exchange, self._recompute = exchange, recompute
-        self.model = self._wrap(self.model)
-
-    def _wrap(self, encoder: nn.Module) -> nn.Module:
-        """The model that embeds training lanes and averages their gradients."""
-        return self._runtime.wrap(encoder)
+    def _wrapped(self, model: nn.Module) -> nn.Module:
+        return self._runtime.wrap(model)
 
     def _field(
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None
@@ -66,8 +43,8 @@ class Averaged(Strategy):
             b, like = sum(len(u) for u, _ in lanes), lanes[0][0].dtype
             gradients = [((u / b).to(like), (v / b).to(like)) for u, v in gradients]
             return LossAndGradient(gradients, {name: x / b for name, x in found.items()})
-        rows = self.rows_for(objective)
-        return averaged_field(lanes, objective, self._exchange, labels, self.learns_temperature, rows)
+        rows, settings = self.rows_for(objective), self._settings
+        return averaged_field(lanes, objective, settings.exchange, labels, settings.learn_temperature, rows)
 
     def mean(self, sums: Tensor) -> Tensor:
         """Mean of the ranks' means."""
@@ -78,7 +55,7 @@ class Averaged(Strategy):
         for parameter in self._parameters:
             parameter.grad = None
         weights = [self._scaled(pair) for pair in field.gradients]
-        if not self._recompute:
+        if not self._settings.recompute:
             # One call: calling lane by lane would fire DDP's hooks at the first lane.
             pushed = [with_graph(*lane) for lane in zip(outputs, weights, strict=True)]
             torch.autograd.backward([x for xs, _ in pushed for x in xs], [w for _, ws in pushed for w in ws])

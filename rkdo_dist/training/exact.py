@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rkdo_dist.exchange import group
 from rkdo_dist.exchange.columns import ExactColumns
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.persistent import Restricted
 from rkdo_dist.field.rows import FieldRows, computing_dtype, field_normaliser
-from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.training.persistent import Pair, PersistentField
 from rkdo_dist.training.strategy import (
     Exchanged,
@@ -32,20 +31,11 @@ from rkdo_dist.training.strategy import (
 class Exact(Strategy):
     """Per-lane gradients and one tree; see `Strategy`."""
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        runtime: Runtime,
-        clip: float | None = None,
-        compiled: nn.Module | None = None,
-    ) -> None:
-        super().__init__(encoder, optimizer, runtime, clip, compiled)
-        self._reduce: group.ExactAllReduce | None = None
-        self._shared: list[Tensor] = []  # the parameters' shares of its vector
-        self._summed: list[Tensor] = []
-        self._norms: list[Tensor] = []  # of the gradients of each lane
-        self._batch = 0
+    _reduce: group.ExactAllReduce | None = None
+    _shared: Sequence[Tensor] = ()  # the parameters' shares of its vector
+    _summed: Sequence[Tensor] = ()
+    _norms: Sequence[Tensor] = ()  # of the gradients of each lane
+    _batch = 0
 
     def _field(
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None
@@ -56,7 +46,9 @@ class Exact(Strategy):
         if relational is not None:
             gradients, sums = relational.field(lanes, objective, ExactColumns(), merged=False)
             return LossAndGradient([(u / batch, v / batch) for u, v in gradients], sums)
-        return exact_field(lanes, objective, at.first_lane, self.rows_for(objective), labels, self.learns_temperature)
+        return exact_field(
+            lanes, objective, at.first_lane, self.rows_for(objective), labels, self._settings.learn_temperature
+        )
 
     def mean(self, sums: Tensor) -> Tensor:
         """Lanes' sums, added in tree order."""
@@ -65,28 +57,28 @@ class Exact(Strategy):
     def backward(self, outputs: Iterator[Pair], field: LossAndGradient) -> None:
         """One backward pass per lane, added up in lane order."""
         gradients: group.TreeSum[list[Tensor]] = group.TreeSum(len(field.gradients))
-        self._norms = []
+        norms = []
         for weights, lane in zip(field.gradients, outputs, strict=True):
             embeddings, pushed = with_graph(lane, self._scaled(weights))
             found = torch.autograd.grad(embeddings, self._parameters, pushed, materialize_grads=True)
-            self._norms.append(norms_of_all(found))
+            norms.append(norms_of_all(found))
             gradients.add(list(found))
-        self._summed = gradients.total()
+        self._summed, self._norms = gradients.total(), norms
 
     def exchange(self, statistics: Sequence[Tensor]) -> Exchanged:
         """Sum over ranks, gradients into the vector that the parameters' gradients are views of."""
         norm = norm_of_all(self._sum_gradients())
-        return Exchanged(self._sum_statistics(statistics), torch.isfinite(torch.stack(self._norms)).all(1), norm)
+        return Exchanged(self._sum_statistics(statistics), torch.isfinite(torch.stack(list(self._norms))).all(1), norm)
 
-    def _sum_gradients(self) -> list[Tensor]:
+    def _sum_gradients(self) -> Sequence[Tensor]:
         if self._reduce is None:
             sizes = [p.numel() for p in self._parameters]
             self._reduce = group.ExactAllReduce(sum(sizes), self._parameters[0].detach())
             shares = zip(self._parameters, self._reduce.vector.split(sizes), strict=True)
             # Laid out as the parameters (channels last, say): fused optimizers ask for that, and copies are plain.
             self._shared = [share.as_strided(p.shape, torch.empty_like(p).stride()) for p, share in shares]
-        torch._foreach_copy_(self._shared, self._summed)
-        self._summed = []
+        torch._foreach_copy_(list(self._shared), list(self._summed))
+        self._summed = ()
         self._reduce.reduce()
         for parameter, share in zip(self._parameters, self._shared, strict=True):
             parameter.grad = share

@@ -56,9 +56,7 @@ class Job:
         average: of the encoder's weights, with `train.ema`.
         relational: what a recursion with restart keeps, if it is of that kind.
         temperature: with `field.learn_temperature`.
-        launch_before: strategy, precision and reduction of the checkpoint continued from; this launch's if none.
-        arithmetic_before: its `ranks.arithmetic`; empty if none.
-        loss_scale: state of the loss scale in that checkpoint.
+        before: what the checkpoint continued from tells beside tensors; empty if none.
         position: steps done. With the configuration it is all that is needed to continue.
         saved: position of the newest checkpoint.
         skipped_in_a_row: steps before the position that were not finite.
@@ -82,9 +80,7 @@ class Job:
     relational: RelationalField | None
     temperature: LearnedTemperature | None
     early_stop: EarlyStop
-    launch_before: dict[str, str]
-    arithmetic_before: dict[str, str] = dataclasses.field(default_factory=dict)
-    loss_scale: dict[str, float] = dataclasses.field(default_factory=dict)
+    before: dict[str, Any] = dataclasses.field(default_factory=dict)
     position: int = 0
     saved: int = 0
     skipped_in_a_row: int = 0
@@ -153,7 +149,7 @@ class Job:
             self.relational,
             self.compiled,
         )
-        self.step.strategy.load_scale(self.loss_scale)
+        self.step.strategy.load_scale(self.before.get("loss_scale", {}))
 
     def _view(self, images: torch.Tensor, ids: torch.Tensor, epoch: int, view: int) -> torch.Tensor:
         views = self.views
@@ -364,6 +360,5 @@ def build(
         make_relational(config, index, runtime.device),
         LearnedTemperature(config) if config.field.learn_temperature else None,
         EarlyStop(config.train.early_stop_slope, config.train.early_stop_window),
-        runtime.launch,
         metrics=metrics or {},
     )

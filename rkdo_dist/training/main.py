@@ -214,7 +214,7 @@ def _trackers(job: Job, config: Config) -> tracking.Trackers | None:
 
 def _remarks(job: Job, plan: EvaluationPlan, config: Config) -> list[str]:
     """Remarks on strategy and precision for the user, once."""
-    rt, before, lines = job.runtime, job.launch_before, [*job.index.notes]
+    rt, lines = job.runtime, [*job.index.notes]
     if plan.note is not None:
         lines.append(plan.note)
     lines += expectations(config, job.index.split(config.data.split).samples, job.steps_per_epoch)
@@ -234,13 +234,14 @@ def _remarks(job: Job, plan: EvaluationPlan, config: Config) -> list[str]:
             f"{rt.strategy} (DeepSpeed) sums gradients in its own order, so run.reduction={rt.reduction} is in effect: "
             "bits depend on the number of processes"
         )
-    numbers = job.arithmetic()
-    other = ", ".join(f"{k}: {v} -> {numbers.get(k)}" for k, v in job.arithmetic_before.items() if numbers.get(k) != v)
+    numbers, before = job.arithmetic(), job.before.get("arithmetic", {})
+    other = ", ".join(f"{k}: {v} -> {numbers.get(k)}" for k, v in before.items() if numbers.get(k) != v)
     if other:
         lines.append(
             f"the checkpoint was made by other arithmetic ({other}): the run goes on, but not with the same bits"
         )
-    changed = ", ".join(f"{key}: {before[key]} -> {now}" for key, now in rt.launch.items() if before[key] != now)
+    launch = job.before.get("launch", rt.launch)
+    changed = ", ".join(f"{key}: {launch[key]} -> {now}" for key, now in rt.launch.items() if launch[key] != now)
     if changed:
         lines.append(f"the checkpoint was written under another launch ({changed}); its whole state is carried over")
     return lines

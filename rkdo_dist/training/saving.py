@@ -90,9 +90,7 @@ def _continue(job: Job, found: checkpoint.Checkpoint) -> None:
         job.run.remark(job.collapse.message)
     if job.snapshots is not None:
         job.snapshots.restore(found.extra.get("snapshots", {}))
-    job.loss_scale = found.extra.get("loss_scale", {})
-    job.arithmetic_before = found.extra.get("arithmetic", {})
-    job.launch_before = found.extra.get("launch", job.runtime.launch)
+    job.before = found.extra
 
 
 def branch(job: Job) -> None:

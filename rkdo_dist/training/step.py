@@ -24,25 +24,12 @@ from rkdo_dist.training.averaged import Averaged
 from rkdo_dist.training.exact import Exact
 from rkdo_dist.training.persistent import Pair, PersistentField
 from rkdo_dist.training.relation import RelationalField
-from rkdo_dist.training.strategy import Position, Strategy
+from rkdo_dist.training.strategy import Position, StepSettings, Strategy
 
 TEACHER = 2  # the number of the view that a teacher sees; those of the student are 0 and 1
 _STREAM_ENCODER = 17  # keeps these draws apart from those of `data.order` and `data.views`
 # images (m, 3, H, W) uint8 on the device, ids (m,) on the CPU, epoch, view -> (m, 3, S, S) float32
 MakeView = Callable[[Tensor, Tensor, int, int], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSettings:
-    """Options of a step; see `config.TrainConfig`, `EncoderConfig` and `RunConfig`."""
-
-    seed: int
-    reduction: str
-    recompute: bool
-    views_together: bool
-    exchange: str
-    clip: float | None = None
-    learn_temperature: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +88,8 @@ class Step:
     ) -> None:
         self.make_view, self.runtime, self._settings = make_view, runtime, settings
         self.statistics = BatchStatistics(encoder)
-        self.strategy = _choose(encoder, optimizer, runtime, settings, compiled)
-        self.strategy.persistent, self.strategy.relational = persistent, relational
-        self.strategy.learns_temperature = settings.learn_temperature
+        kind = _strategy(runtime, settings)
+        self.strategy = kind(encoder, optimizer, runtime, settings, persistent, relational, compiled)
         self.average, self._encoder = average, encoder
         self._teachers = {"student": (encoder, self.statistics)}
         if average is not None:
@@ -201,17 +187,9 @@ class Step:
         return self._counts[images.shape]
 
 
-def _choose(
-    encoder: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    runtime: Runtime,
-    settings: StepSettings,
-    compiled: nn.Module | None,
-) -> Strategy:
+def _strategy(runtime: Runtime, settings: StepSettings) -> type[Strategy]:
     if runtime.zero_stage:
         from rkdo_dist.training.zero import Zero  # imports DeepSpeed
 
-        return Zero(encoder, optimizer, runtime, settings.exchange, settings.recompute, settings.clip)
-    if settings.reduction == "exact":
-        return Exact(encoder, optimizer, runtime, settings.clip, compiled)
-    return Averaged(encoder, optimizer, runtime, settings.exchange, settings.recompute, settings.clip, compiled)
+        return Zero
+    return Exact if settings.reduction == "exact" else Averaged

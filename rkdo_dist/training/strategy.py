@@ -29,6 +29,19 @@ from rkdo_dist.training.relation import RelationalField
 
 
 @dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """Options of a step; see `config.TrainConfig`, `EncoderConfig` and `RunConfig`."""
+
+    seed: int
+    reduction: str
+    recompute: bool
+    views_together: bool
+    exchange: str
+    clip: float | None = None
+    learn_temperature: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Position:
     """Position of a global batch in the run, and the global number of this rank's first lane."""
 
@@ -104,46 +117,48 @@ class Strategy(abc.ABC):
         encoder: images to unit-norm embeddings; the same float32 weights on every rank.
         optimizer: over the encoder's parameters; None leaves the gradient in `.grad` and no weight moves.
         runtime: ranks, device, precision.
-        clip: the largest norm of the gradient; None for any.
+        settings: how to compute.
+        persistent: the rows of a persistent field, if there is one.
+        relational: what a recursion with restart keeps, if there is one; not under DeepSpeed.
         compiled: embeds in the encoder's place, with its parameters and buffers, in training; None: the encoder does.
 
     Attributes:
         model: what embeds training lanes (the encoder, compiled or not, or a wrapper of it).
-        persistent: the rows of a persistent field, if there is one.
-        learns_temperature: whether `field` gives the derivative by tau0 too, as the sum "temperature_slope".
-        relational: what a recursion with restart keeps, if there is one; only `train.exact` and `train.averaged`.
     """
-
-    model: nn.Module
-    persistent: PersistentField | None = None
-    relational: RelationalField | None = None
-    learns_temperature: bool = False
 
     def __init__(
         self,
         encoder: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         runtime: Runtime,
-        clip: float | None = None,
+        settings: StepSettings,
+        persistent: PersistentField | None = None,
+        relational: RelationalField | None = None,
         compiled: nn.Module | None = None,
     ) -> None:
-        self.model = encoder if compiled is None else compiled
-        self._encoder, self._optimizer, self._runtime, self._clip = encoder, optimizer, runtime, clip
+        self._encoder, self._optimizer, self._runtime, self._settings = encoder, optimizer, runtime, settings
+        self._persistent, self._relational = persistent, relational
         self._parameters = [p for p in encoder.parameters() if p.requires_grad]
         self._scale = runtime.loss_scale
+        self.model = self._wrapped(encoder if compiled is None else compiled)
+
+    def _wrapped(self, model: nn.Module) -> nn.Module:
+        """What embeds training lanes with `model` and takes part in the exchange of its gradients."""
+        return model
 
     def rows_for(self, objective: Objective) -> PersistentField | None:
-        """`persistent`, if the objective of a step asks for it."""
-        return self.persistent if objective.supervisor == "rows" else None
+        """The rows of a persistent field, if the objective of a step asks for them."""
+        return self._persistent if objective.supervisor == "rows" else None
 
     def relational_for(self, objective: Objective) -> RelationalField | None:
-        """`relational`, if the objective of a step asks for it."""
-        return self.relational if self.relational is not None and self.relational.takes_part(objective) else None
+        """What a recursion with restart keeps, if the objective of a step asks for it."""
+        return self._relational if self._relational is not None and self._relational.takes_part(objective) else None
 
     def field(
         self, lanes: Sequence[Pair], objective: Objective, at: Position, labels: Tensor | None = None
     ) -> LossAndGradient:
-        """The loss over the global batch and its gradient with respect to this rank's embeddings.
+        """The loss over the global batch and its gradient with respect to this rank's embeddings; with a learned
+        temperature also the derivative by tau0, as the sum "temperature_slope".
 
         Args:
             lanes: embeddings (m, d) of both views of each of this rank's lanes, without graph.
@@ -191,8 +206,9 @@ class Strategy(abc.ABC):
         norm = None if norm is None or overflow else norm / scale
         if not overflow:
             factor = 1 / scale
-            if self._clip is not None and norm is not None and norm + 1e-6 > self._clip:
-                factor *= self._clip / (norm + 1e-6)
+            clip = self._settings.clip
+            if clip is not None and norm is not None and norm + 1e-6 > clip:
+                factor *= clip / (norm + 1e-6)
             if factor != 1:
                 torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], factor)
             if self._optimizer is not None:

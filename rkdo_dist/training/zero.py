@@ -36,7 +36,7 @@ class Zero(Averaged):
     State that the optimizer has already, whole and by parameter, is taken over.
     """
 
-    def _wrap(self, encoder: nn.Module) -> nn.Module:
+    def _wrapped(self, encoder: nn.Module) -> nn.Module:
         optimizer = self._optimizer
         assert optimizer is not None, "DeepSpeed owns the optimizer"
         self._named = dict(encoder.named_parameters())
@@ -46,7 +46,7 @@ class Zero(Averaged):
         self._groups = before.groups
         optimizer.state.clear()
         encoder.to(memory_format=torch.contiguous_format)  # DeepSpeed sends and flattens no other
-        self._engine = self._runtime.sharded(_Autocast(encoder, self._runtime), optimizer, self._clip)
+        self._engine = self._runtime.sharded(_Autocast(encoder, self._runtime), optimizer, self._settings.clip)
         assert self._engine.optimizer.optimizer is optimizer, "DeepSpeed has put another optimizer in place of ours"
         self._take_over(before)
         return self._engine
@@ -59,7 +59,7 @@ class Zero(Averaged):
         """
         if self._scale is not None:
             self._engine.optimizer.override_loss_scale(self._scale.scale)
-        if self._recompute:
+        if self._settings.recompute:
             for lane, weights in zip(outputs, field.gradients, strict=True):
                 self._engine.backward(_inner([lane], [weights]), scale_wrt_gas=False)
         else:
