@@ -92,6 +92,22 @@ def test_a_second_backward_and_a_scaled_loss() -> None:
             torch.testing.assert_close(3 * a, b, rtol=1e-12, atol=0)
 
 
+def test_a_backward_pass_hands_on_the_gradients_that_are_kept() -> None:
+    (u, v), (w, x) = pair(), pair()
+    kept, handed = RKDOLoss()(u, v), RKDOLoss()(w, x)
+    home = handed.grad_fn.home.data_ptr()  # type: ignore[union-attr, attr-defined]
+    kept.backward(retain_graph=True)
+    handed.backward()
+    assert kept.grad_fn.home is not None  # type: ignore[union-attr, attr-defined]
+    assert handed.grad_fn.home is None  # type: ignore[union-attr, attr-defined]
+    pointers = [x.grad.data_ptr() for x in (v, x) if x.grad is not None]
+    assert [pointer == home for pointer in pointers] == [False, True]
+    for one, other in ((u, w), (v, x)):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        handed.backward()
+
+
 def test_gradient_reaches_one_view_alone() -> None:
     for loss_fn in (RKDOLoss(), RKDOLoss(exchange="ring"), IConLoss()):
         u, v = pair()

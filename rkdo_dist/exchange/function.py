@@ -112,19 +112,32 @@ class FieldFunction(torch.autograd.Function):
             raise RuntimeError("the field loss has no second derivative; field.objectives.dense has")
         u, v, extra, temperature = ctx.saved_tensors  # raises if u or v were changed in place since
         call, field = ctx.call, ctx.field
-        scale = gradient / call.shares.mean_rows
+        scale, again = gradient / call.shares.mean_rows, _backward_again()
+
+        def scaled(x: Tensor) -> Tensor:
+            return x * scale if again else x.mul_(scale)  # what was kept becomes what is handed on
+
         with torch.autocast(u.device.type, enabled=False):
-            home = _gradients_home(call, field, call.own_block(u, v, extra), ctx.home, scale)
-            found = {name: rows * scale for name, rows in field.gradients.items()}
-            for name, part in zip(call.objective.column_views, home[:, : len(u)], strict=True):
-                found[name] = found[name].add_(part) if name in found else part
-            more = None if extra is None else home[0, len(u) :].to(extra.dtype)
+            home = None if ctx.home is None else scaled(ctx.home)
+            home = _gradients_home(call, field, call.own_block(u, v, extra), home, scale)
             slope = None
             if temperature is not None and ctx.needs_input_grad[3]:
                 # Of all ranks, so that a temperature that no wrapper averages is the same everywhere.
                 slopes = call.columns.of_all(field.temperature_gradient() * scale)
                 slope = slopes.mean(0).to(temperature).view_as(temperature)
+            found = {name: scaled(rows) for name, rows in field.gradients.items()}
+            for name, part in zip(call.objective.column_views, home[:, : len(u)], strict=True):
+                found[name] = found[name].add_(part) if name in found else part
+            more = None if extra is None else home[0, len(u) :].to(extra.dtype)
+        if not again:
+            ctx.field = ctx.home = None
         return found["u"].to(u.dtype), found["v"].to(v.dtype), more, slope, None
+
+
+def _backward_again() -> bool:
+    """Whether the graph is kept for a second backward pass (as if, in a torch that does not say)."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())
 
 
 def _walk(call: Call, field: FieldRows, own: Tensor) -> Tensor | None:
@@ -165,7 +178,7 @@ def _gradients_home(call: Call, field: FieldRows, own: Tensor, home: Tensor | No
         home = call.columns.walk_home(own, visit)
     else:
         assert home is not None
-        home = call.columns.send_home(home * scale)
+        home = call.columns.send_home(home)
     if field.pooled_gradient is not None:
         add_through_pool(call.objective, own, call.columns.of_all(field.pooled_gradient * scale).sum(0), home)
     return home

@@ -29,8 +29,9 @@ from rkdo_dist.field.supervisors import LISTED, Identity, Listed, SameLabel, Sup
 # each operation costs little, small enough for a CPU's outer cache, and a panel for a GPU's (40 MB or more). Sizes
 # depend on nothing but the shape of the problem and the kind of device, so that results are reproducible.
 PANEL_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
-STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+STRIP_BUFFER_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 PANEL_ROWS = 64  # at least: a matrix product of fewer rows wastes the machine
+NARROW = 128  # width of embeddings up to which a CPU makes the columns' gradient as (d, n) faster than as (n, d)
 
 
 class FieldRows:
@@ -257,11 +258,17 @@ class FieldRows:
     ) -> None:
         """One visit of the rows first..last - 1, panel by panel; `home` gets the gradient of the columns (V, n, d)."""
         gradient, room = None if home is None else self._gradient(matrix, home), self._room(self._panel_rows)
+        narrow = self._device.type == "cpu" and matrix.columns.shape[1] <= NARROW
+        turned = torch.zeros_like(matrix.columns.T.contiguous()) if gradient is not None and narrow else None
         for start in range(first, last, self._panel_rows):
             stop = min(start + self._panel_rows, last)
             panel, mine = self._panel(matrix, walk, start, stop, first_column, room, gradient is not None)
-            if gradient is not None:
+            if turned is not None:
+                turned.addmm_(mine.T, panel, alpha=self._factor(matrix))
+            elif gradient is not None:
                 gradient.addmm_(panel.T, mine, alpha=self._factor(matrix))
+        if gradient is not None and turned is not None:
+            gradient.add_(turned.T)
         if home is not None and gradient is not None:
             self._home(matrix, gradient, home)
 
@@ -394,7 +401,7 @@ def tile_rows(rows: int, columns: int, depth: int, device: str) -> tuple[int, in
     kind = device if device in PANEL_ELEMENTS else "cpu"
     panel = min(rows, max(PANEL_ROWS, PANEL_ELEMENTS[kind] // columns))
     most = STRIP_BUFFER_ELEMENTS[kind]
-    buffers = min(most, max(most // 4, rows * columns))
+    buffers = min(most, max(most // 2, rows * columns))
     return panel, min(panel, max(1, buffers // ((2 * depth + 2) * columns)))
 
 
