@@ -135,7 +135,7 @@ def test_ranks_and_workers_only_share_the_lanes(plan: EpochPlan, world: int, wor
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(10, 60), min_size=1, max_size=8), st.integers(0, 2**40))
+@given(st.lists(st.integers(30, 60), min_size=1, max_size=8), st.integers(0, 2**40))
 def test_every_epoch_and_seed_differs_and_so_does_its_tail(counts: list[int], seed: int) -> None:
     def batches(seed: int, epoch: int) -> bytes:
         plan = EpochPlan(tuple(counts), seed, epoch, lanes=1, micro_batch=7, window=16)
