@@ -54,9 +54,12 @@ def training_bar(console: Console, **options: Any) -> Progress:
 
 
 @contextlib.contextmanager
-def counting(console: Console, title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on a terminal, and the function that moves it: (done, total, note)."""
-    with progress_bar(console, disable=not console.is_terminal) as bar:
+def counting(console: Console | None, title: str, transient: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a terminal, and the function that moves it: (done, total, note). None shows nothing."""
+    if console is None:
+        yield lambda done, total, note: None
+        return
+    with progress_bar(console, disable=not console.is_terminal, transient=transient) as bar:
         task = bar.add_task(title, total=None, note="")
 
         def progress(done: int, total: int, note: str) -> None:

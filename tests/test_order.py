@@ -69,7 +69,7 @@ def oracle(plan: EpochPlan) -> list[np.ndarray]:
 @PLANS
 @given(plans())
 def test_each_sample_at_most_once_and_a_small_tail(plan: EpochPlan) -> None:
-    ids = [plan.global_batch_ids(step) for step in range(plan.steps)]
+    ids = [GlobalBatches(plan).ids(step) for step in range(plan.steps)]
     seen = np.concatenate(ids) if ids else np.empty(0, np.int64)
     assert all(len(batch) == plan.lanes * plan.micro_batch for batch in ids)
     assert len(np.unique(seen)) == len(seen)
@@ -139,7 +139,7 @@ def test_ranks_and_workers_only_share_the_lanes(plan: EpochPlan, world: int, wor
 def test_every_epoch_and_seed_differs_and_so_does_its_tail(counts: list[int], seed: int) -> None:
     def batches(seed: int, epoch: int) -> bytes:
         plan = EpochPlan(tuple(counts), seed, epoch, lanes=1, micro_batch=7, window=16)
-        return np.concatenate([plan.global_batch_ids(s) for s in range(plan.steps)]).tobytes()
+        return np.concatenate([GlobalBatches(plan).ids(s) for s in range(plan.steps)]).tobytes()
 
     assert len({batches(seed, epoch) for epoch in range(6)}) == 6
     assert batches(seed, 0) != batches(seed + 1, 0)
@@ -150,7 +150,7 @@ def test_the_dropped_tail_wanders_also_with_one_shard() -> None:
     dropped = set()
     for epoch in range(60):
         plan = EpochPlan((101,), seed=0, epoch=epoch, lanes=1, micro_batch=10)
-        used = np.concatenate([plan.global_batch_ids(s) for s in range(plan.steps)])
+        used = np.concatenate([GlobalBatches(plan).ids(s) for s in range(plan.steps)])
         dropped |= set(range(101)) - set(used.tolist())
     assert len(dropped) > 30
 
@@ -176,7 +176,7 @@ def test_permutations_are_uniform_enough() -> None:
 def test_the_order_is_pinned_for_ever() -> None:
     # A run that is resumed after an upgrade must meet the same samples: these values may never change.
     plan = EpochPlan((300, 0, 250, 417), seed=42, epoch=7, lanes=4, micro_batch=8, window=64)
-    ids = np.concatenate([plan.global_batch_ids(s) for s in range(plan.steps)]).astype("<i8")
+    ids = np.concatenate([GlobalBatches(plan).ids(s) for s in range(plan.steps)]).astype("<i8")
     assert hash64() == 0
     assert hash64(0) == 0xE220A8397B1DCDAF  # the first output of SplitMix64 seeded with 0, a published test value
     assert (

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,14 +22,13 @@ import numpy as np
 
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.images import decode, header
-from rkdo_dist.data.index import Shard, ShardIndex, Split
+from rkdo_dist.data.index import Progress, Shard, ShardIndex, Split
 from rkdo_dist.data.listing import SPLITS, ImageFile, Listing, list_images
 from rkdo_dist.data.order import hash64, permutation, run_length
 from rkdo_dist.data.remote import default_cache
 from rkdo_dist.files import read_regular, write_atomic
 from rkdo_dist.lock import wait_for_lock
 
-Progress = Callable[[int, int, str], None]
 _THREADS = 8  # reading and hashing leave the interpreter's lock
 _SHOWN = 3
 

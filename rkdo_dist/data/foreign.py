@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rkdo_dist.data.archive import PIECE, checksums, scan
 from rkdo_dist.data.images import check, parse_label
-from rkdo_dist.data.index import INDEX_NAME, DataError, Shard, ShardIndex, Split, save_index
+from rkdo_dist.data.index import INDEX_NAME, DataError, Progress, Shard, ShardIndex, Split, save_index
 from rkdo_dist.data.remote import Address, adopt, default_cache, is_url
 from rkdo_dist.data.shards import OpenShard, open_plain
 
@@ -28,7 +28,6 @@ _SPLITS = {
     "unlabeled": "unlabeled",
 }
 MOST_CLASSES = 1_000_000
-Progress = Callable[[int, int, str], None]
 
 
 def index_shards(

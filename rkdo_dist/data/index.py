@@ -16,7 +16,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from rkdo_dist.data.remote import Address, default_cache, fetch, is_url, read_al
 from rkdo_dist.files import TEMPORARY, read_regular, sync_file, write_atomic
 
 INDEX_NAME = "index.json"
+Progress = Callable[[int, int, str], None]  # done, of how many, what is being done now
 FORMAT, VERSION = "rkdo-shards", 1
 _MAX_INDEX_BYTES = 256 << 20
 _MAX_INLINE = 32 << 20  # characters of checksums in the index itself: three million samples

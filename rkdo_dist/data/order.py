@@ -188,14 +188,6 @@ class EpochPlan:
         parts = [self._bases[w.shard] + w.positions() for w in self.windows(lane, step, steps=1)]
         return np.concatenate(parts)[: self.micro_batch]
 
-    def global_batch_ids(self, step: int) -> np.ndarray:
-        """The samples of one global batch in order: int64 of shape (L * m,); `GlobalBatches` gives one after another.
-
-        Raises:
-            ValueError: if the step is out of range.
-        """
-        return GlobalBatches(self).ids(step)
-
 
 class GlobalBatches:
     """Samples of whole global batches, by vector arithmetic over the lanes.

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist import documents
-from rkdo_dist.data.index import INDEX_NAME, DataError, Shard, ShardIndex, Split, load_index, save_index
+from rkdo_dist.data.index import INDEX_NAME, DataError, Progress, Shard, ShardIndex, Split, load_index, save_index
 from rkdo_dist.data.order import hash64, permutation, run_length
 from rkdo_dist.data.shards import ShardWriter
 from rkdo_dist.data.sources import Samples, Source, open_source
 from rkdo_dist.files import TEMPORARY, sha256_of, write_atomic
 from rkdo_dist.lock import lock_at_once
 
-Progress = Callable[[int, int, str], None]
 JOURNAL_NAME = ".prepare.json"
 SHARD_BYTES = 64 << 20  # a shard is closed when it has grown to this, or to `shard_size` samples
 _REPORT_EVERY = 64

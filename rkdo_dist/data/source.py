@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -20,11 +20,10 @@ from rkdo_dist.data import datasets
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.folder import folder_index
 from rkdo_dist.data.foreign import index_shards
-from rkdo_dist.data.index import INDEX_NAME, ShardIndex, load_index
+from rkdo_dist.data.index import INDEX_NAME, Progress, ShardIndex, load_index
 from rkdo_dist.data.listing import list_images
 from rkdo_dist.data.remote import is_url
 
-Progress = Callable[[int, int, str], None]
 _IMPORT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 

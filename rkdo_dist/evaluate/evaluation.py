@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rkdo_dist import parts
 from rkdo_dist.config import Config
-from rkdo_dist.console import progress_bar, say
+from rkdo_dist.console import counting, say
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.order import chosen_blocks
 from rkdo_dist.data.own_order import first_samples
@@ -289,14 +289,10 @@ def _shown(
     console: Console | None,
 ) -> Iterator[tuple[int, MicroBatch]]:
     """The blocks, with a progress bar on rank zero."""
-    if console is None:
-        yield from blocks
-        return
-    with progress_bar(console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=total, note="")
+    with counting(console, label, transient=True) as progress:
         for number, block in blocks:
             yield number, block
-            bar.update(task, completed=min(total, number + runtime.world))
+            progress(min(total, number + runtime.world), total, "")
 
 
 def _scores(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import nn
 
 from rkdo_dist.config import RunConfig
 from rkdo_dist.console import counting, say
-from rkdo_dist.data.index import ShardIndex
+from rkdo_dist.data.index import Progress, ShardIndex
 from rkdo_dist.data.source import open_source
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
 from rkdo_dist.evaluate.evaluation import BLOCK
@@ -107,15 +106,13 @@ def _split(
     blocks = evaluation_stream(index, split, BLOCK, rank=rt.rank, world=rt.world, size=encoder.transform.size)
     total = -(-samples // BLOCK)
 
-    def noted(progress: Any) -> Iterator[tuple[int, MicroBatch]]:
+    def noted(progress: Progress) -> Iterator[tuple[int, MicroBatch]]:
         for number, block in blocks:
             mine.update(zip(block.ids.tolist(), block.keys, strict=True))
             yield number, block
-            if progress is not None:
-                progress(min(total, number + rt.world), total, "")
+            progress(min(total, number + rt.world), total, "")
 
-    shown = contextlib.nullcontext() if console is None else counting(console, f"embedding {split}")
-    with shown as progress:
+    with counting(console, f"embedding {split}") as progress:
         features = plain_features(encoder, encoder.transform.plain, rt)
         found = gather_features(noted(progress), features, samples, device=rt.device)
     keys: dict[int, str] = {}

@@ -5,7 +5,6 @@ The ranks share the embedding of the samples, in blocks that do not depend on th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -20,9 +19,8 @@ from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.console import counting, say
-from rkdo_dist.data.index import ShardIndex
-from rkdo_dist.data.order import Window, hash64, permutation
-from rkdo_dist.data.samples import Cursor, Reading
+from rkdo_dist.data.index import Progress, ShardIndex
+from rkdo_dist.data.order import hash64, permutation
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.evaluate.evaluation import BLOCK
 from rkdo_dist.evaluate.features import gather_features
@@ -36,6 +34,7 @@ from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.rundir import RunDirectory
 from rkdo_dist.studies import audit as shown
 from rkdo_dist.studies import plots, sheets
+from rkdo_dist.studies.field_figure import pictures_of
 from rkdo_dist.training.saving import own_checkpoint
 
 SIZES, WALKS = (10, 20, 50), (2, 3)
@@ -117,32 +116,12 @@ def _check_count(n: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """A block of samples as `gather_features` takes it: `ids` are places among the chosen ones."""
+    """A block of samples as `gather_features` takes it: `ids` are places among the chosen ones, `images` (m, k, 3, S,
+    S) float32 their views, one or two."""
 
     ids: Tensor
     images: Tensor
     labels: Tensor
-    samples: Tensor
-
-
-def _read(config: Config, index: ShardIndex, chosen: np.ndarray, rt: Runtime) -> Iterator[tuple[int, _Block]]:
-    """This rank's blocks of the chosen samples, which are read by their place."""
-    split = index.split(config.data.split)
-    ends = np.cumsum(split.counts)
-    cursor = Cursor(Reading(index, split, config.data.image_size))
-    try:
-        for number in range(rt.rank, -(-len(chosen) // BLOCK), rt.world):
-            ids = chosen[number * BLOCK : (number + 1) * BLOCK]
-            shards = np.searchsorted(ends, ids, side="right")
-            places = ids - ends[shards] + np.asarray(split.counts)[shards]
-            windows = [Window(int(s), int(k), int(k) + 1) for s, k in zip(shards, places, strict=True)]
-            read = list(cursor.samples(windows))
-            images = torch.stack([torch.as_tensor(np.asarray(one.image)) for one in read])
-            labels = torch.tensor([one.label for one in read])
-            first = number * BLOCK
-            yield number, _Block(torch.arange(first, first + len(ids)), images, labels, torch.from_numpy(ids))
-    finally:
-        cursor.close()
 
 
 def _teachers(
@@ -156,45 +135,42 @@ def _teachers(
 ) -> Teachers | None:
     """Embeddings of the chosen samples in every view, on rank zero."""
     views = parts.make_views(config, index)
-    weak = views.weak()
-    total = -(-len(chosen) // BLOCK)
+    random = views, views.weak()
+    total, kinds = -(-len(chosen) // BLOCK), recipe.visits + 1
 
-    def embedded(images: Tensor, kind: int, samples: Tensor) -> Tensor:
-        """The plain view for kind 0, else the strong and the weak view of visit `kind` - 1, side by side."""
-        images = upload(images, rt.device)
+    def drawn(kind: int, progress: Progress) -> Iterator[tuple[int, _Block]]:
+        """This rank's blocks: the plain view for kind 0, else the strong and the weak one of visit `kind` - 1."""
+        for number in range(rt.rank, total, rt.world):
+            samples = chosen[number * BLOCK : (number + 1) * BLOCK]
+            seen = pictures_of(index, config.data.split, config.data.image_size, samples.tolist()).values()
+            images = upload(torch.from_numpy(np.stack([one.image.transpose(2, 0, 1) for one in seen])), rt.device)
+            ids = torch.from_numpy(samples)
+            with torch.no_grad(), rt.autocast():
+                visit = [view(images, ids, recipe.seed, kind - 1, 0) for view in random if kind]
+                made = visit or [views.plain(images)]
+            places = number * BLOCK + torch.arange(len(samples))
+            yield number, _Block(places, torch.stack(made, 1), torch.tensor([one.label for one in seen]))
+            progress(kind * total + min(total, number + rt.world), kinds * total, "")
+
+    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
         with rt.autocast():
-            if kind == 0:
-                return encoder(views.plain(images)).float()
-            pair = [encoder(made(images, samples, recipe.seed, kind - 1, 0)) for made in (strong, weak)]
-        return torch.cat(pair, 1).float()
+            found = [encoder(view) for view in images.unbind(1)]
+        return found[0], found[-1]
 
-    strong, found = views, []
-    with counting(console, "embedding") if console is not None else contextlib.nullcontext() as progress:
-        for kind in range(recipe.visits + 1):
-            current: list[Tensor] = []
-
-            def noted(current: list[Tensor] = current, kind: int = kind) -> Iterator[tuple[int, _Block]]:
-                for number, block in _read(config, index, chosen, rt):
-                    current[:] = [block.samples]
-                    yield number, block
-                    if progress is not None:
-                        progress(kind * total + min(total, number + rt.world), (recipe.visits + 1) * total, "")
-
-            def embed(images: Tensor, current: list[Tensor] = current, kind: int = kind) -> tuple[Tensor, Tensor]:
-                made = embedded(images, kind, current[0])
-                return made, made[:, :1]
-
-            found.append(gather_features(noted(), embed, len(chosen), device=rt.device))
-    if found[0] is None:
+    with counting(console, "embedding") as progress:
+        found = [gather_features(drawn(kind, progress), embed, len(chosen), device=rt.device) for kind in range(kinds)]
+    visits = [one for one in found if one is not None]
+    if not visits:
         return None
-    arrays = [torch.from_numpy(one.backbone) for one in found if one is not None]
-    pairs = [array.chunk(2, dim=1) for array in arrays[1:]]
-    unit = torch.nn.functional.normalize
+
+    def unit(embeddings: np.ndarray) -> Tensor:
+        return torch.nn.functional.normalize(torch.from_numpy(embeddings))
+
     return Teachers(
-        unit(arrays[0]),
-        [unit(pair[1].contiguous()) for pair in pairs],
-        [unit(pair[0].contiguous()) for pair in pairs],
-        torch.from_numpy(found[0].labels),
+        unit(visits[0].backbone),
+        [unit(one.embeddings) for one in visits[1:]],
+        [unit(one.backbone) for one in visits[1:]],
+        torch.from_numpy(visits[0].labels),
     )
 
 

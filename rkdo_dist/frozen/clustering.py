@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ _MOMENTS = 6  # arrays of a head: weight and bias, and two moments of each
 
 Array = NDArray[Any]
 
-_SCORES = documents.shape(**dict.fromkeys(("accuracy", "nmi", "ari"), documents.maybe(documents.NUMBER)))
+_SCORES = dict.fromkeys(("accuracy", "nmi", "ari"), documents.maybe(documents.NUMBER))
 _FORM = documents.shape(
-    **dict.fromkeys(("accuracy", "nmi", "ari"), documents.maybe(documents.NUMBER)),
-    kmeans=_SCORES,
+    **_SCORES,
+    kmeans=documents.shape(**_SCORES),
     balance=documents.shape(smallest=documents.COUNT, largest=documents.COUNT),
     request=documents.shape(control=documents.TEXT),
     labelled=documents.COUNT,
@@ -124,7 +124,7 @@ def _find(
 ) -> None:
     began = time.perf_counter()
     saved = group.from_rank_zero(group.on_main(lambda: _saved(out, request), "reading the checkpoint"))
-    with _counting(console, "neighbours") as progress:
+    with counting(console, "neighbours") as progress:
         graph = _graph(values, recipe, rt, progress) if saved is None else torch.from_numpy(saved["neighbours"])
     heads = Heads(values.to(rt.device), recipe, range(recipe.heads)[rt.rank :: rt.world])
     if saved is None:
@@ -133,7 +133,7 @@ def _find(
         heads.load(int(saved["step"]), _of_arrays(saved, recipe.heads))
     searched = time.perf_counter()
     every = -(-recipe.steps // SAVES)
-    with _counting(console, "training heads") as progress:
+    with counting(console, "training heads") as progress:
         for first, second in pairs(recipe, graph, range(heads.step, recipe.steps)):
             losses = heads.train(first, second)
             lowest = f"smallest loss {min(losses.values()):.4f}" if losses else ""
@@ -159,7 +159,7 @@ def _find(
         phi = probabilities(values.to(rt.device), *(x.to(rt.device) for x in (weights[0], weights[3]))).cpu().numpy()
         _write(out, data, values.numpy(), phi, recipe, made, seconds, images, kmeans)
 
-    with _counting(console, "k-means and the page"):
+    with counting(console, "k-means and the page"):
         group.on_main(written, "writing the result")
 
 
@@ -274,7 +274,7 @@ def _write(
     shares = sizes[sizes > 0] / len(found)
     known = data.known()
     began = time.perf_counter()
-    none: Mapping[str, float | None] = dict.fromkeys(("accuracy", "nmi", "ari"))
+    none: Mapping[str, float | None] = dict.fromkeys(_SCORES)
     ours, theirs = none, none
     if len(known):
         labels = data.labels[known]  # type: ignore[index]
@@ -316,7 +316,7 @@ def _show(result: dict[str, Any], out: Path) -> None:
 def table(result: dict[str, Any]) -> sheets.Sheet:
     """Scores of a clusters.json beside k-means."""
     rows = [
-        [name, *(sheets.number(some[key]) for key in ("accuracy", "nmi", "ari"))]
+        [name, *(sheets.number(some[key]) for key in _SCORES)]
         for name, some in (("clusters", result), ("k-means", result["kmeans"]))
     ]
     balance = result["balance"]
@@ -330,12 +330,3 @@ def table(result: dict[str, Any]) -> sheets.Sheet:
     if result["request"]["control"] != "none":
         caption += " CONTROL: random neighbours; no evidence of anything."
     return sheets.Sheet("clusters", "Clusters", ("", "accuracy", "NMI", "ARI"), caption, rows)
-
-
-@contextlib.contextmanager
-def _counting(console: Console | None, title: str) -> Iterator[Callable[[int, int, str], None]]:
-    if console is None:
-        yield lambda done, total, note: None
-        return
-    with counting(console, title) as progress:
-        yield progress

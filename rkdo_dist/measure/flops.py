@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from rkdo_dist.config import Config, ConfigError, EncoderConfig
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.field.objectives import Objective, dense
 from rkdo_dist.losses import FieldLoss
+from rkdo_dist.training import machine
 
 _LABELS = 10  # classes, for objectives that need labels
 LEAST_REPEATS = 3  # fewer say more about first calls than about steps
@@ -175,7 +175,7 @@ def step_times(config: Config, image_size: int, objectives: Sequence[Objective],
     for rows in zip(*rounds[_WARM_UP:], strict=True):
         forward, loss, backward = (statistics.median(part) for part in zip(*rows, strict=True))
         spent = [row[1] for row in rows]
-        found.append(StepTimes(forward, loss, backward, (min(spent), max(spent)), _peak(device)))
+        found.append(StepTimes(forward, loss, backward, (min(spent), max(spent)), machine.peak_bytes(device)))
     return found
 
 
@@ -204,12 +204,6 @@ def _timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cost_table(config: Config, image_size: int, repeats: int) -> Table:
