@@ -151,8 +151,9 @@ def evaluate_encoder(
         if config.evaluate.protocol == "paper":
             count = PAPER_BATCHES * config.train.global_batch
             index = group.together(lambda: first_samples(index, plan.test, count), "looking up the split")
-        found = {split: _features(config, runtime, index, encoder, split, console) for split in plan.splits}
-        pairs = _pairs(config, runtime, index, encoder, plan.test, console)
+        embedding = _Embedding(config, runtime, index, encoder, console)
+        found = {split: embedding.features(split) for split in plan.splits}
+        pairs = embedding.pairs(plan.test)
     finally:
         encoder.train(was_training)
     test = found[plan.test]
@@ -162,8 +163,8 @@ def evaluate_encoder(
     if reason is None and plan.train is not None:
         with contextlib.nullcontext() if console is None else console.status("fitting and searching"):
             classified = full_protocol(found[plan.train], test)
-    shown = _sample(config, index, test, plan.test)
-    whole = at_rank_zero(test, test.ids, _samples(config, index, plan.test)) if metrics else None
+    shown = embedding.sample_of(test, plan.test)
+    whole = at_rank_zero(test, test.ids, embedding.samples(plan.test)) if metrics else None
 
     def score() -> int:
         """On rank zero alone, of a sample that does not grow with the data: a request to stop ends it."""
@@ -182,14 +183,6 @@ def evaluate_encoder(
         raise signals.Stopped(code)
 
 
-def _features(
-    config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str, console: Console | None
-) -> OwnFeatures:
-    """Backbone features and embeddings of this rank's part of a split's images as they are."""
-    embed = plain_features(encoder, parts.make_views(config, index).plain, runtime)
-    return _embedded(config, runtime, index, split, f"features of {split}", console, lambda blocks: blocks, embed)
-
-
 @dataclass(frozen=True)
 class _PairBlock:
     """A block whose `images` (m, 2, 3, S, S) float32 are the two held-out views of its samples."""
@@ -199,100 +192,104 @@ class _PairBlock:
     labels: torch.Tensor
 
 
-def _pairs(
-    config: Config, runtime: Runtime, index: ShardIndex, encoder: Encoder, split: str, console: Console | None
-) -> FrozenFeatures | None:
-    """Embeddings of the two held-out views of the sample of a split (`_sample`), on rank zero: the first in `backbone`,
-    the second in `embeddings`."""
-    views = parts.make_views(config, index)
+@dataclass(frozen=True)
+class _Embedding:
+    """Embeds the samples that a protocol evaluates: all of a split, or the paper protocol's subset."""
 
-    def drawn(blocks: Iterable[tuple[int, MicroBatch]]) -> Iterator[tuple[int, Block]]:
-        for number, block in blocks:
-            images = upload(block.images, runtime.device)
-            both = [views(images, block.ids, common.SEED, common.EPOCH, view) for view in (0, 1)]
-            places = number * BLOCK + torch.arange(len(block.ids))
-            yield number, _PairBlock(places, torch.stack(both, dim=1), block.labels)
+    config: Config
+    runtime: Runtime
+    index: ShardIndex
+    encoder: Encoder
+    console: Console | None
 
-    def embed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with runtime.autocast():
-            return encoder(images[:, 0]), encoder(images[:, 1])
+    def samples(self, split: str) -> int:
+        """How many samples of a split are evaluated."""
+        samples = self.index.split(split).samples
+        return min(samples, PAPER_BATCHES * self.config.train.global_batch) if self._paper else samples
 
-    of = config, runtime, index, split, f"held-out pairs of {split}", console, drawn, embed
-    own = _embedded(*of, spread=_spread(config))
-    return at_rank_zero(own, own.ids, _size(_samples(config, index, split), _spread(config)))
+    def features(self, split: str) -> OwnFeatures:
+        """Backbone features and embeddings of this rank's part of a split's images as they are (collective)."""
+        embed = plain_features(self.encoder, parts.make_views(self.config, self.index).plain, self.runtime)
+        return self._embedded(split, f"features of {split}", lambda blocks: blocks, embed)
 
+    def pairs(self, split: str) -> FrozenFeatures | None:
+        """Embeddings of the two held-out views of the sample of a split (`sample_of`), on rank zero: the first in
+        `backbone`, the second in `embeddings` (collective)."""
+        views = parts.make_views(self.config, self.index)
 
-def _sample(config: Config, index: ShardIndex, test: OwnFeatures, split: str) -> FrozenFeatures | None:
-    """The sample of the test split that scores on rank zero see, in the order of the split (collective)."""
-    samples, spread = _samples(config, index, split), _spread(config)
-    blocks = -(-samples // BLOCK)
-    chosen = chosen_blocks(blocks, spread)
-    place = torch.full((blocks,), -1, device=test.ids.device)
-    place[list(chosen)] = torch.arange(len(chosen), device=place.device)
-    place = place[test.ids // BLOCK]
-    places = torch.where(place >= 0, place * BLOCK + test.ids % BLOCK, -1)
-    return at_rank_zero(test, places, _size(samples, spread))
+        def drawn(blocks: Iterable[tuple[int, MicroBatch]]) -> Iterator[tuple[int, Block]]:
+            for number, block in blocks:
+                images = upload(block.images, self.runtime.device)
+                both = [views(images, block.ids, common.SEED, common.EPOCH, view) for view in (0, 1)]
+                places = number * BLOCK + torch.arange(len(block.ids))
+                yield number, _PairBlock(places, torch.stack(both, dim=1), block.labels)
 
+        def embed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with self.runtime.autocast():
+                return self.encoder(images[:, 0]), self.encoder(images[:, 1])
 
-def _samples(config: Config, index: ShardIndex, split: str) -> int:
-    """How many samples of a split are evaluated: all, or the paper protocol's subset."""
-    samples = index.split(split).samples
-    return min(samples, PAPER_BATCHES * config.train.global_batch) if config.evaluate.protocol == "paper" else samples
+        own = self._embedded(split, f"held-out pairs of {split}", drawn, embed, self._spread)
+        return at_rank_zero(own, own.ids, self._size(split, self._spread))
 
+    def sample_of(self, test: OwnFeatures, split: str) -> FrozenFeatures | None:
+        """The sample of the test split that scores on rank zero see, in the order of the split (collective)."""
+        blocks = -(-self.samples(split) // BLOCK)
+        chosen = chosen_blocks(blocks, self._spread)
+        place = torch.full((blocks,), -1, device=test.ids.device)
+        place[list(chosen)] = torch.arange(len(chosen), device=place.device)
+        place = place[test.ids // BLOCK]
+        places = torch.where(place >= 0, place * BLOCK + test.ids % BLOCK, -1)
+        return at_rank_zero(test, places, self._size(split, self._spread))
 
-def _spread(config: Config) -> int | None:
-    """How many blocks of the test split the sample has at most; None: any number, as the paper protocol's subset."""
-    return None if config.evaluate.protocol == "paper" else SAMPLE
+    @property
+    def _paper(self) -> bool:
+        return self.config.evaluate.protocol == "paper"
 
+    @property
+    def _spread(self) -> int | None:
+        """How many blocks of the test split the sample has at most; None: any number, as the paper protocol's has."""
+        return None if self._paper else SAMPLE
 
-def _size(samples: int, spread: int | None) -> int:
-    """Samples in `chosen_blocks`."""
-    chosen = chosen_blocks(-(-samples // BLOCK), spread)
-    return (len(chosen) - 1) * BLOCK + min(samples - chosen[-1] * BLOCK, BLOCK)
+    def _size(self, split: str, spread: int | None) -> int:
+        """Samples in `chosen_blocks`."""
+        samples = self.samples(split)
+        chosen = chosen_blocks(-(-samples // BLOCK), spread)
+        return (len(chosen) - 1) * BLOCK + min(samples - chosen[-1] * BLOCK, BLOCK)
 
+    def _embedded(
+        self,
+        split: str,
+        label: str,
+        prepare: Callable[[Iterable[tuple[int, MicroBatch]]], Iterable[tuple[int, Block]]],
+        embed: Embed,
+        spread: int | None = None,
+    ) -> OwnFeatures:
+        """What `embed` makes of this rank's part of a split, or of `spread` blocks of it (collective)."""
+        samples = group.together(lambda: self.samples(split), "looking up the split")
+        data, rt = self.config.data, self.runtime
+        blocks = evaluation_stream(
+            self.index,
+            split,
+            BLOCK,
+            rank=rt.rank,
+            world=rt.world,
+            limit=samples,
+            spread=spread,
+            size=data.image_size,
+            workers=data.workers,
+        )
+        count = self._size(split, spread)
+        shown = self._shown(blocks, label, -(-count // BLOCK))
+        return own_features(prepare(shown), embed, count, device=rt.device)
 
-def _embedded(
-    config: Config,
-    runtime: Runtime,
-    index: ShardIndex,
-    split: str,
-    label: str,
-    console: Console | None,
-    prepare: Callable[[Iterable[tuple[int, MicroBatch]]], Iterable[tuple[int, Block]]],
-    embed: Embed,
-    spread: int | None = None,
-) -> OwnFeatures:
-    """What `embed` makes of this rank's part of a split, of the paper protocol's subset or of `spread` blocks
-    (collective)."""
-    samples = group.together(lambda: _samples(config, index, split), "looking up the split")
-    blocks = evaluation_stream(
-        index,
-        split,
-        BLOCK,
-        rank=runtime.rank,
-        world=runtime.world,
-        limit=samples,
-        spread=spread,
-        size=config.data.image_size,
-        workers=config.data.workers,
-    )
-    count = _size(samples, spread)
-    shown = _shown(blocks, label, -(-count // BLOCK), runtime, console)
-    return own_features(prepare(shown), embed, count, device=runtime.device)
-
-
-def _shown(
-    blocks: Iterator[tuple[int, MicroBatch]],
-    label: str,
-    total: int,
-    runtime: Runtime,
-    console: Console | None,
-) -> Iterator[tuple[int, MicroBatch]]:
-    """The blocks, with a progress bar on rank zero."""
-    with counting(console, label, transient=True) as progress:
-        for number, block in blocks:
-            yield number, block
-            progress(min(total, number + runtime.world), total, "")
+    def _shown(
+        self, blocks: Iterator[tuple[int, MicroBatch]], label: str, total: int
+    ) -> Iterator[tuple[int, MicroBatch]]:
+        """The blocks, with a progress bar on rank zero."""
+        with counting(self.console, label, transient=True) as progress:
+            for number, block in blocks:
+                yield number, block
+                progress(min(total, number + self.runtime.world), total, "")
 
 
 def _scores(
