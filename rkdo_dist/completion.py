@@ -10,8 +10,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SHELLS = ("bash", "zsh", "fish")
-
 
 @dataclass(frozen=True)
 class Commands:
@@ -58,7 +56,7 @@ def commands_of(
 
 
 def script(shell: str, commands: Commands) -> str:
-    """The completion script of a shell, one of `SHELLS`."""
+    """The completion script of a shell: bash, zsh or fish."""
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
 
 

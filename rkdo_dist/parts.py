@@ -186,7 +186,7 @@ def make_encoder(
             f"add encoder.backbone={config.encoder.backbone}"
         )
     torch.manual_seed(config.run.seed)
-    encoder = _encoder(config.encoder, pretrained, backbone, unit_norm(config)).train()
+    encoder = encoder_of(config.encoder, pretrained, backbone, unit_norm(config)).train()
     for module in encoder.modules():
         if isinstance(module, torch.nn.Conv2d):  # as images are (`training.step`): others are converted each time
             module.to(memory_format=torch.channels_last)
@@ -194,16 +194,14 @@ def make_encoder(
 
 
 @_named("encoder", EncoderConfig)
-def _encoder(
-    section: EncoderConfig, pretrained: bool, backbone: torch.nn.Module | None = None, unit_norm: bool = True
-) -> Encoder:
-    return encoder_of(section, pretrained, backbone, unit_norm)
-
-
 def encoder_of(
     section: EncoderConfig, pretrained: bool = True, backbone: torch.nn.Module | None = None, unit_norm: bool = True
 ) -> Encoder:
-    """The encoder that a section describes, with weights from torch's global generator or `encoder.weights`."""
+    """The encoder that a section describes, with weights from torch's global generator or `encoder.weights`.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     return Encoder(
         section.backbone if backbone is None else backbone,
         section.head,
@@ -227,7 +225,7 @@ def outline(section: EncoderConfig) -> Encoder | None:
     if section.backbone.startswith("timm/") or is_code(section.backbone):
         return None
     with torch.random.fork_rng([]), torch.device("meta"):
-        return _encoder(section, pretrained=False)
+        return encoder_of(section, pretrained=False)
 
 
 def make_optimizer(config: Config, encoder: torch.nn.Module) -> torch.optim.Optimizer:

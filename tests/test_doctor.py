@@ -209,7 +209,7 @@ def test_the_activations_of_a_lane_are_what_autograd_keeps() -> None:
     for backbone in ("resnet18", "shufflenet_v2_x0_5"):
         encoder = Encoder(backbone, "paper", 16, "imagenet")
         before = {k: v.clone() for k, v in encoder.state_dict().items()}
-        predicted = memory.lane_bytes(encoder, encoder, 12, 32, torch.device("cpu"))
+        predicted = memory.lane_bytes(encoder, encoder, 32, torch.device("cpu"))(12)
         assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
         measured = memory.kept_bytes(encoder, torch.rand(24, 3, 32, 32), encoder)
         assert predicted == measured
@@ -225,11 +225,11 @@ def test_the_activations_of_large_images_are_foreseen_from_small_ones(
         seen.append(images.shape[-1])
         return encoder(images)
 
-    predicted = memory.lane_bytes(forward, encoder, 2, 192, torch.device("cpu"))
+    predicted = memory.lane_bytes(forward, encoder, 192, torch.device("cpu"))(2)
     assert set(seen) == {64, 128}
     assert predicted == memory.kept_bytes(encoder, torch.rand(4, 3, 192, 192), encoder)
     pixels = nn.Linear(3 * 160**2, 2)  # takes one size alone, and is measured there
-    predicted = memory.lane_bytes(lambda images: pixels(images.flatten(1)), pixels, 3, 160, torch.device("cpu"))
+    predicted = memory.lane_bytes(lambda images: pixels(images.flatten(1)), pixels, 160, torch.device("cpu"))(3)
     assert predicted == 6 * 3 * 160**2 * 4
     # A small machine: on a large one the first samples, which are read before, would be very large images.
     monkeypatch.setattr(memory, "all_bytes", lambda device: 1 << 30)

@@ -240,12 +240,8 @@ def _flat_names() -> list[str]:
 
 def _unknown(what: str, name: str, allowed: Sequence[str], also: Sequence[str] = ()) -> str:
     near = difflib.get_close_matches(name, [*allowed, *also], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return (
-        f"unknown {what}{hint} Allowed: {', '.join(allowed)}"
-        if hint
-        else f"unknown {what}. Allowed: {', '.join(allowed)}"
-    )
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {what}{hint} Allowed: {', '.join(allowed)}"
 
 
 def _section(section: str, kind: type, values: Any) -> Any:

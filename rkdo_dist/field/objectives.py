@@ -139,7 +139,7 @@ class Objective:
             temperature: tau0 > 0; None: the preset's, or 1 with another affinity than the preset's and the cosine.
             affinity: one of `field.affinity`, or its name: then with its own defaults, and clusters with `debias`.
             normaliser: see the attributes.
-            pairing: one of `presets.PAIRINGS`; "symmetric" is "cross" with symmetric=True.
+            pairing: "cross", "joint", or "symmetric", which is "cross" with symmetric=True.
             symmetric, supervisor_grad: see the attributes.
             debias: a in [0, 1].
             depth: number of levels D >= 1 of an in-batch recursion; the loss is the sum over levels of

@@ -12,7 +12,6 @@ from typing import Any
 AFFINITIES = ("cosine", "gaussian", "student", "clusters")
 RECURSIONS = ("none", "in_batch", "persistent", "restart")
 NORMALISERS = ("row", "field")
-PAIRINGS = ("cross", "symmetric", "joint")
 SUPERVISOR_GRADIENTS = ("flow", "stop")
 CLOCKS = ("depth", "training")
 
@@ -94,7 +93,7 @@ class Preset:
         recursion: how p recurs, one of `RECURSIONS`.
         affinity: how closeness is measured, one of `AFFINITIES`.
         temperature: where none is given, with this affinity.
-        pairing: where none is given, one of `PAIRINGS`.
+        pairing: where none is given, cross, symmetric or joint.
         fixes_pairing: whether another pairing would be another objective.
         debias: uniform share of p(0) where none is given.
         variant_of: the preset that becomes this one when p is to recur otherwise; "" for one chosen by its own name.

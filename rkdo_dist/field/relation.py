@@ -94,7 +94,6 @@ def row_losses(log_q: Tensor, positive: Tensor, relation: Tensor, weight: Tensor
 
 LOW = -1e30  # a logit whose exponential is 0, and 0 times which is 0
 PARTS = ("kl_1", "cross_entropy", "entropy_p", "positive_mass", "uniform")
-FACTS = ("relation_weight", "relation_entropy", "relation_precision")
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,9 @@ class RelationResult:
 
     Attributes:
         loss: float64 scalar.
-        parts: `PARTS`, and `FACTS` that are known: float64 scalars. `relation_weight` is a_i, `relation_entropy` H(w)
-            (its exponential is the number of neighbours that count), `relation_precision` the mass of w on the row's
-            own label.
+        parts: `PARTS`, and facts: float64 scalars. `relation_weight` is a_i, `relation_entropy` H(w) (its exponential
+            is the number of neighbours that count), `relation_precision`, with labels, the mass of w on the row's own
+            one.
         rows: gradient with respect to the rows (b, d).
         columns: with respect to `Columns.student` (N, d); None if not asked for.
     """
@@ -243,7 +242,7 @@ class RowValues:
     """What r rows come to, of sums over their columns; each (r,).
 
     Attributes:
-        parts: `PARTS`, and the weight and entropy of `FACTS`.
+        parts: `PARTS`, `relation_weight` and `relation_entropy`.
         weight: a_i.
         share, at_positive: the derivative by the logits is share q(.|i without i) - a w, and `at_positive` for i.
     """

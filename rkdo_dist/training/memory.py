@@ -49,25 +49,18 @@ def kept_bytes(forward: Callable[[Tensor], Tensor], images: Tensor, encoder: nn.
     return sum(t.untyped_storage().nbytes() for place, t in storages.items() if place not in own)
 
 
-def lane_bytes(
-    forward: Callable[[Tensor], Tensor], encoder: nn.Module, micro_batch: int, size: int, device: torch.device
-) -> int:
-    """Activations that one lane keeps: both views of `micro_batch` images of `size` pixels (estimated, see above).
-
-    The encoder's buffers and random state are as before.
-    """
-    return _line(forward, encoder, size, device)(micro_batch)
-
-
 def lane_growth(config: Config, runtime: Runtime, index: ShardIndex, encoder: nn.Module) -> Callable[[int], int]:
-    """`lane_bytes` of a run as a function of the micro-batch, measured now."""
+    """`lane_bytes` of a run, measured now."""
     # Parameters under ZeRO-3 are sharded later: the encoder here is whole.
-    return _line(in_precision(encoder, runtime), encoder, parts.make_views(config, index).size, runtime.device)
+    return lane_bytes(in_precision(encoder, runtime), encoder, parts.make_views(config, index).size, runtime.device)
 
 
-def _line(
+def lane_bytes(
     forward: Callable[[Tensor], Tensor], encoder: nn.Module, size: int, device: torch.device
 ) -> Callable[[int], int]:
+    """Activations that one lane keeps, both views of images of `size` pixels, as a function of the micro-batch
+    (estimated, see above). The encoder's buffers and random state are as before."""
+
     def measured(side: int) -> Callable[[int], float]:
         with without_trace(encoder, device):
             found = [kept_bytes(forward, torch.rand(n, 3, side, side, device=device) - 0.5, encoder) for n in _PROBES]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
-from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.config import Config
 from rkdo_dist.config.sections import DataConfig
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import labels_of
@@ -26,12 +26,12 @@ from rkdo_dist.data.views import Views
 from rkdo_dist.encoders import Encoder
 from rkdo_dist.exchange.neighbours import nearest_of_all
 from rkdo_dist.exchange.store import RowStore, Shards
-from rkdo_dist.field.neighbours import mutual, require_neighbours
+from rkdo_dist.field.neighbours import mutual
 from rkdo_dist.field.persistent import Rows, identity
 from rkdo_dist.field.presets import Relation
 from rkdo_dist.field.snapshot import at, attended, entropy, remember, supervising
 from rkdo_dist.ranks.runtime import Runtime
-from rkdo_dist.training.supervision import features_of
+from rkdo_dist.training.supervision import check_neighbours, features_of
 
 
 class Snapshots:
@@ -140,10 +140,7 @@ def make_snapshots(config: Config, runtime: Runtime, index: ShardIndex, views: V
     if relation is None:
         return None
     split, samples = config.data.split, index.split(config.data.split).samples
-    try:
-        require_neighbours(relation.neighbours, samples)
-    except ValueError as error:
-        raise ConfigError(f"field.neighbours={relation.neighbours}: {error}") from None
+    check_neighbours(relation.neighbours, samples)
     remembers = relation.momentum > 0 and relation.mean == "arithmetic"
     stored = min(max(config.field.stored, relation.neighbours), samples - 1) if remembers else relation.neighbours
     start = -int(-config.field.relation_start_epoch // 1)

@@ -125,14 +125,7 @@ def supervisor_rows(config: Config, runtime: Runtime, index: ShardIndex, encoder
         return rows.slice(first, stop)
     f = config.field
     k = f.neighbours or NEIGHBOURS
-
-    def check() -> None:
-        try:
-            require_neighbours(k, samples)
-        except ValueError as error:
-            raise ConfigError(f"field.neighbours={k}: {error}") from None
-
-    group.together(check, "looking at field.neighbours")
+    group.together(lambda: check_neighbours(k, samples), "looking at field.neighbours")
     mine = range(*Shards(samples, runtime.world).own(runtime.rank))
     if f.features:
         what = f"reading field.features={f.features}"
@@ -144,6 +137,14 @@ def supervisor_rows(config: Config, runtime: Runtime, index: ShardIndex, encoder
     table = mutual(table) if f.mutual else table
     own = range(first, stop)
     return with_self(walked(table, f.walk, f.stored, own), own, (table[first:stop] < samples).sum(1))
+
+
+def check_neighbours(k: int, samples: int) -> None:
+    """Raises ConfigError if `field.neighbours` are more than there are."""
+    try:
+        require_neighbours(k, samples)
+    except ValueError as error:
+        raise ConfigError(f"field.neighbours={k}: {error}") from None
 
 
 def features_of(
