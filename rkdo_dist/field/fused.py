@@ -16,13 +16,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from rkdo_dist.field.kernels import RowSums
+from rkdo_dist.field.kernels import MOST_LEVELS, RowSums
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.places import Place
 from rkdo_dist.field.recursive_kernel import RecursiveKernel
 from rkdo_dist.field.supervisors import Identity
 
-MOST_LEVELS = 8  # what the registers of a thread hold; deeper recursions take the eager kernel
 ROWS, SAMPLES = 64, 257  # of the problem that both kernels are given
 TOLERANCE = 1e-5
 

@@ -23,6 +23,8 @@ from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.places import Place
 from rkdo_dist.field.supervisors import Supervisor
 
+MOST_LEVELS = 8  # of a fused kernel: what the registers of a thread hold; deeper recursions take the eager one
+
 
 @dataclass
 class RowSums:

@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkdo_dist.field.fused import MOST_LEVELS
-from rkdo_dist.field.kernels import RowSums
+from rkdo_dist.field.kernels import MOST_LEVELS, RowSums
 from rkdo_dist.field.objectives import Objective
 from rkdo_dist.field.places import Place
 from rkdo_dist.field.recursive_kernel import RecursiveKernel
@@ -169,7 +168,7 @@ class TritonKernel(RecursiveKernel):
 
     Args:
         objective, supervisor, rows, columns, dtype, device: as for `RecursiveKernel`, with p(0) the identity and at
-            most `fused.MOST_LEVELS` levels. The parts cost little here.
+            most `MOST_LEVELS` levels. The parts cost little here.
     """
 
     def __init__(

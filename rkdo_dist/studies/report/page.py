@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist import config as configuration
-from rkdo_dist import parts
-from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.measure.flops import step_flops
 from rkdo_dist.rundir import SCORE_TITLES
 from rkdo_dist.studies import audit, datasets, html
@@ -255,12 +253,8 @@ def _spent(group: Group, curve: dict[int, float], level: float, flops: dict[int,
 def _step_cost(group: Group) -> float | None:
     """Operations of a step; None where the size of the images is not known any more."""
     size = group.config.data.image_size
-    if size is None:
-        try:
-            index: ShardIndex = parts.open_index(group.config)
-        except (ValueError, OSError):
-            return None
-        size = None if index.image_size is None else index.image_size[0]
+    if size is None and (index := datasets.index_of(group.config)) is not None and index.image_size is not None:
+        size = index.image_size[0]
     return None if size is None else step_flops(group.config, size).step
 
 
