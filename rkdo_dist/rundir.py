@@ -109,17 +109,24 @@ class RunDirectory:
             self._lock.release()
             self._lock = None
 
-    def claim(self, config: configuration.Config, source: RunDirectory | None = None, data: str = "") -> None:
+    def claim(
+        self,
+        config: configuration.Config,
+        source: RunDirectory | None = None,
+        data: str = "",
+        steps: int | None = None,
+    ) -> None:
         """Lock the directory and make it ready for `config`, or refuse and leave it as it is (rank zero only).
 
         Args:
             config: what is to be run here.
             source: another run to continue here: its journal and newest checkpoint are copied.
             data: digest of the shards' index.
+            steps: how many the run is to have.
 
         Raises:
             RunError: if something else is here and `config.run.resume` does not continue it, if the checkpoint to
-                continue from is another run's, or if it is lost.
+                continue from is another run's or of a later step than its last, or if it is lost.
             LockedError: if another process writes here.
         """
         self._refuse_other_content(config, source)
@@ -127,7 +134,7 @@ class RunDirectory:
         self.lock()
         self._refuse_other_content(config, source)  # again: now nobody else changes it
         if source is not None or (self.path / "config.yaml").is_file():
-            self._check_checkpoint(config, source or self, data)
+            self._check_checkpoint(config, source or self, data, steps)
         if source is not None:
             self._copy_from(source)
         write_atomic(self.path / "config.yaml", configuration.to_yaml(config))
@@ -148,13 +155,20 @@ class RunDirectory:
                 f"run.dir={self.path} is not empty and holds no run ({present[0]}, ...): choose another run.dir"
             )
 
-    def _check_checkpoint(self, config: configuration.Config, origin: RunDirectory, data: str) -> None:
+    def _check_checkpoint(
+        self, config: configuration.Config, origin: RunDirectory, data: str, asked: int | None
+    ) -> None:
         """Refuse to continue from a checkpoint of another run, or from none where there was one."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", checkpoint.CheckpointWarning)  # said when it is loaded
             found = checkpoint.load_latest(origin.checkpoints)
         if found is not None:
             origin.refuse_foreign(found, config, data)
+            if asked is not None and found.step > asked:
+                raise RunError(
+                    f"{origin.path} has done {found.step} steps, more than the {asked} that are asked for: raise "
+                    "train.epochs or train.max_steps, or choose another run.dir"
+                )
             steps = sum(1 for _ in islice(origin.steps(), found.step))
             if steps < found.step:
                 raise RunError(
@@ -379,7 +393,8 @@ def instead_of_run(path: Path) -> str:
 
 def _by_step(folder: Path) -> list[Path]:
     """The files <step>.json of a folder; others are left alone."""
-    return sorted((path for path in folder.glob("*.json") if path.stem.isdecimal()), key=lambda path: int(path.stem))
+    named = (path for path in folder.glob("*.json") if path.stem.isascii() and path.stem.isdecimal())
+    return sorted(named, key=lambda path: int(path.stem))
 
 
 def _differences(before: configuration.Config, now: configuration.Config) -> str:

@@ -98,6 +98,17 @@ def test_what_changes_no_result_may_change_and_a_run_may_grow(small: list[str], 
     refused([*scheduled, "run.resume=auto"], "train.max_steps: 2 -> None")
 
 
+def test_a_run_is_not_continued_to_fewer_steps_than_it_has(small: list[str], run: Path) -> None:
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "\u0663.json").write_text("{}")  # a three that is no name of a step
+    before, fewer = files(run), f"{run} has done 2 steps, more than the 1 that are asked for"
+    refused([*small, "run.resume=auto", "train.max_steps=1"], fewer, "train.max_steps")
+    refused([*small[:-1], f"run.dir={run.with_name('less')}", f"run.resume={run}", "train.max_steps=1"], fewer)
+    assert command(["compare", str(run)])[0] == 0
+    assert files(run) == before
+    assert not (run.with_name("less") / "config.yaml").exists()
+
+
 def as_the_first_edition_wrote_it(run: Path, step: int, **changes: Any) -> None:
     """The checkpoint with the digest of its settings alone."""
     root = run / "checkpoints" / str(step)

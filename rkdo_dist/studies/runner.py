@@ -122,7 +122,7 @@ class _Crew:
         self, waiting: list[Planned], processes: int, console: Console, bar: Progress, outcome: Outcome
     ) -> None:
         self.waiting, self.console, self.bar, self.outcome = list(waiting), console, bar, outcome
-        self.active: dict[int, _Process | None] = dict.fromkeys(range(processes))
+        self.active: dict[int, _Process | None] = dict.fromkeys(range(min(processes, len(waiting))))
 
     def work(self, overall: TaskID, stop: StopRequest) -> None:
         """Until nothing waits and nothing runs."""

@@ -162,7 +162,7 @@ def _set_up(config: Config, around: Surroundings, run: RunDirectory, given: Give
     rt, index = around.runtime, around.index
     source = group.together(lambda: other_run(config), "looking at run.resume")
     data = index.digest()
-    group.on_main(lambda: run.claim(config, source, data), "claiming run.dir")
+    group.on_main(lambda: run.claim(config, source, data, job.total_steps), "claiming run.dir")
     group.together(run.check_shared, "looking at run.dir")
     if config.run.resume != "never":
         restore(job)
