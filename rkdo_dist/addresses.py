@@ -14,11 +14,22 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NoReturn
+from urllib.parse import unquote
+
+from rkdo_dist.printable import printable
 
 VARIABLE = "RKDO_ADDRESSES"  # whole addresses with blanks between them
-_SCHEME = r"(?:https?:/+|[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2})"  # a pathlib.Path loses the second /, others add a third
+_SCHEME = r"(?:(?i:https?):/+|[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2})"  # a pathlib.Path loses the second /, others add a third
 _OPTIONS = ("torchvision:", "imagefolder:")  # their query is not secret, and needed
 _ADDRESS = re.compile(rf"{_SCHEME}(?:(?!{_SCHEME})\S)*")
+# Of what is no address, but may be meant as one: http//..., http:\\..., user:password@host.
+_NEARLY = re.compile(r"\W*(?:https?|ftp|s3|gs|hf)(?:\W{1,2}[/\\]|[/\\]{2})", re.IGNORECASE)
+_LOGIN = re.compile(r"[^/\\@='\"]*[:\uff1a](?![/\\]|\d+(?:[/\\]|$))[^@]*@")  # behind no port, before no //
+_SECRET = re.compile(
+    r"((?:[?&;][\w.-]*(?:token|secret|sig|password|passwd|pwd|credential|key|auth)|\b(?:token|secret|passw(?:or)?d|pwd))"
+    r"[\w.-]*=)[^\s&;'\"]+",
+    re.IGNORECASE,
+)
 _CLOSING = re.compile(r"[\]})>\"'`,;:.]*$")
 
 
@@ -43,6 +54,26 @@ def _reduced(address: str) -> str:
     elif re.search(r":(?!\d*$)", host.rpartition("]")[2]):  # a password with / or ? in it: no port looks like that
         place = re.split(r"[?#]", rest.rpartition("@")[2], maxsplit=1)[0] if "@" in rest else ""
     return scheme[0] + place + closed
+
+
+def said(text: str) -> str:
+    """`text` as a message quotes it: `shown`, and what only looks like an address loses login and query too.
+
+    Not for what is read again: a path may look like that.
+    """
+    return re.sub(r"\S+", lambda found: _hushed(found[0]), shown(text))
+
+
+def _hushed(word: str) -> str:
+    plain = unquote(word)
+    if plain != word and _LOGIN.search(plain):
+        word = plain
+    silent, logins = _LOGIN.subn("", word)
+    if logins or _NEARLY.match(word):
+        place = re.split(r"[?#]", silent, maxsplit=1)[0]
+        closing = _CLOSING.search(silent)
+        silent = place if closing is None or place == silent else place + closing[0]
+    return _SECRET.sub(r"\1...", silent)
 
 
 def holds_address(text: str) -> bool:
@@ -83,7 +114,7 @@ def shown_arguments() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors quote what was asked for, addresses without their secret parts."""
+    """Its errors quote what was asked for in one line, addresses without their secret parts."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(shown(message))
+        super().error(printable(said(" ".join(message.split()))))

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from rkdo_dist.addresses import shown
+from rkdo_dist.addresses import said
+from rkdo_dist.printable import printable
 
 logger = logging.getLogger("rkdo_dist")
 _LEVELS = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
@@ -25,10 +26,11 @@ class Lines(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
+        """Write one line, whatever the message holds."""
         rank = int(getattr(record, "rank", os.environ.get("RANK", "0")))
         prefix = "rkdo" if rank == 0 else f"rkdo [rank {rank}]"
-        print(f"{prefix}: {_LEVELS.get(record.levelno, '')}{shown(record.getMessage())}", file=sys.stderr, flush=True)
+        text = printable(said(" ".join(record.getMessage().split())))
+        print(f"{prefix}: {_LEVELS.get(record.levelno, '')}{text}", file=sys.stderr, flush=True)
 
 
 def show_diagnostics() -> None:

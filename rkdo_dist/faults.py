@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from types import TracebackType
 
-from rkdo_dist.addresses import shown
+from rkdo_dist.addresses import said
 
 OUT_OF_MEMORY = (
     "out of memory: lower train.micro_batch (auto takes the largest that fits), set train.recompute=true, or take a "
@@ -43,12 +43,12 @@ def fault(kind: type[BaseException], error: BaseException, where: TracebackType 
 
     With RKDO_TRACEBACK, or where no file can be written, the traceback itself.
     """
-    text = shown("".join(traceback.format_exception(kind, error, where)))
+    text = said("".join(traceback.format_exception(kind, error, where)))
     if not os.environ.get("RKDO_TRACEBACK") and not issubclass(kind, KeyboardInterrupt):
         with contextlib.suppress(OSError):
             handle, path = tempfile.mkstemp(prefix="rkdo-fault-", suffix=".txt")
             with open(handle, "w", encoding="utf-8", errors="replace") as file:
                 file.write(text)
-            line = " ".join(shown(f"{kind.__name__}: {error}").split())[:300]
+            line = " ".join(said(f"{kind.__name__}: {error}").split())[:300]
             text = f"rkdo: this is a fault of rkdo, please report it: {line}; the traceback is in {path}\n"
     print(text, end="", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ from typing import Any
 
 from rkdo_dist import checkpoint
 from rkdo_dist import config as configuration
-from rkdo_dist.addresses import shown
+from rkdo_dist.addresses import said
 from rkdo_dist.files import write_atomic
 from rkdo_dist.history import History
 from rkdo_dist.lock import DirectoryLock
@@ -279,7 +279,7 @@ class RunDirectory:
         if self._remark:
             status["remark"] = self._remark
         if message:
-            status["message"] = shown(message)
+            status["message"] = said(message)
         path, text = self.path / "status.json", json.dumps(status, indent=2) + "\n"
         try:
             write_atomic(path, text)

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rkdo_dist"
 
 # Module prefix (longest match wins) -> floor. A module imports only lower floors, and its own folder.
 FLOORS = {
+    "printable": -1,
     "addresses": 0,
     "files": 0,
     "documents": 1,

@@ -194,6 +194,40 @@ def test_what_is_shown_of_an_address(text: str, silent: str) -> None:
     assert addresses.shown(silent) == silent
 
 
+MISTYPED = [
+    "HtTp:///{login}@h/x?{token}", "http:\\\\{login}@h\\x?{token}", "http//{login}@h/x?{token}", "s3;//h/x?{token}",
+    "//{login}@h/x?{token}", "https:{login}@h/x?token={token}", "{login}@h/x?token={token}",
+    "http\uff1a//{login}@h/?{token}", "imagefolder://{login}@h/x?token={token}",
+    "http%3A%2F%2Fuser%3Ap4ssw0rd-canary%40h%2Fx%3F{token}", "http://h/x;token={token}", "/h/x?a=b&sig={token}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MISTYPED)
+def test_a_mistyped_address_is_quoted_without_its_secrets(text: str, small: list[str], tmp_path: Path) -> None:
+    address = text.format(login="user:p4ssw0rd-canary", token="t0ken-canary")
+    for words in (
+        ["train", config_of(small), f"data.source={address}", f"run.dir={tmp_path / 'run'}"],
+        ["train", address],
+        ["train", config_of(small), address],
+        ["prepare", address, "--out", str(tmp_path / "out")],
+        ["index", address],
+        ["sweep", config_of(small), "--vary", address],
+        ["report", address],
+        [address],
+    ):
+        code, text = command(words)
+        assert code == 2, (words, text)
+        assert_silent(text)
+    for plain in (
+        "/a/b?c@d",
+        "hf://datasets/a@b/x",
+        "torchvision://CIFAR10?root=a",
+        "e.g. http://127.0.0.1:80: gone",
+        "a:b",
+    ):
+        assert addresses.said(plain) == plain
+
+
 def test_what_a_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(addresses.VARIABLE, raising=False)
     settings: list[Any] = [3, "plain", None, "http://h/open", "shards://http://u:P@h/x?T"]

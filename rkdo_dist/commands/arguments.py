@@ -64,6 +64,6 @@ def configuration_of(options: argparse.Namespace, relaunch: bool = True) -> Conf
 
 def terminal(stderr: bool = False) -> Console:
     """Where tables and progress go."""
-    from rich.console import Console
+    from rkdo_dist.console import Terminal
 
-    return Console(stderr=stderr)
+    return Terminal(stderr=stderr)

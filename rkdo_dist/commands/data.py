@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from rkdo_dist.commands.arguments import Command, local, terminal
+from rkdo_dist.printable import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,8 +49,8 @@ def _init(options: argparse.Namespace) -> int:
     from rkdo_dist.start import init
 
     for path in init(options.directory, options.data, options.force):
-        print(path)
-    print(f"next: {options.directory}/train.sh")
+        print(printable(str(path)))
+    print(printable(f"next: {options.directory}/train.sh"))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rkdo_dist.commands.arguments import Command, local
+from rkdo_dist.printable import printable
 
 
 def output_commands(command: Command) -> None:
@@ -45,7 +46,7 @@ def _export(options: argparse.Namespace) -> int:
 
     asked = {"force": options.force, "weights": options.weights}
     for path in export(options.source, options.format, options.out, backbone=backbone, **asked):
-        print(path)
+        print(printable(str(path)))
     return 0
 
 

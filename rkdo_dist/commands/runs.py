@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from rkdo_dist.commands.arguments import Command, add_config, configuration_of, local
+from rkdo_dist.printable import printable
 
 
 def run_commands(command: Command) -> None:
@@ -74,10 +75,10 @@ def _status(options: argparse.Namespace) -> int:
     from rkdo_dist.rundir import RunDirectory
 
     status = RunDirectory(options.directory).status()
-    print(f"{status['status']} at step {status['step']}")
+    print(printable(f"{status['status']} at step {status['step']}"))
     for word in ("message", "remark"):
         if word in status:
-            print(status[word])
+            print(printable(status[word]))
     return 0
 
 

@@ -199,8 +199,8 @@ def _parsed(override: str) -> tuple[str, Any]:
 
 
 def _form(key: str, value: Any) -> str:
-    full = next((flat for flat in _flat_names() if flat.split(".")[1] == key.strip()), "train.epochs")
-    return f"section.key=value, e.g. {full}={value or 5}"
+    full = next((flat for flat in _flat_names() if flat.split(".")[1] == key.strip()), None)
+    return f"section.key=value, e.g. {'train.epochs=5' if full is None else f'{full}={value or 5}'}"
 
 
 def _set(tree: dict[Any, Any], key: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from rkdo_dist.config import RunConfig
-from rkdo_dist.console import counting, say
+from rkdo_dist.console import Terminal, counting, say
 from rkdo_dist.data.index import Progress, ShardIndex
 from rkdo_dist.data.source import open_source
 from rkdo_dist.data.stream import MicroBatch, evaluation_stream
@@ -80,7 +80,7 @@ def embed(
         for name in names:
             group.together(lambda name=name: index.split(name), "looking up the split")  # type: ignore[misc]
         encoder.to(rt.device)
-        console = Console(stderr=True) if rt.is_main else None
+        console = Terminal(stderr=True) if rt.is_main else None
         found = [(name, *_split(encoder, index, name, rt, console)) for name in names]
         group.together(lambda: _write(out, found, index, what) if rt.is_main else None, "writing the features")
         if console is not None:

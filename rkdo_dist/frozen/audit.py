@@ -18,7 +18,7 @@ from torch import Tensor
 from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config, ConfigError
-from rkdo_dist.console import counting, say
+from rkdo_dist.console import Terminal, counting, say
 from rkdo_dist.data.index import Progress, ShardIndex
 from rkdo_dist.data.order import hash64, permutation
 from rkdo_dist.encoders import Encoder
@@ -99,7 +99,7 @@ def audit(directory: Path, out: Path | None, recipe: AuditRecipe, overrides: Seq
         n = group.together(lambda: index.split(config.data.split).samples, "looking up the split")
         group.together(lambda: _check_count(n), "looking up the split")
         chosen = np.sort(permutation(n, hash64(_SAMPLES, recipe.seed))[: recipe.samples])
-        console = Console(stderr=True) if rt.is_main else None
+        console = Terminal(stderr=True) if rt.is_main else None
         teachers = _teachers(config, rt, index, encoder, chosen, recipe, console)
         group.on_main(lambda: _write(out, config, recipe, teachers, found.step, n), "grading the rows")
 
@@ -213,4 +213,4 @@ def _write(out: Path, config: Config, recipe: AuditRecipe, teachers: Teachers | 
     sheets.show(console, [shown.table(result)])
     for sentence in result["words"]:
         console.print(sentence, width=80, markup=False, highlight=False)
-    say(Console(stderr=True), f"audit: {out}")
+    say(Terminal(stderr=True), f"audit: {out}")

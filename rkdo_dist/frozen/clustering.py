@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from rkdo_dist import __version__, documents
-from rkdo_dist.console import counting, say
+from rkdo_dist.console import Terminal, counting, say
 from rkdo_dist.evaluate import scores
 from rkdo_dist.exchange import group
 from rkdo_dist.field import neighbours as field_neighbours
@@ -93,7 +93,7 @@ def cluster(
         values = group.together(lambda: standardised(data.values), "centring the features")
         group.on_main(lambda: held.callback(_claimed(out, resume).release), "looking at --out")
         finished = group.from_rank_zero((out / RESULT).exists())
-        console = Console(stderr=True) if rt.is_main else None
+        console = Terminal(stderr=True) if rt.is_main else None
         if finished:
             group.on_main(lambda: _same(_read(out)["request"], request, out), "looking at --out")
             if console is not None:
@@ -310,7 +310,7 @@ def _write(
 
 def _show(result: dict[str, Any], out: Path) -> None:
     sheets.show(sheets.console(), [table(result)])
-    say(Console(stderr=True), f"clusters: {out}")
+    say(Terminal(stderr=True), f"clusters: {out}")
 
 
 def table(result: dict[str, Any]) -> sheets.Sheet:

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 
 from rkdo_dist import __version__
-from rkdo_dist.console import counting, say
+from rkdo_dist.console import Terminal, counting, say
 from rkdo_dist.evaluate import maps
 from rkdo_dist.files import write_atomic
 from rkdo_dist.frozen import sne
@@ -126,7 +125,7 @@ def _maps(x: Array, recipe: MapRecipe) -> list[dict[str, Any]]:
     first = sne.supervisor(torch.from_numpy(x), recipe.perplexity, kernel)
     judged = np.unique(np.linspace(0, len(x) - 1, JUDGED).astype(int))
     found = []
-    with counting(Console(stderr=True), "mapping") as progress:
+    with counting(Terminal(stderr=True), "mapping") as progress:
         total = recipe.iterations * len(recipe.couplings)
         for number, coupling in enumerate(recipe.couplings):
             p = first.clone() if coupling else first
@@ -172,7 +171,7 @@ def _write(out: Path, data: Features, chosen: Array, recipe: MapRecipe, found: l
     }
     write_atomic(out / "map.json", json.dumps(result, indent=2) + "\n")
     sheets.show(sheets.console(), [table(found)])
-    say(Console(stderr=True), f"map: {out}")
+    say(Terminal(stderr=True), f"map: {out}")
 
 
 def table(found: Sequence[dict[str, Any]]) -> sheets.Sheet:

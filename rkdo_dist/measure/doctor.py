@@ -20,7 +20,7 @@ from rich.text import Text
 from rkdo_dist import __version__, parts
 from rkdo_dist import config as configuration
 from rkdo_dist.config import Config
-from rkdo_dist.console import progress_bar
+from rkdo_dist.console import Terminal, progress_bar
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.data.shards import open_shard
 from rkdo_dist.exchange import group
@@ -50,7 +50,7 @@ def doctor(config: Config) -> int:
     """
     with surroundings.meet(config) as around:
         rt, index = around.runtime, around.index
-        console = Console(markup=False) if rt.is_main else None
+        console = Terminal(markup=False) if rt.is_main else None
         ranks: list[Any] = group.gather_objects(_this_rank(rt))
         _print(console, _launch_table(config, rt, ranks))
         asked, config = config, micro_batch.resolved(config, rt, index, None)
@@ -86,7 +86,7 @@ def _check_shards(index: ShardIndex, splits: list[str], console: Console | None)
         return
     place, places = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine = shards[place::places]
-    show = console if console is not None and console.is_terminal else Console(quiet=True)
+    show = console if console is not None and console.is_terminal else Terminal(quiet=True)
     with progress_bar(show, disable=show.quiet, transient=True) as bar:
         task = bar.add_task("verifying shards", total=len(mine), note="")
 

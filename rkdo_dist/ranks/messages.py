@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rkdo_dist.addresses import shown
+from rkdo_dist.addresses import said
 from rkdo_dist.diagnostics import logger, show_diagnostics
 from rkdo_dist.exchange import group
 
@@ -38,7 +38,7 @@ class Messages:
 
     def add(self, text: str) -> None:
         """One warning of this rank; a text that was added before is dropped."""
-        text = shown(" ".join(text.split()))
+        text = said(" ".join(text.split()))
         if text in self._known:
             return
         self._known.add(text)

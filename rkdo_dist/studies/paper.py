@@ -16,7 +16,7 @@ from typing import Any
 
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
-from rkdo_dist.addresses import shown
+from rkdo_dist.addresses import said, shown
 from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.data.errors import DataError
 from rkdo_dist.data.index import ShardIndex
@@ -157,7 +157,7 @@ def locations(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
 def missing(dataset: str, place: str, error: DataError) -> str:
     """Advice on a data set that is missing."""
     return (
-        f"{datasets.TITLES[dataset]} is left out: {shown(str(error))}\n"
+        f"{datasets.TITLES[dataset]} is left out: {said(str(error))}\n"
         f"  prepare it with: rkdo prepare {dataset} --out {shown(place)}   (--root DIR if its files are here already), "
         f"or give its directory with --data {dataset}=DIR"
     )

@@ -19,6 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rkdo_dist.console import Terminal
 from rkdo_dist.files import write_atomic
 
 WIDTH = 80  # of tables and sentences where there is no terminal to fit
@@ -126,8 +127,8 @@ def _line(cells: Sequence[str]) -> str:
 
 def console() -> Console:
     """Standard output: as wide as the terminal, 80 columns where there is none."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDTH)
+    found = Terminal()
+    return found if found.is_terminal else Terminal(width=WIDTH)
 
 
 def show(console: Console, sheets: Sequence[Sheet]) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from rkdo_dist import config as configuration
 from rkdo_dist import parts
 from rkdo_dist.config import Config, ConfigError
+from rkdo_dist.console import Terminal
 from rkdo_dist.data.index import ShardIndex
 from rkdo_dist.diagnostics import Lasting, lasting_output, logger
 from rkdo_dist.evaluate.evaluation import EvaluationPlan, Metric, check_metrics, evaluate_encoder
@@ -103,7 +103,7 @@ def _train(config: Config, given: Given, stop: StopRequest, output: Sequence[Las
         around.claimed(run if job.runtime.is_main else None, lambda: job.position)
         job.begin()
         trackers = group.on_main(lambda: _trackers(job, config), "starting run.trackers")
-        console = Console(stderr=True) if job.runtime.is_main else None
+        console = Terminal(stderr=True) if job.runtime.is_main else None
         already = job.position
         label = job.objective(0).name
         journal = Journal(run.metrics, already, job.total_steps, job.epochs, console, label, trackers)
@@ -276,4 +276,4 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
         encoder = parts.make_encoder(config, pretrained=False, code=code).to(rt.device)
         found = own_checkpoint(run, config, rt)
         encoder.load_state_dict(found.weights(config.evaluate.weights))
-        evaluate_encoder(config, rt, index, run, encoder, found.step, Console(stderr=True) if rt.is_main else None)
+        evaluate_encoder(config, rt, index, run, encoder, found.step, Terminal(stderr=True) if rt.is_main else None)
