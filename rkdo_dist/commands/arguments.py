@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +25,65 @@ WAYS = "values of run.reduction: some of exact, fast, ring (default: as the conf
 def add_config(add: Add) -> None:
     """The arguments CONFIG and KEY=VALUE."""
     add("config", metavar="CONFIG", help=CONFIG)
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. train.epochs=5 run.dir=runs/five")
+    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=5 run.dir=runs/five")
 
 
 def local(text: str) -> Path:
     """A path on this machine. An address would become a directory of that name, with all that is secret in it."""
     if holds_address(text):
         raise argparse.ArgumentTypeError(f"needs a path on this machine, got the address {text}")
-    return Path(text)
+    return Path(given(text))
+
+
+def given(text: str) -> str:
+    """A text that is not empty: an empty one, of a shell variable that is not set, would be the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"needs a name or a path, got {text!r}")
+    return text
+
+
+def file(text: str) -> Path:
+    """Where a file is to be written."""
+    path = local(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"needs a file, but {path} is a directory")
+    folder(str(path.parent))
+    return path
+
+
+def folder(text: str) -> Path:
+    """Where a directory is, or is to be made."""
+    path = local(text)
+    above = next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None)
+    if above is not None:
+        raise argparse.ArgumentTypeError(f"needs a directory, but {above} is a file")
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The type of an option that is a number: whole where the ends are. What else is asked of it, its owner checks."""
+
+    least: float
+    most: float
+
+    def __call__(self, text: str) -> float:
+        kind = type(self.most)
+        try:
+            number = kind(text)
+        except (ValueError, OverflowError):
+            number = None
+        if number is None or not self.least <= number <= self.most:
+            what = "a whole number" if kind is int else "a number"
+            brief = text if len(text) <= 40 else f"{text[:37]}..."
+            raise argparse.ArgumentTypeError(f"needs {what} from {self.least:,} to {self.most:,}, got {brief!r}")
+        return number
+
+
+COUNT = Range(0, 2**31 - 1)
+SEED = Range(0, 2**63 - 1)
+LENGTH = Range(0, 10**9)  # of a loop: steps, repeats
+SHARE = Range(0.0, 1.0)
 
 
 def names(text: str) -> tuple[str, ...]:

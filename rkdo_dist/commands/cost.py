@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from rkdo_dist.commands.arguments import WAYS, Command, add_config, configuration_of, local, names, numbers, terminal
+from rkdo_dist.commands.arguments import (
+    LENGTH,
+    WAYS,
+    Command,
+    Range,
+    add_config,
+    configuration_of,
+    file,
+    folder,
+    local,
+    names,
+    numbers,
+    terminal,
+)
 
 
 def cost_commands(command: Command) -> None:
@@ -16,8 +29,8 @@ def cost_commands(command: Command) -> None:
         "configs/digits-rkdo.yaml --out runs/cost/1.json",
     )
     add_config(add)
-    add("--out", type=local, required=True, metavar="FILE", help="the facts, as JSON")
-    add("--steps", type=int, default=5, metavar="N", help="steps that are measured (default 5)")
+    add("--out", type=file, required=True, metavar="FILE", help="the facts, as JSON")
+    add("--steps", type=LENGTH, default=5, metavar="N", help="steps that are measured (default 5)")
     add("--ways", type=names, default=(), metavar="A,B", help=WAYS)
 
     add = command(
@@ -27,13 +40,13 @@ def cost_commands(command: Command) -> None:
         "configs/digits-rkdo.yaml --world-sizes 1,2 --out runs/scale",
     )
     add("config", type=local, nargs="?", metavar="CONFIG", help="a YAML file (not with --from)")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="as for train")
+    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="as for train")
     add("--world-sizes", type=numbers, default=(1, 2), metavar="N,N", help="numbers of processes (default 1,2)")
     add("--mode", choices=("strong", "weak"), default="strong", help="one global batch, or one per process")
-    add("--steps", type=int, default=5, metavar="N", help="steps that are measured (default 5)")
+    add("--steps", type=LENGTH, default=5, metavar="N", help="steps that are measured (default 5)")
     add("--ways", type=names, default=(), metavar="A,B", help=WAYS)
     add("--accelerate-config", type=local, metavar="FILE", help="start through `accelerate launch` with this file")
-    add("--out", type=local, metavar="DIR", help="where results, figures and page go (default: --from's folder)")
+    add("--out", type=folder, metavar="DIR", help="where results, figures and page go (default: --from's folder)")
     add("--from", dest="source", type=local, metavar="DIR", help="an earlier study, or files of `rkdo measure`")
 
     add = command(
@@ -43,8 +56,8 @@ def cost_commands(command: Command) -> None:
         "configs/paper/cifar10-rkdo.yaml train.global_batch=256",
     )
     add_config(add)
-    add("--image-size", type=int, metavar="N", help="default: data.image_size, or 32")
-    add("--repeats", type=int, default=3, metavar="N", help="steps to time; fewer than 3: count only (default 3)")
+    add("--image-size", type=Range(1, 1 << 16), metavar="N", help="default: data.image_size, or 32")
+    add("--repeats", type=LENGTH, default=3, metavar="N", help="steps to time; fewer than 3: count only (default 3)")
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -85,8 +98,6 @@ def _scale(options: argparse.Namespace) -> int:
 def _flops(options: argparse.Namespace) -> int:
     config = configuration_of(options, relaunch=False)
     size = options.image_size or config.data.image_size or 32
-    if size < 1 or options.repeats < 0:
-        raise ValueError(f"--image-size must be at least 1 and --repeats 0, got {size} and {options.repeats}")
     from rkdo_dist.measure.flops import cost_table
 
     console = terminal()

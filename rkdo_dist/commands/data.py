@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from rkdo_dist.commands.arguments import Command, local, terminal
+from rkdo_dist.commands.arguments import COUNT, Command, folder, given, local, terminal
 from rkdo_dist.printable import printable
 
 if TYPE_CHECKING:
@@ -17,32 +17,43 @@ if TYPE_CHECKING:
 def data_commands(command: Command) -> None:
     """Add the commands."""
     add = command("init", _init, "write starting configurations and a launch script", "mine --data path/to/pictures")
-    add("directory", type=local, metavar="DIR", help="where they go")
-    add("--data", metavar="SOURCE", help="as data.source: a folder of images, shards, an address (default: the digits)")
+    add("directory", type=folder, metavar="DIR", help="where they go")
+    add(
+        "--data",
+        type=given,
+        metavar="SOURCE",
+        help="as data.source: a folder of images, shards, an address (default: the digits)",
+    )
     add("--force", action="store_true", help="replace files that are there")
 
     add = command(
         "prepare", _prepare, "turn a data set into WebDataset shards with an index", "digits --out data/digits"
     )
-    add("source", metavar="SOURCE", help="digits, cifar10, cifar100, stl10, imagefolder, or the path of images")
-    add("--out", type=local, required=True, metavar="DIR", help="where the shards go")
+    add(
+        "source",
+        type=given,
+        metavar="SOURCE",
+        help="digits, cifar10, cifar100, stl10, imagefolder, or the path of images",
+    )
+    add("--out", type=folder, required=True, metavar="DIR", help="where the shards go")
     add(
         "--root",
         type=local,
         metavar="PATH",
         help="files already there: torchvision's root, or a folder or tar of images",
     )
-    add("--shard-size", type=int, metavar="N", help="samples per shard")
+    add("--shard-size", type=COUNT, metavar="N", help="samples per shard")
     add("--force", action="store_true", help="rebuild what is complete")
 
     add = command("index", _index, "describe existing shards, or read a folder of images through once", "data/mine")
     add(
         "shards",
+        type=given,
         nargs="+",
         metavar="DIR_OR_URL",
         help="a directory of tar files, tar files or URLs, or any data.source",
     )
-    add("--out", type=local, metavar="DIR", help="where index.json of shards goes (default: beside them)")
+    add("--out", type=folder, metavar="DIR", help="where index.json of shards goes (default: beside them)")
 
 
 def _init(options: argparse.Namespace) -> int:

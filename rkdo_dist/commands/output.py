@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rkdo_dist.commands.arguments import Command, local
+from rkdo_dist.commands.arguments import Command, file, given
 from rkdo_dist.printable import printable
 
 
@@ -16,12 +16,18 @@ def output_commands(command: Command) -> None:
         "write a run's encoder for torchvision, timm, ONNX or load_encoder",
         "runs/first --format torchvision --out resnet18.pth",
     )
-    add("source", metavar="RUN", help="a run directory, a checkpoint, a saved encoder or hf://OWNER/NAME")
+    add("source", type=given, metavar="RUN", help="a run directory, a checkpoint, a saved encoder or hf://OWNER/NAME")
     add("--format", required=True, choices=("torchvision", "timm", "safetensors", "onnx"), help="who will load it")
-    add("--out", type=local, required=True, metavar="FILE", help="beside it FILE.json and FILE.md are written")
+    add("--out", type=file, required=True, metavar="FILE", help="beside it FILE.json and FILE.md are written")
     add("--weights", choices=("trained", "ema"), default="trained", help="as trained, or their average (train.ema)")
     add("--force", action="store_true", help="replace files that are there")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="encoder.backbone=... if the backbone is your code")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="encoder.backbone=... if the backbone is your code",
+    )
 
     add = command(
         "embed",
@@ -29,15 +35,21 @@ def output_commands(command: Command) -> None:
         "write features and embeddings of images, with their keys",
         "runs/first path/to/folder --out features.npz",
     )
-    add("source", metavar="RUN", help="as for export")
-    add("data", metavar="SOURCE", help="as data.source: a folder of images, shards, an address")
-    add("--out", type=local, required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
+    add("source", type=given, metavar="RUN", help="as for export")
+    add("data", type=given, metavar="SOURCE", help="as data.source: a folder of images, shards, an address")
+    add("--out", type=file, required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
     add("--split", action="append", default=[], metavar="NAME", help="only this split; may be repeated (default: all)")
     add("--on-corrupt", choices=("abort", "skip"), default="abort", help="files that are not images: stop, or skip")
     add("--what", choices=("both", "features", "embeddings"), default="both", help="which arrays (default: both)")
     add("--weights", choices=("trained", "ema"), default="trained", help="as trained, or their average (train.ema)")
     add("--force", action="store_true", help="replace FILE")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="encoder.backbone=... if the backbone is your code")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="encoder.backbone=... if the backbone is your code",
+    )
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rkdo_dist.commands.arguments import Command, local, terminal
+from rkdo_dist.commands.arguments import Command, file, folder, local, terminal
 
 
 def reading_commands(command: Command) -> None:
     """Add the commands."""
     add = command("compare", _compare, "a table and a figure of several runs", "runs/a runs/b --figure runs/loss.png")
     add("directories", type=local, nargs="+", metavar="RUN", help="run directories")
-    add("--figure", type=local, metavar="FILE", help="save the loss curves here (.png or .svg)")
+    add("--figure", type=file, metavar="FILE", help="save the loss curves here (.png or .svg)")
 
     add = command("report", _report, "one self-contained HTML page of any runs", "runs/a runs/b")
     add("directories", type=local, nargs="+", metavar="RUN", help="run directories, finished or not")
-    add("--out", type=local, metavar="FILE", help="default: RUN/report.html, or report.html for several runs")
+    add("--out", type=file, metavar="FILE", help="default: RUN/report.html, or report.html for several runs")
 
     add = command("field", _field, "a picture of how rows of a persistent field evolve", "runs/persistent")
     add("directory", type=local, metavar="RUN", help="a run with field.recursion=persistent")
-    add("--out", type=local, metavar="DIR", help="write field.png and field.svg here (default: RUN)")
+    add("--out", type=folder, metavar="DIR", help="write field.png and field.svg here (default: RUN)")
 
 
 def _compare(options: argparse.Namespace) -> int:

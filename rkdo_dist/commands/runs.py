@@ -26,7 +26,7 @@ def run_commands(command: Command) -> None:
         "evaluate", _evaluate, "evaluate the newest checkpoint of a run", "runs/digits-rkdo evaluate.protocol=paper"
     )
     add("directory", type=local, metavar="RUN", help="a run directory")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. evaluate.protocol=paper")
+    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. evaluate.protocol=paper")
 
     add = command("status", _status, "how a run stands (its first word is for scripts)", "runs/digits-rkdo")
     add("directory", type=local, metavar="RUN", help="a run directory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rkdo_dist.commands.arguments import CONFIG, Command, local, names, numbers
+from rkdo_dist.commands.arguments import CONFIG, COUNT, LENGTH, Command, folder, names, numbers
 
 
 def study_commands(command: Command) -> None:
@@ -23,8 +23,8 @@ def study_commands(command: Command) -> None:
     add("--seeds", type=numbers, default=None, metavar="N,...", help="default: the one of CONFIG")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs")
     add("--metric", type=names, default=("linear_accuracy",), metavar="A,B", help="scores of the evaluations")
-    add("--out", type=local, default=Path("runs/sweep"), metavar="DIR")
-    add("--processes", type=int, default=1, metavar="N", help="runs at a time")
+    add("--out", type=folder, default=Path("runs/sweep"), metavar="DIR")
+    add("--processes", type=COUNT, default=1, metavar="N", help="runs at a time")
 
     add = command(
         "reproduce",
@@ -37,8 +37,8 @@ def study_commands(command: Command) -> None:
     add("--seeds", type=numbers, default=(42, 123, 456, 789, 101), metavar="N,...")
     add("--epochs", type=numbers, default=(1, 2, 5, 10), metavar="N,...")
     add("--data", action="append", default=[], metavar="DIR", help="DIR/<data set> hold the shards, or DATASET=DIR")
-    add("--out", type=local, default=Path("runs/reproduce"), metavar="DIR")
-    add("--processes", type=int, default=1, metavar="N", help="runs at a time")
+    add("--out", type=folder, default=Path("runs/reproduce"), metavar="DIR")
+    add("--processes", type=COUNT, default=1, metavar="N", help="runs at a time")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs; tables say so")
 
     add = command(
@@ -47,8 +47,8 @@ def study_commands(command: Command) -> None:
         "measure the paper's lemmas and theorem on explicit distributions",
         "--out runs/theory",
     )
-    add("--out", type=local, metavar="DIR", help="write theory.json and a figure here (.png and .svg)")
-    add("--repeats", type=int, default=1, metavar="N", help="random draws of every kind (default 1)")
+    add("--out", type=folder, metavar="DIR", help="write theory.json and a figure here (.png and .svg)")
+    add("--repeats", type=LENGTH, default=1, metavar="N", help="random draws of every kind (default 1)")
 
 
 def _sweep(options: argparse.Namespace) -> int:

@@ -66,7 +66,7 @@ class Address:
         shown: scheme, host and path, for messages.
 
     Raises:
-        DataError: for a scheme that is not allowed.
+        DataError: for a scheme that is not allowed, or nothing after it.
     """
 
     url: str = field(repr=False)
@@ -79,6 +79,8 @@ class Address:
                 f"addresses that begin with {parts.scheme}: are not supported, only "
                 f"{', '.join((*HTTP, *OBJECT_STORES))}"
             )
+        if not parts.netloc:
+            raise DataError(f"{addresses.said(self.url)} names no place after {parts.scheme}://")
         object.__setattr__(self, "url", addresses.whole(self.url))
         object.__setattr__(self, "shown", addresses.shown(self.url))
 

@@ -36,6 +36,7 @@ from rkdo_dist.ranks import surroundings
 from rkdo_dist.ranks.agreement import agree
 from rkdo_dist.ranks.runtime import Runtime
 from rkdo_dist.studies import sheets
+from rkdo_dist.training.machine import available_bytes
 
 RESULT, CHECKPOINT = "clusters.json", "checkpoint.npz"
 SAVES = 10  # in a job
@@ -89,7 +90,7 @@ def cluster(
         data = group.together(lambda: read_features(path, array, labels), f"reading {path}")
         request = {"features": data.digest, "version": __version__, **dataclasses.asdict(recipe)}
         agree(request)
-        group.together(lambda: _check(data, recipe, images, threads), "checking the request")
+        group.together(lambda: _check(data, recipe, images, rt.device), "checking the request")
         values = group.together(lambda: standardised(data.values), "centring the features")
         group.on_main(lambda: held.callback(_claimed(out, resume).release), "looking at --out")
         finished = group.from_rank_zero((out / RESULT).exists())
@@ -103,10 +104,15 @@ def cluster(
         group.on_main(lambda: _show(_read(out), out), "showing the result")
 
 
-def _check(data: Features, recipe: Recipe, images: str | None, threads: int) -> None:
+def _check(data: Features, recipe: Recipe, images: str | None, device: torch.device) -> None:
     recipe.check(len(data.values))
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
+    need = 16 * recipe.heads * recipe.clusters * data.values.shape[1]  # weights, gradients, two moments; float32
+    there = available_bytes(device)
+    if need > there:
+        raise ValueError(
+            f"--heads {recipe.heads} of {recipe.clusters} clusters need {need / 2**30:.1f} GiB, but "
+            f"{there / 2**30:.1f} GiB are free: take fewer"
+        )
     if images is not None:
         source_of(data, images)
 

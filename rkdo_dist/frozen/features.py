@@ -8,7 +8,6 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+_MOST_CLASSES = 1 << 24
 _IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
@@ -68,7 +68,7 @@ def read_features(path: Path, array: str = "features", labels: Path | None = Non
         if images.ndim < 2:
             raise ValueError(f"{path} holds {images.shape}, not features (n, f): labels are given by --labels")
         pictures = images if images.dtype == np.uint8 and images.ndim == 3 else None
-        found[array] = images.reshape(len(images), -1)
+        found[array] = images.reshape(len(images), math.prod(images.shape[1:]))
     if array not in found:
         raise ValueError(f"{path} has no array {array!r}: there are {', '.join(sorted(found)) or 'none'} (see --array)")
     if labels is not None:
@@ -78,6 +78,9 @@ def read_features(path: Path, array: str = "features", labels: Path | None = Non
         found["labels"] = given["labels" if "labels" in given else "idx"]
     values = _values(found[array], f"{path}: {array}")
     named = {name: found.get(name) for name in ("labels", "keys", "splits")}
+    classes = found.get("classes", np.array([]))
+    for name in ("keys", "splits", "classes"):
+        _check_names(found.get(name), f"{path}: {name}")
     for name, some in named.items():
         if some is not None and some.shape != (len(values),):
             raise ValueError(f"{path}: {name} must be ({len(values)},) as there are rows of {array}, got {some.shape}")
@@ -86,10 +89,22 @@ def read_features(path: Path, array: str = "features", labels: Path | None = Non
         labels=_labels(named["labels"], path),
         keys=named["keys"],
         splits=named["splits"],
-        classes=tuple(map(str, found.get("classes", ()))),
+        classes=tuple(map(str, classes)),
         pictures=pictures,
         digest=_digest(values),
     )
+
+
+def _check_names(names: Array | None, what: str) -> None:
+    """Raise an error for what is no list of texts (or numbers) that can be written down."""
+    if names is None:
+        return
+    try:
+        "".join(map(str, names)).encode()
+    except (TypeError, UnicodeEncodeError):
+        names = np.zeros((0, 0))
+    if names.ndim != 1:
+        raise ValueError(f"{what} must be a list of names")
 
 
 def _digest(values: Array) -> str:
@@ -101,7 +116,8 @@ def _digest(values: Array) -> str:
 def _values(raw: Array, what: str) -> NDArray[np.float32]:
     if raw.ndim != 2 or raw.dtype.kind not in "fiub" or raw.size == 0:
         raise ValueError(f"{what} must be numbers (n, f), got {raw.dtype} {raw.shape}")
-    values = np.ascontiguousarray(raw, dtype=np.float32)
+    with np.errstate(over="ignore"):  # said below
+        values = np.ascontiguousarray(raw, dtype=np.float32)
     broken = 0
     first = None
     for start in range(0, len(values), 4096):  # no array of the features' size is made
@@ -118,6 +134,8 @@ def _labels(raw: Array | None, path: Path) -> NDArray[np.int64] | None:
         return None
     if raw.dtype.kind not in "iub":
         raise ValueError(f"{path}: labels must be whole numbers, -1 for none, got {raw.dtype}")
+    if raw.size and raw.max() >= _MOST_CLASSES:
+        raise ValueError(f"{path}: labels must be below {_MOST_CLASSES:,}, got {raw.max()}")
     labels = raw.astype(np.int64)
     return labels if (labels >= 0).any() else None
 
@@ -131,15 +149,26 @@ def _arrays(path: Path, wanted: set[str]) -> dict[str, Array]:
     if path.suffix == ".parquet":
         return _parquet(path)
     if path.suffix == ".safetensors":
-        return _safetensors(path)
+        return _safetensors(path, wanted)
     return {"idx": _idx(path)}
 
 
 def _npz(path: Path, wanted: set[str]) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] if name in wanted else np.arange(0) for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            found = {name: file[name] if name in wanted else np.arange(0) for name in file.files}
+        foreign = next((name for name, array in found.items() if not isinstance(array, np.ndarray)), None)
+        if foreign is not None:
+            raise ValueError(f"{foreign!r} in it is no array")
+        return found
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        RuntimeError,
+    ) as error:  # the last: a password
         why = "it holds Python objects, which are not read" if "allow_pickle" in str(error) else str(error)
         raise ValueError(f"{path} cannot be read as an .npz of plain arrays: {why}") from None
 
@@ -158,27 +187,46 @@ def _parquet(path: Path) -> dict[str, Array]:
     found = {}
     for column in table.column_names:
         values = table[column].combine_chunks()
-        if isinstance(values.type, pa.FixedSizeListType):
-            array = values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
-        elif isinstance(values.type, pa.ListType):
-            array = np.array(values.to_pylist(), dtype=np.float32)
-        else:
-            array = np.array(values.to_pylist())
+        try:
+            if isinstance(values.type, pa.FixedSizeListType):
+                array = values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
+            elif isinstance(values.type, pa.ListType):
+                array = np.array(values.to_pylist(), dtype=np.float32)
+            else:
+                array = np.array(values.to_pylist())
+        except (ValueError, TypeError):  # rows of several lengths, or without a value
+            raise ValueError(f"{path}: the rows of {column} are not all there, or not of one length") from None
         found[names.get(column, column)] = array
     about = (table.schema.metadata or {}).get(b"classes")
-    return found | ({"classes": np.array(json.loads(about))} if about else {})
+    return found | ({"classes": _listed(about, f"{path}: classes")} if about else {})
 
 
-def _safetensors(path: Path) -> dict[str, Array]:
+def _safetensors(path: Path, wanted: set[str]) -> dict[str, Array]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "np") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            text: Mapping[str, str] = file.metadata() or {}
+        with safe_open(path, "pt") as file:  # NumPy has no bfloat16
+            found = {name: file.get_tensor(name) if name in wanted else None for name in file.keys()}  # noqa: SIM118
+            text = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a .safetensors file: {error}") from None
-    return found | {name: np.array(json.loads(text[name])) for name in ("keys", "splits", "classes") if name in text}
+    arrays = {
+        name: np.arange(0) if x is None else (x.float() if x.is_floating_point() else x).numpy()
+        for name, x in found.items()
+    }
+    told = {name: _listed(text[name], f"{path}: {name}") for name in ("keys", "splits", "classes") if name in text}
+    return arrays | told
+
+
+def _listed(text: str | bytes, what: str) -> Array:
+    """A list of texts, in JSON."""
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{what} must be a list of names (JSON)")
+    return np.array(names, dtype=str)
 
 
 def _idx(path: Path) -> Array:

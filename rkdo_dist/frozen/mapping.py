@@ -57,8 +57,8 @@ class MapRecipe:
             raise ValueError(f"a map needs at least 4 samples, got {n}")
         if not 1 < self.perplexity < n - 1:
             raise ValueError(f"--perplexity must be in (1, {n - 1}) for {n} samples, got {self.perplexity}")
-        if not 0 < self.freedom < math.inf:
-            raise ValueError(f"--freedom must be above 0, got {self.freedom}")
+        if not 0.01 <= self.freedom <= 1e6:
+            raise ValueError(f"--freedom must be above 0, from 0.01 to 1e6, got {self.freedom}")
         if self.iterations <= sne.EARLY:
             raise ValueError(f"--iterations must be above {sne.EARLY} (the early ones), got {self.iterations}")
         for coupling in self.couplings:

@@ -80,6 +80,8 @@ def check(plan: Plan) -> Config:
     base = configuration.load(plan.config, plan.overrides)
     if not plan.worlds or any(w < 1 for w in plan.worlds) or len(set(plan.worlds)) < len(plan.worlds):
         raise ScalingError(f"--world-sizes must be different positive numbers, got {','.join(map(str, plan.worlds))}")
+    if plan.launch_config is not None and not plan.launch_config.is_file():
+        raise ScalingError(f"--accelerate-config {plan.launch_config} is not a file")
     if plan.steps < 1:
         raise ScalingError(f"--steps must be at least 1, got {plan.steps}")
     settings = {world: _overrides(plan, base, world) for world in plan.worlds}
