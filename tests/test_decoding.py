@@ -67,3 +67,25 @@ def test_damage_is_still_found() -> None:
     payload = encoded(photo(500, 375))
     with pytest.raises(DataError, match="it cannot be decoded"):
         decode(payload[: len(payload) // 2], "it", 32)
+
+
+def test_a_strip_is_cut_before_it_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, resize = [], Image.Image.resize
+
+    def watched(image: Image.Image, size: tuple[int, int], *more: object) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(image, size, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    for shape in ((65535, 1, 3), (1, 65535, 3), (130, 2, 3)):
+        pixels = np.zeros(shape, np.uint8)
+        longest = int(np.argmax(shape[:2]))
+        middle = [slice(None)] * 2
+        middle[longest] = slice(shape[longest] // 2 - 40, shape[longest] // 2 + 40)
+        pixels[tuple(middle)] = 200
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "PNG")
+        found = decode(data.getvalue(), "strip", 16)
+        assert found.shape == (3, 16, 16)
+        assert (found == 200).all()
+    assert max(made) <= 16 * 16 * 64

@@ -46,6 +46,9 @@ def test_commands(small: list[str], reference: Path, tmp_path: Path) -> None:
     )
     broken = tmp_path / "broken.yaml"
     broken.write_text("field: {}\n\0")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    code, text = command(["train", str(tmp_path / "loop.yaml")])
+    assert (code, "did you mean" in text) == (2, False)
     for words, ends in (
         (["status", str(run)], 0),
         (["train", f"{HOSTILE}\n.yaml"], 2),

@@ -116,7 +116,8 @@ def _instead(path: Path) -> str:
     there += [f"configs/{found.name}" for found in _shipped(Path("configs")).glob("*.yaml")]
     by_name = {Path(found).stem: found for found in reversed(there)}
     near = difflib.get_close_matches(path.stem, by_name, n=1, cutoff=0.5)
-    return f"; did you mean {by_name[near[0]]}?" if near else ""
+    near = [by_name[name] for name in near if by_name[name] != str(path)]  # a link that leads nowhere is there
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _shipped(path: Path) -> Path:
@@ -183,7 +184,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return str(error)
+        return " ".join(str(error).split())
     return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
 
 

@@ -19,6 +19,7 @@ FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_BYTES = 64 << 20  # of one encoded image
 MAX_PIXELS = 1 << 25  # of one image: 33.5 million, 96 MiB decoded
+_LONGEST = 64  # times the shorter side: what is longer is cut before it is resized, which would fill the memory
 _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
 
 
@@ -105,7 +106,11 @@ def _loaded(image: Image.Image, where: str, convert: bool) -> Image.Image:
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
+    short, long = min(image.size), _LONGEST * min(image.size)
+    if max(image.size) > long:  # 1 x 65535 pixels would become size x 65535 size
+        left, top = (max(0, side - long) // 2 for side in image.size)
+        image = image.crop((left, top, left + min(image.width, long), top + min(image.height, long)))
+    scale = size / short
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
