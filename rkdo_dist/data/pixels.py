@@ -118,7 +118,8 @@ class Numbers:
 
     def alike(self) -> np.ndarray:
         """The images in an order in which those that are treated alike are neighbours: int64 (m,)."""
-        return np.argsort(self.host("place")[0], kind="stable")
+        changes = np.concatenate([self.host("contrast") != 0, self.host("saturation") != 0])
+        return np.lexsort([*changes[::-1], self.host("grayscale")[0], self.host("place")[0]])
 
     def to(self, device: torch.device) -> Numbers:
         """The same with tensors on a device, in one transfer that nobody waits for."""
