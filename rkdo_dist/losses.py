@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from rkdo_dist.exchange.columns import GatheredColumns, LocalColumns, RingColumns, UnevenColumns
 from rkdo_dist.exchange.function import Call, Columns, FieldFunction
@@ -68,6 +69,10 @@ class FieldLoss(nn.Module):
         super().__init__()
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
+        if group is not None and not isinstance(group, ProcessGroup):
+            raise ValueError(f"group must be a process group, or None for the default group, got {group!r}")
+        if not isinstance(objective, Objective | str):
+            raise ValueError(f"objective must be an Objective or the name of one, got {objective!r}")
         if isinstance(objective, str) and objective not in PRESETS:
             raise ValueError(f"objective must be one of {', '.join(PRESETS)}, got {objective!r}")
         if isinstance(objective, str) and PRESETS[objective].relation is not None:
@@ -137,6 +142,8 @@ class FieldLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("the field loss has no torch.func transforms (grad, vmap); field.objectives.dense has")
+        if supervisor is not None and self.objective.supervisor != "rows":
+            raise ValueError(f"objective {self.objective.name} has a supervisor of its own and takes none")
         tau = self.temperature if temperature is None else temperature
         objective = self.objective
         world = 1 if self.exchange == "local" else world_size(self.group)

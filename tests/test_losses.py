@@ -257,6 +257,16 @@ def test_without_validation_form_is_checked_and_values_are_not() -> None:
         (lambda: RKDOLoss(exchange="post"), "exchange"),
         (lambda: IConLoss(debias=-0.1), "debias"),
         (lambda: InfoNCELoss(temperature=-1), "temperature"),
+        (lambda: RKDOLoss(temperature=1e-45), "temperature must be at least 1e-30"),
+        (lambda: InfoNCELoss()(*pair(), temperature=torch.tensor(1e-45)), "temperature must be at least 1e-30"),
+        (lambda: RKDOLoss(temperature="low"), "temperature must be a number, got 'low'"),
+        (lambda: RKDOLoss(cooling=None), "cooling must be a number, got None"),
+        (lambda: RKDOLoss(coupling="half"), "coupling must be a number, got 'half'"),
+        (lambda: RKDOLoss(coupling=[0.5, True, 0.5]), "coupling must be a number, got True"),
+        (lambda: FieldLoss(None), "objective must be an Objective or the name of one, got None"),
+        (lambda: RKDOLoss(group=[0, 1]), r"group must be a process group, or None .*, got \[0, 1\]"),
+        (lambda: RKDOLoss()(*pair(), supervisor="rows"), "has a supervisor of its own"),
+        (lambda: RKDOLoss()(pair()[0].detach().to_sparse(), pair()[1]), "u must be dense, got the layout sparse_coo"),
     ],
 )
 def test_bad_settings_are_named(make, text: str) -> None:

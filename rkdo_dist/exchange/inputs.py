@@ -191,6 +191,8 @@ def _views_problem(u: Tensor, v: Tensor, objective: Objective) -> str | None:
         if not isinstance(x, Tensor) or x.dim() != 2:
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             return f"{name} must be a tensor of embeddings (b, d), got {shape}"
+        if x.layout is not torch.strided:
+            return f"{name} must be dense, got the layout {str(x.layout).removeprefix('torch.')}"
         if x.dtype not in DTYPES:
             return f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}"
         if x.shape[0] == 0 or x.shape[1] == 0:

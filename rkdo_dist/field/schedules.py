@@ -12,6 +12,7 @@ from rkdo_dist.field.presets import CLOCKS
 
 COUPLING_SCHEDULES = ("constant", "linear", "cosine", "step")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+LEAST = 1e-30  # of what logits are divided by: further down they leave float32
 
 
 def temperature(initial: float, cooling: float, step: float, total: float) -> float:
@@ -27,6 +28,7 @@ def temperature(initial: float, cooling: float, step: float, total: float) -> fl
         ValueError: if an argument is out of range.
     """
     require_positive("temperature", initial)
+    _require_number("cooling", cooling)
     if not 0 <= cooling < 1:
         raise ValueError(f"cooling must lie in [0, 1), so that every temperature stays above 0; got {cooling}")
     return initial * (1 - cooling * _progress(step, total))
@@ -52,7 +54,10 @@ def levels(
     if clock not in CLOCKS:
         raise ValueError(f"clock must be one of {', '.join(CLOCKS)}, got {clock!r}")
     require_share("progress", progress)
-    couplings = tuple(coupling) if isinstance(coupling, Sequence) else (coupling,) * depth
+    if isinstance(coupling, Sequence) and not isinstance(coupling, str):
+        couplings = tuple(coupling)
+    else:
+        couplings = (coupling,) * depth
     if len(couplings) != depth:
         raise ValueError(f"coupling needs one number, or one per level ({depth}), got {len(couplings)}")
     clocked = [t / depth if clock == "depth" else progress for t in range(depth + 1)]
@@ -126,15 +131,24 @@ def learning_rate(
 
 
 def require_positive(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is finite and > 0."""
+    """Raise ValueError unless `value` is a finite number > 0, and at least `LEAST`."""
+    _require_number(name, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be finite and > 0, got {value}")
+    if value < LEAST:
+        raise ValueError(f"{name} must be at least {LEAST:g}, got {value}")
 
 
 def require_share(name: str, value: float) -> None:
-    """Raise ValueError unless `value` lies in [0, 1]."""
+    """Raise ValueError unless `value` is a number in [0, 1]."""
+    _require_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def _require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def _progress(step: float, total: float) -> float:
