@@ -21,15 +21,19 @@ from rkdo_dist.printable import printable
 VARIABLE = "RKDO_ADDRESSES"  # whole addresses with blanks between them
 _SCHEME = r"(?:(?i:https?):/+|[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2})"  # a pathlib.Path loses the second /, others add a third
 _OPTIONS = ("torchvision:", "imagefolder:")  # their query is not secret, and needed
-_ADDRESS = re.compile(rf"{_SCHEME}(?:(?!{_SCHEME})\S)*")
+# user:password@ with blanks in it; where a / follows what may be a port, there is no login.
+_SPACED = r"[^/?#@:\n]*:(?:[^/\n]*|(?!\d*(?:[/?#\s,;)'\"]|$))(?:(?!://)[^\n])*)@"
+_ADDRESS = re.compile(rf"{_SCHEME}(?:{_SPACED})?(?:(?!{_SCHEME})\S)*")
 # Of what is no address, but may be meant as one: http//..., http:\\..., user:password@host.
 _NEARLY = re.compile(r"\W*(?:https?|ftp|s3|gs|hf)(?:\W{1,2}[/\\]|[/\\]{2})", re.IGNORECASE)
+_NEARLY_SPACED = re.compile(rf"\b((?:https?|ftp|s3|gs|hf)\W{{0,2}}[/\\])[/\\]*{_SPACED}", re.IGNORECASE)
 _LOGIN = re.compile(r"[^/\\@='\"]*[:\uff1a](?![/\\]|\d+(?:[/\\]|$))[^@]*@")  # behind no port, before no //
 _SECRET = re.compile(
     r"((?:[?&;][\w.-]*(?:token|secret|sig|password|passwd|pwd|credential|key|auth)|\b(?:token|secret|passw(?:or)?d|pwd))"
     r"[\w.-]*=)[^\s&;'\"]+",
     re.IGNORECASE,
 )
+_NO_PORT = re.compile(r":(?!\d*$)[^\]]*$")  # behind the last ] of an IPv6 host
 _CLOSING = re.compile(r"[\]})>\"'`,;:.]*$")
 
 
@@ -49,10 +53,12 @@ def _reduced(address: str) -> str:
     rest = rest.removesuffix(closed)
     place = re.split(r"[?#]", rest, maxsplit=1)[0]
     host = place.partition("/")[0]
-    if "@" in host:
-        place = host.rpartition("@")[2] + place[len(host) :]
-    elif re.search(r":(?!\d*$)", host.rpartition("]")[2]):  # a password with / or ? in it: no port looks like that
+    if _NO_PORT.search(host) and "@" not in host:  # a password with / or ? in it
         place = re.split(r"[?#]", rest.rpartition("@")[2], maxsplit=1)[0] if "@" in rest else ""
+        host = place.partition("/")[0]
+    place = host.rpartition("@")[2] + place[len(host) :]
+    if _NO_PORT.search(place.partition("/")[0]):  # user@password:host
+        place = ""
     return scheme[0] + place + closed
 
 
@@ -61,7 +67,7 @@ def said(text: str) -> str:
 
     Not for what is read again: a path may look like that.
     """
-    return re.sub(r"\S+", lambda found: _hushed(found[0]), shown(text))
+    return re.sub(r"\S+", lambda found: _hushed(found[0]), _NEARLY_SPACED.sub(r"\1", shown(text)))
 
 
 def _hushed(word: str) -> str:
@@ -99,6 +105,7 @@ def handed_on(variables: Mapping[str, str], texts: Iterable[object]) -> dict[str
     secret = [address for address in found if shown(address) != address]
     if not secret:
         return dict(variables)
+    secret = [address.replace(" ", "%20") for address in secret]
     return {**variables, VARIABLE: " ".join([*secret, *variables.get(VARIABLE, "").split()])}
 
 

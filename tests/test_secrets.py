@@ -185,6 +185,11 @@ def test_no_message_echoes_a_token(words: list[str], small: list[str], url: str,
         ("hf://datasets/name@revision/x", "hf://datasets/name@revision/x"),
         ("cannot read http://127.0.0.1:8000: gone", "cannot read http://127.0.0.1:8000: gone"),
         ("shards://http://u:P@h/x?T", "shards://http://h/x"),
+        ("cannot read http://u@P:h/x, nor http://i/y", "cannot read http://, nor http://i/y"),
+        ("http://u@v:P@h:80/x", "http://h:80/x"),
+        ("'http://u:a P@s/x' is no address", "'http://s/x' is no address"),
+        ("http://a u:P/a P@[::1]:80/x?T", "http://[::1]:80/x"),
+        ("http://h:80/x is gone: ask a@b", "http://h:80/x is gone: ask a@b"),
         ("torchvision://CIFAR10?root=a&download=true", "torchvision://CIFAR10?root=a&download=true"),
         ("/a/b?c@d: no address", "/a/b?c@d: no address"),
     ],
@@ -198,7 +203,8 @@ MISTYPED = [
     "HtTp:///{login}@h/x?{token}", "http:\\\\{login}@h\\x?{token}", "http//{login}@h/x?{token}", "s3;//h/x?{token}",
     "//{login}@h/x?{token}", "https:{login}@h/x?token={token}", "{login}@h/x?token={token}",
     "http\uff1a//{login}@h/?{token}", "imagefolder://{login}@h/x?token={token}",
-    "http%3A%2F%2Fuser%3Ap4ssw0rd-canary%40h%2Fx%3F{token}", "http://h/x;token={token}", "/h/x?a=b&sig={token}",
+    "http%3A%2F%2Fuser%3Ap4ssw0rd-canary%40h%2Fx%3F{token}", "http://h/x;token={token}", "http://user@{token}:h/x",
+    "http://a {token}:{token} {token}@h/x", "http//{login} {token}@h/x", "/h/x?a=b&sig={token}",
 ]  # fmt: skip
 
 
@@ -238,4 +244,7 @@ def test_what_a_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert addresses.whole("http://h/x") == "http://u:P@h/x?T"
     assert addresses.whole("http://h/y") == "http://h/y?U"
     assert addresses.whole("http://h/z") == "http://h/z"
+    told = addresses.handed_on({}, ["http://u:a P@h/x"])
+    monkeypatch.setenv(addresses.VARIABLE, told[addresses.VARIABLE])
+    assert addresses.whole("http://h/x") == "http://u:a%20P@h/x"
     assert addresses.whole("http://h/x?other") == "http://h/x?other"  # what is given whole is left as it is
