@@ -26,7 +26,9 @@ _SPACED = r"[^/?#@:\n]*:(?:[^/\n]*|(?!\d*(?:[/?#\s,;)'\"]|$))(?:(?!://)[^\n])*)@
 _ADDRESS = re.compile(rf"{_SCHEME}(?:{_SPACED})?(?:(?!{_SCHEME})\S)*")
 # Of what is no address, but may be meant as one: http//..., http:\\..., user:password@host.
 _NEARLY = re.compile(r"\W*(?:https?|ftp|s3|gs|hf)(?:\W{1,2}[/\\]|[/\\]{2})", re.IGNORECASE)
-_NEARLY_SPACED = re.compile(rf"\b((?:https?|ftp|s3|gs|hf)\W{{0,2}}[/\\])[/\\]*{_SPACED}([^\s?#'\"]*)[^\s'\"]*", re.IGNORECASE)
+_NEARLY_SPACED = re.compile(
+    rf"\b((?:https?|ftp|s3|gs|hf)\W{{0,2}}[/\\])[/\\]*{_SPACED}([^\s?#'\"]*)[^\s'\"]*", re.IGNORECASE
+)
 _LOGIN = re.compile(r"[^/\\@='\"]*[:\uff1a](?![/\\]|\d+(?:[/\\]|$))[^@]*@")  # behind no port, before no //
 _SECRET = re.compile(
     r"((?:[?&;][\w.-]*(?:token|secret|sig|password|passwd|pwd|credential|key|auth)|\b(?:token|secret|passw(?:or)?d|pwd))"

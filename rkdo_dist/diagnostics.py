@@ -27,8 +27,8 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, whatever the message holds."""
-        rank = int(getattr(record, "rank", os.environ.get("RANK", "0")))
-        prefix = "rkdo" if rank == 0 else f"rkdo [rank {rank}]"
+        rank = getattr(record, "rank", os.environ.get("RANK", "0"))
+        prefix = "rkdo" if str(rank) == "0" else f"rkdo [rank {rank}]"
         text = printable(said(" ".join(record.getMessage().split())))
         print(f"{prefix}: {_LEVELS.get(record.levelno, '')}{text}", file=sys.stderr, flush=True)
 

@@ -14,7 +14,7 @@ import pytest
 from rkdo_dist.ranks import peers
 from rkdo_dist.rundir import RunDirectory
 from tests.conftest import FORTY
-from tests.jobs import fingerprint, metrics, rank_command, run_of, steps
+from tests.jobs import command, fingerprint, metrics, rank_command, run_of, steps
 from tests.launching import LAUNCH, Script, environment, free_port, two_nodes, wait_until
 from tests.ranks import run_ranks
 
@@ -37,6 +37,19 @@ def test_gloo_listens_on_the_way_to_the_first_node(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     peers.choose_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"  # the user knows better
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["RANK=x", "RANK=", "RANK=1", "WORLD_SIZE=-1", "WORLD_SIZE=0", "LOCAL_RANK=9", "MASTER_PORT=99999", "MASTER_ADDR="],
+)
+def test_what_a_launcher_never_sets_is_named(wrong: str, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, _, value = wrong.partition("=")
+    monkeypatch.setenv(name, value)
+    code, text = command(small)
+    assert (code, text.count("\n")) == (2, 1), text
+    assert name in text
+    assert not run_of(small).exists()
 
 
 def test_a_lost_peer_is_named_by_rank_and_place() -> None:

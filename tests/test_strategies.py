@@ -15,7 +15,7 @@ import pytest
 
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import runtime
-from rkdo_dist.ranks.runtime import LaunchError
+from rkdo_dist.ranks.launch import LaunchError
 from tests.jobs import command, metrics, run_of, steps
 from tests.launching import Script, environment, wait_until
 from tests.ranks import run_ranks

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rkdo_dist.evaluate import maps
 from rkdo_dist.files import write_atomic
 from rkdo_dist.frozen import sne
 from rkdo_dist.frozen.features import Features, read_features
+from rkdo_dist.ranks.launch import launched_ranks
 from rkdo_dist.studies import plots, sheets
 from rkdo_dist.studies.palette import style
 from rkdo_dist.training.machine import available_bytes
@@ -86,7 +86,7 @@ def draw_map(path: Path, out: Path, recipe: MapRecipe, *, array: str = "features
     Raises:
         ValueError: for a mistake in the request; nothing is written then.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_ranks() > 1:
         raise ValueError("rkdo map runs in one process: start it without a launcher")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not an empty directory: choose another")

@@ -35,16 +35,13 @@ from torch.distributed import distributed_c10d
 from rkdo_dist.exchange import group
 from rkdo_dist.ranks import arithmetic
 from rkdo_dist.ranks.arithmetic import Precision
+from rkdo_dist.ranks.launch import LaunchError
 from rkdo_dist.ranks.loss_scale import LossScale
 
 Reduction = Literal["exact", "fast", "ring"]
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of malloc, from malloc.h
 _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class LaunchError(ValueError):
-    """The launch and the configuration contradict each other; the message says what to change."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rkdo_dist.parts import open_index, require_source
 from rkdo_dist.ranks import messages, runtime
 from rkdo_dist.ranks.agreement import agree, same_request
 from rkdo_dist.ranks.arithmetic import Precision
+from rkdo_dist.ranks.launch import launched_ranks
 from rkdo_dist.ranks.messages import Messages
 from rkdo_dist.ranks.peers import ALIKE, PeerLostError, Peers
 from rkdo_dist.ranks.runtime import Reduction, Runtime
@@ -125,6 +126,7 @@ def joined(
         LaunchError: for a launch that cannot be used, on every rank.
         PeerLostError: if a collective fails because another process is gone, or another rank fails by itself.
     """
+    launched_ranks()  # refuses what others read as numbers
     with messages.collected(int(os.environ.get("RANK", "0"))) as said:
         around = Surroundings(Peers(timeout), said)
         intact = False

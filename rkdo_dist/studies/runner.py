@@ -25,6 +25,7 @@ from rkdo_dist.config import Config, ConfigError
 from rkdo_dist.console import progress_bar, say
 from rkdo_dist.files import write_atomic
 from rkdo_dist.lock import LockedError, holder
+from rkdo_dist.ranks.launch import launched_ranks
 from rkdo_dist.ranks.signals import StopRequest
 from rkdo_dist.rundir import RunDirectory, RunError
 
@@ -99,7 +100,7 @@ def run_all(runs: Sequence[Planned], processes: int, console: Console) -> Outcom
     """
     if processes < 1:
         raise ConfigError(f"--processes must be at least 1, got {processes}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_ranks() > 1:
         raise ConfigError("start this as one process: it starts the runs itself (--processes N)")
     for planned in runs:
         if (planned.directory / "config.yaml").is_file():
