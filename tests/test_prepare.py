@@ -289,6 +289,9 @@ def test_hostile_and_broken_tars_are_refused(tmp_path: Path) -> None:
 def test_wrong_sources_are_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown source 'mnist'; choose digits, cifar10"):
         prepare("mnist", tmp_path / "out")
+    (tmp_path / "images.tar").touch()
+    with pytest.raises(DataError, match=r"images.tar is a file: .* `rkdo prepare .*images.tar`"):
+        prepare("cifar10", tmp_path / "out", tmp_path / "images.tar")
     with pytest.raises(DataError, match="needs --root"):
         prepare("imagefolder", tmp_path / "out")
     (tmp_path / "f" / "test" / "cat").mkdir(parents=True)
@@ -332,6 +335,7 @@ def test_torchvision_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {s[2] for s in contents(tmp_path / "s", "train")} == {0, 1}
     with pytest.raises(DataError, match=r"cannot download cifar10 to .* --root"):
         prepare("cifar10", tmp_path / "x", tmp_path / "offline")
+    assert prepare("digits", tmp_path / "x").built  # nothing is left of it that would stand in the way
     assert set(sources.DOWNLOADS) == {"cifar10", "cifar100", "stl10"}
 
 

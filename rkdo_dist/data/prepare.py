@@ -149,6 +149,8 @@ def _journal(out: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name in os.listdir(out):
         if name.endswith(TEMPORARY) and _OURS.fullmatch(name):
             (out / name).unlink()
+    if os.listdir(out) == [JOURNAL_NAME]:  # of a preparation that has written nothing yet
+        path.unlink()
     if not path.exists():
         left = sorted(os.listdir(out))
         if left:

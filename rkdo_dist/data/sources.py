@@ -75,6 +75,11 @@ def open_source(source: str, root: Path | None, downloads: Path) -> Source:
     if source == "digits":
         return Source("digits", "scikit-learn digits", _digits)
     if source in DOWNLOADS:
+        if root is not None and root.exists() and not root.is_dir():
+            raise DataError(
+                f"--root {root} is a file: the files of {source} lie in a directory, torchvision's root; a tar of "
+                f"images is prepared by its path, `rkdo prepare {root}`"
+            )
         return Source(source, f"torchvision {source}", lambda: _torchvision(source, root or downloads))
     if source == "imagefolder":
         if root is None:
