@@ -209,6 +209,8 @@ def test_a_sweep_runs_what_is_missing_only(small: list[str], tmp_path: Path, mon
         (["--vary", "field.depth=1,0"], "field.depth=0: field.depth must be at least 1"),
         (["--vary", "field.dept=1,2"], "field.dept"),
         (["--vary", "field.depth=1", "--vary", "field.depth=2"], "twice"),
+        (["--vary", "field.depth=1,1.0"], "field.depth=1.0 is the run of field.depth=1"),
+        (["--variant", "a: field.depth=1", "--variant", "b: field.depth=1"], "variant=b is the run of variant=a"),
         (["--vary", "field.depth=1,2", "--seeds", "1,1"], "--seeds"),
         (["--vary", "field.depth=1,2", "--processes", "0"], "--processes"),
         ([], "say what to vary"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -158,10 +159,19 @@ def only(axis: Axis, names: Sequence[str]) -> Axis:
 
 
 def plan(asked: Sweep) -> Iterator[Planned]:
-    """All runs, seeds innermost, so that the first combinations are complete first."""
+    """All runs, seeds innermost, so that the first combinations are complete first.
+
+    Raises:
+        ConfigError: for a mistake in a combination, or two that are the same by value (1 and 1.0).
+    """
+    known: dict[Config, str] = {}
     for combination in asked.combinations():
         for seed in asked.seeds:
             config = asked.config(combination, seed)
+            alike = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=""))
+            if alike in known:
+                raise ConfigError(f"{asked.said(combination)} is the run of {known[alike]}: leave one of them out")
+            known[alike] = asked.said(combination)
             _, steps = parts.run_length(config, parts.open_index(config))
             yield Planned(config, steps)
 
