@@ -82,4 +82,5 @@ def test_compare_prints_the_first_table_of_the_report(tmp_path: Path) -> None:
     table = compared[: compared.index("Mean ± sd over 2 seeds")]
     assert "attained share" in table
     assert table in reported
-    assert command(["compare", *words, "--figure", str(tmp_path / "loss.nothing")])[0] == 2
+    code, refusal = command(["compare", *words, "--figure", str(tmp_path / "loss.nothing")])
+    assert (code, refusal.count("\n")) == (2, 1)  # before the table

@@ -25,10 +25,12 @@ def reading_commands(command: Command) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     from rkdo_dist.console import say
-    from rkdo_dist.studies import sheets
+    from rkdo_dist.studies import plots, sheets
     from rkdo_dist.studies.report.charts import write_loss_chart
     from rkdo_dist.studies.report.groups import overview, read_groups
 
+    if options.figure:
+        plots.check_kind(options.figure)
     groups, remarks = read_groups(options.directories)
     console = sheets.console()
     sheets.show(console, [overview(groups)])

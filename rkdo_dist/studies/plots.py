@@ -182,6 +182,17 @@ def pieces(figure: Any, kind: str) -> list[tuple[str, bytes]]:
     return made
 
 
+def check_kind(path: Path) -> None:
+    """Whether the name's ending is a kind of picture.
+
+    Raises:
+        ValueError: naming those there are.
+    """
+    known = pyplot().Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"{path} does not end in a kind of picture: choose .png or .svg (or {', '.join(known)})")
+
+
 def save(figure: Any, folder: Path, name: str) -> list[Path]:
     """Save as PNG and SVG (the same bytes for the same figure) and close."""
     folder.mkdir(parents=True, exist_ok=True)
