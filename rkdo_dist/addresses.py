@@ -19,7 +19,8 @@ from urllib.parse import unquote
 from rkdo_dist.printable import printable
 
 VARIABLE = "RKDO_ADDRESSES"  # whole addresses with blanks between them
-_SCHEME = r"(?:(?i:https?):/+|[a-zA-Z][a-zA-Z0-9+.-]+:/{1,2})"  # a pathlib.Path loses the second /, others add a third
+# A pathlib.Path loses the second /, others add a third. Repetitions have bounds, so that long texts take no long time.
+_SCHEME = r"(?:(?i:https?):/+|[a-zA-Z][a-zA-Z0-9+.-]{1,30}:/{1,2})"
 _OPTIONS = ("torchvision:", "imagefolder:")  # their query is not secret, and needed
 # user:password@ with blanks in it; where a / follows what may be a port, there is no login.
 _SPACED = r"[^/?#@:\n]*:(?:[^/\n]*|(?!\d*(?:[/?#\s,;)'\"]|$))(?:(?!://)[^\n])*)@"
@@ -29,14 +30,14 @@ _NEARLY = re.compile(r"\W*(?:https?|ftp|s3|gs|hf)(?:\W{1,2}[/\\]|[/\\]{2})", re.
 _NEARLY_SPACED = re.compile(
     rf"\b((?:https?|ftp|s3|gs|hf)\W{{0,2}}[/\\])[/\\]*{_SPACED}([^\s?#'\"]*)[^\s'\"]*", re.IGNORECASE
 )
-_LOGIN = re.compile(r"[^/\\@='\"]*[:\uff1a](?![/\\]|\d+(?:[/\\]|$))[^@]*@")  # behind no port, before no //
+_LOGIN = re.compile(r"[:\uff1a](?![/\\]|\d+[/\\])")  # before an @, the colon of no port and no //
 _SECRET = re.compile(
-    r"((?:[?&;][\w.-]*(?:token|secret|sig|password|passwd|pwd|credential|key|auth)|\b(?:token|secret|passw(?:or)?d|pwd))"
-    r"[\w.-]*=)[^\s&;'\"]+",
+    r"((?:[?&;][\w.-]{0,60}(?:token|secret|sig|password|passwd|pwd|credential|key|auth)"
+    r"|\b(?:token|secret|passw(?:or)?d|pwd))[\w.-]{0,60}=)[^\s&;'\"]+",
     re.IGNORECASE,
 )
-_NO_PORT = re.compile(r":(?!\d*$)[^\]]*$")  # behind the last ] of an IPv6 host
-_CLOSING = re.compile(r"[\]})>\"'`,;:.]*$")
+_NO_PORT = re.compile(r":(?!\d*$)")
+_CLOSING = "]})>\"'`,;:."
 
 
 def shown(text: str) -> str:
@@ -50,18 +51,27 @@ def _reduced(address: str) -> str:
     if scheme[0].startswith(_OPTIONS):
         return address
     rest = address[scheme.end() :]
-    closing = _CLOSING.search(rest)
-    closed = closing[0] if closing else ""
+    closed = _closing(rest)
     rest = rest.removesuffix(closed)
     place = re.split(r"[?#]", rest, maxsplit=1)[0]
     host = place.partition("/")[0]
-    if _NO_PORT.search(host) and "@" not in host:  # a password with / or ? in it
+    if _has_no_port(host) and "@" not in host:  # a password with / or ? in it
         place = re.split(r"[?#]", rest.rpartition("@")[2], maxsplit=1)[0] if "@" in rest else ""
         host = place.partition("/")[0]
     place = host.rpartition("@")[2] + place[len(host) :]
-    if _NO_PORT.search(place.partition("/")[0]):  # user@password:host
+    if _has_no_port(place.partition("/")[0]):  # user@password:host
         place = ""
     return scheme[0] + place + closed
+
+
+def _closing(text: str) -> str:
+    """What ends a text and no address."""
+    return text[len(text.rstrip(_CLOSING)) :]
+
+
+def _has_no_port(host: str) -> bool:
+    """Whether what follows the colon of a host, behind the ] of an IPv6 one, is no port."""
+    return _NO_PORT.search(host.rpartition("]")[2]) is not None
 
 
 def said(text: str) -> str:
@@ -74,14 +84,23 @@ def said(text: str) -> str:
 
 def _hushed(word: str) -> str:
     plain = unquote(word)
-    if plain != word and _LOGIN.search(plain):
+    if plain != word and _without_login(plain) != plain:
         word = plain
-    silent, logins = _LOGIN.subn("", word)
-    if logins or _NEARLY.match(word):
+    silent = _without_login(word)
+    if silent != word or _NEARLY.match(word):
         place = re.split(r"[?#]", silent, maxsplit=1)[0]
-        closing = _CLOSING.search(silent)
-        silent = place if closing is None or place == silent else place + closing[0]
+        silent = place if place == silent else place + _closing(silent)
     return _SECRET.sub(r"\1...", silent)
+
+
+def _without_login(word: str) -> str:
+    *before, last = word.split("@")
+    kept = ""
+    for part in before:
+        colon = _LOGIN.search(part)
+        login = part if colon is None else re.split(r"[/\\='\"]", part[: colon.start()])[-1]
+        kept += part + "@" if colon is None else part[: colon.start() - len(login)]
+    return kept + last
 
 
 def holds_address(text: str) -> bool:

@@ -234,6 +234,11 @@ def test_a_mistyped_address_is_quoted_without_its_secrets(text: str, small: list
         assert addresses.said(plain) == plain
 
 
+def test_a_long_message_is_looked_through_in_time_that_grows_with_its_length() -> None:
+    for word in ("a:", "%41:", "a@b:", "?token", "http:/", ")"):  # minutes to hours, where a pattern tries all pairs
+        assert addresses.said(word * 20_000 + "x").endswith("x")
+
+
 def test_what_a_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(addresses.VARIABLE, raising=False)
     settings: list[Any] = [3, "plain", None, "http://h/open", "shards://http://u:P@h/x?T"]
