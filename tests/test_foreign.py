@@ -8,6 +8,8 @@ import pytest
 
 from rkdo_dist.data.foreign import index_shards
 from rkdo_dist.data.index import DataError, load_index
+from rkdo_dist.data.prepare import prepare
+from rkdo_dist.data.source import open_source
 from rkdo_dist.data.stream import lane_stream
 from tests.pictures import picture, shard_of
 
@@ -33,6 +35,15 @@ def test_anybodys_shards_can_be_indexed(tmp_path: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     index = index_shards(root, progress=lambda *call: calls.append(call))
     assert before == {p: p.read_bytes() for p in root.rglob("*.tar")}
+    one = str(root / "my-val-0.tar")
+    for wrong in (
+        lambda: open_source(one),
+        lambda: open_source(f"imagefolder://{one}"),
+        lambda: prepare(one, root / "p"),
+    ):
+        with pytest.raises(DataError, match=r"my-val-0.tar is a WebDataset shard.* `rkdo index "):
+            wrong()
+    assert not open_source(f"imagefolder://{one}?labels=none").classes
     assert {name: s.samples for name, s in index.splits.items()} == {"train": 16, "test": 8}
     assert index.classes == ("0", "1", "2")
     assert index.image_size == (12, 12)

@@ -98,6 +98,13 @@ def list_images(root: Path, *, labels: bool = True) -> Listing:
     if not images:
         found = f"only others, such as {ignored[0]}" if ignored else "no file at all"
         raise DataError(f"{root} holds no image ({', '.join(EXTENSIONS)}), {found}")
+    described = {name[: -len(".cls")] for name in ignored if name.endswith(".cls")}
+    if labels and root.is_file() and any(os.path.splitext(name)[0] in described for name, _, _ in images):
+        raise DataError(
+            f"{root} is a WebDataset shard, whose .cls members are labels, not a tar of images in folders: name the "
+            f"directory {root.parent}, after `rkdo index {root.parent}` if it has no index.json, or read the pictures "
+            f"without labels as data.source=imagefolder://{root}?labels=none"
+        )
     files = _assigned(root, images, labels)
     names = {file.label for file in files if file.split != "unlabeled" and file.label is not None}
     return Listing(root, tuple(files), tuple(sorted(names)), ignored)
