@@ -17,6 +17,12 @@ TEMPORARY = ".tmp"  # ends the name of everything that is not complete yet
 _CHUNK = 1 << 20
 
 
+def at_home(text: str) -> str:
+    """A path, or a source of a kind that has one, with the home directory in place of a leading ~ (./~ is a name)."""
+    kind, separator, path = text.rpartition("://")
+    return f"{kind}{separator}{os.path.expanduser(path)}" if kind in ("", "shards", "imagefolder") else text
+
+
 def write_atomic(path: str | os.PathLike[str], content: str | bytes | memoryview) -> None:
     """Replace `path` by `content`: a reader, or a crash at any instant, finds the old or the new file, whole.
 

@@ -10,6 +10,7 @@ import pytest
 
 from rkdo_dist import cli
 from rkdo_dist.commands.arguments import Range, file, folder, given, local, names, numbers
+from rkdo_dist.config import load
 from tests.jobs import command
 
 COMMANDS = cli._commands_of(cli._parser())
@@ -77,6 +78,16 @@ def test_paths_that_are_empty_or_of_another_kind(kind: object, tmp_path: Path) -
             refused(name, action, str(tmp_path), "needs a file, but", "is a directory")
         if kind in (file, folder):
             refused(name, action, str(tmp_path / "file" / "x" / "y.npz"), "needs a directory, but", "is a file")
+
+
+def test_home_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert given("~/x") == str(local("~/x")) == str(folder("~/x")) == str(file("~/x")) == f"{tmp_path}/x"
+    (tmp_path / "c.yaml").write_text("run: {dir: ~/run}\ndata: {source: 'imagefolder://~/x?labels=none'}\n")
+    read = load("~/c.yaml", ["encoder.weights=~/f.npz", "data.shards=./~/x"])
+    assert (read.run.dir, read.encoder.weights) == (f"{tmp_path}/run", f"{tmp_path}/f.npz")
+    assert (read.data.source, read.data.shards) == ("", "./~/x")
+    assert load("~/c.yaml").data.source == f"imagefolder://{tmp_path}/x?labels=none"
 
 
 def test_what_must_be_there_is_named_without_what_need_not() -> None:

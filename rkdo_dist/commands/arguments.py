@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rkdo_dist.addresses import holds_address
+from rkdo_dist.files import at_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,10 +37,11 @@ def local(text: str) -> Path:
 
 
 def given(text: str) -> str:
-    """A text that is not empty: an empty one, of a shell variable that is not set, would be the working directory."""
+    """A text, a leading ~ being the home directory. An empty one, of a shell variable that is not set, would be the
+    working directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"needs a name or a path, got {text!r}")
-    return text
+    return at_home(text)
 
 
 def file(text: str) -> Path:

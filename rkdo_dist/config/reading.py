@@ -18,7 +18,7 @@ from rkdo_dist import addresses
 from rkdo_dist.config.former import FORMER, rename, with_names_of_now
 from rkdo_dist.config.rules import check
 from rkdo_dist.config.sections import Config, ConfigError, flatten
-from rkdo_dist.files import read_regular
+from rkdo_dist.files import at_home, read_regular
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,7 +88,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unreadable file, unknown or ill-typed key, or a value out of range.
     """
-    path = Path(path)
+    path = Path(at_home(str(path)))
     if not path.exists() and path.parts[:1] == ("configs",) and _shipped(path).is_file():
         path = _shipped(path)
     try:
@@ -337,7 +337,7 @@ def _scalar(key: str, kind: type, value: Any) -> Any:
     if kind is str and type(value) is str and _NO_TEXT.search(value):
         raise ConfigError(f"{key} holds characters that no name or address has: {brief(value)}")
     if type(value) is kind:
-        return value
+        return at_home(value) if isinstance(value, str) else value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     raise ConfigError(f"{key} must be {names[kind]}, got {brief(value)} ({type(value).__name__})")
 

@@ -23,6 +23,7 @@ from rkdo_dist.data.foreign import index_shards
 from rkdo_dist.data.index import INDEX_NAME, Progress, ShardIndex, load_index
 from rkdo_dist.data.listing import list_images
 from rkdo_dist.data.remote import is_url
+from rkdo_dist.files import at_home
 
 _IMPORT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
@@ -61,7 +62,7 @@ def open_source(
         name, options = _options(source, rest, ("root", "download"))
         download = _flag(source, "download", options.get("download", "false"))
         opener = datasets.Opener(
-            f"torchvision://{name}", datasets.torchvision_splits, name, options.get("root", "data"), download
+            f"torchvision://{name}", datasets.torchvision_splits, name, at_home(options.get("root", "data")), download
         )
         return datasets.dataset_index(opener, workers=workers)
     if scheme == "hf":
