@@ -56,11 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rkdo_dist.diagnostics import logger, show_diagnostics
 
     show_diagnostics()
+    from rkdo_dist.ranks.signals import Stopped, StopRequest
+
     try:
-        code = options.run(options)
+        with StopRequest() as stop, stop.at_once():  # training, evaluation and studies have requests of their own
+            code = options.run(options)
     except KeyboardInterrupt:
         logger.info("interrupted")
         code = INTERRUPTED
+    except Stopped as stopped:
+        logger.info("interrupted" if stopped.code == INTERRUPTED else "stopped by a signal")
+        code = stopped.code
     except ModuleNotFoundError as error:
         if not error.name or "." in error.name:  # not a library, but a fault in one or here
             raise

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 import rkdo_dist
+from rkdo_dist.cli import main
+from rkdo_dist.data.shards import ShardWriter
 from rkdo_dist.encoders import CifarResNet
 from rkdo_dist.ranks import signals
 from rkdo_dist.ranks.signals import StopRequest
@@ -67,6 +70,63 @@ def test_a_request_ends_at_once_what_has_nothing_to_finish() -> None:
         assert raised.value.code == 75
         with pytest.raises(signals.Stopped), stop.at_once():  # it is still asked for
             pass
+
+
+def test_a_request_counts_around_another_that_has_ended() -> None:
+    with StopRequest() as stop, pytest.raises(signals.Stopped), stop.at_once():
+        with stop.at_once():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("nobody heard it")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
+def test_a_command_stops_with_one_line_and_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    words = ["prepare", "digits", "--out", str(tmp_path / "digits"), "--shard-size", "100"]
+    written: list[str] = []
+    add = ShardWriter.add
+
+    def signalled(self: ShardWriter, key: str, members: dict[str, bytes]) -> None:
+        written.append(key)
+        if len(written) == 250:
+            signal.raise_signal(number)
+        add(self, key, members)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setattr(ShardWriter, "add", signalled)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"rkdo: {'interrupted' if code == 130 else 'stopped by a signal'}\n"
+    left = sorted(path.name for path in (tmp_path / "digits").iterdir())
+    assert left == [".prepare.json", "train-00000.tar", "train-00001.tar"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    assert len(set(written)) == 1797
+
+
+def test_a_request_ends_what_a_scaling_study_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, ended, launcher = tmp_path / "started", tmp_path / "ended", tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\ntrap 'echo > {ended}; exit' TERM\necho > {started}\nwhile :; do sleep 0.1; done\n")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))  # in place of torchrun, which ends its ranks after SIGTERM
+
+    def request() -> None:
+        wait_for(started.exists, lambda: True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=request, daemon=True).start()
+    words = ["scale", str(ROOT / "configs" / "digits-rkdo.yaml"), "--world-sizes", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 75
+    assert ended.exists()
 
 
 def test_a_closed_terminal_stops_a_run_unless_that_was_to_be_ignored() -> None:

@@ -148,10 +148,15 @@ def _launch(plan: Plan, overrides: Sequence[str], world: int, file: Path) -> Non
     command += ["--ways", ",".join(plan.ways)] if plan.ways else []
     settings = configuration.flatten(configuration.load(plan.config, overrides))
     environment = addresses.handed_on({"OMP_NUM_THREADS": "1", **os.environ}, settings.values())
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if answer.returncode or not file.is_file():
-        own = [line for line in (answer.stderr + answer.stdout).splitlines() if line.startswith("rkdo")]
-        last = own[-1:] or (answer.stderr + answer.stdout).splitlines()[-15:]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment) as processes:
+        try:
+            said = processes.communicate()[0].splitlines()
+        except BaseException:  # a request to stop: a launcher that is killed would leave its ranks behind
+            processes.terminate()
+            raise
+    if processes.returncode or not file.is_file():
+        last = [line for line in said if line.startswith("rkdo")][-1:] or said[-15:]
         raise ScalingError(f"measuring on {world} processes failed: " + "\n".join(last))
 
 

@@ -111,13 +111,13 @@ class StopRequest:
         Raises:
             Stopped: also at once, for a request that is there already.
         """
-        self._at_once = True
+        if self.code:
+            raise Stopped(self.code)
+        around, self._at_once = self._at_once, True
         try:
-            if self.code:
-                raise Stopped(self.code)
             yield
         finally:
-            self._at_once = False
+            self._at_once = around and not self.code
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._insisted:
@@ -179,7 +179,9 @@ class StopRequest:
         def say() -> None:
             with contextlib.suppress(Exception):
                 self.last_words(code)
-            logger.warning("ended inside a library's call; a run goes on from its last checkpoint with run.resume=auto")
+            logger.warning(
+                "ended inside a library's call; a run goes on from its last checkpoint (train with run.resume=auto)"
+            )
 
         saying = threading.Thread(target=say, daemon=True)
         saying.start()

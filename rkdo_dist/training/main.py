@@ -270,10 +270,14 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> None:
             "only settings that do not change the run can be overridden here (evaluate.*, data.source, ...)"
         )
     code = any(override.partition("=")[0] == "encoder.backbone" for override in overrides)
-    with contextlib.closing(run), surroundings.meet(config) as around:
+    with StopRequest() as stop, contextlib.closing(run), contextlib.ExitStack() as stack:
+        start = stack.enter_context(contextlib.ExitStack())
+        start.enter_context(stop.at_once())  # until the ranks evaluate together, and stop together
+        around = stack.enter_context(surroundings.meet(config))
         rt, index = around.runtime, around.index
         group.on_main(run.lock, f"locking {run.path}")
         encoder = parts.make_encoder(config, pretrained=False, code=code).to(rt.device)
         found = own_checkpoint(run, config, rt)
         encoder.load_state_dict(found.weights(config.evaluate.weights))
+        start.close()
         evaluate_encoder(config, rt, index, run, encoder, found.step, Terminal(stderr=True) if rt.is_main else None)
