@@ -17,6 +17,11 @@ COMMANDS = cli._commands_of(cli._parser())
 FREE = {("train", "config"), ("doctor", "config"), ("measure", "config"), ("flops", "config"), ("sweep", "config")}
 
 
+def test_every_option_is_described() -> None:
+    bare = [(name, action.dest) for name, parser in COMMANDS.items() for action in parser._actions if not action.help]
+    assert not bare
+
+
 def options(kind: object) -> Iterator[tuple[str, argparse.Action]]:
     for name, parser in COMMANDS.items():
         for action in parser._actions:

@@ -23,7 +23,7 @@ def study_commands(command: Command) -> None:
     add("--seeds", type=numbers, default=None, metavar="N,...", help="default: the one of CONFIG")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs")
     add("--metric", type=names, default=("linear_accuracy",), metavar="A,B", help="scores of the evaluations")
-    add("--out", type=folder, default=Path("runs/sweep"), metavar="DIR")
+    add("--out", type=folder, default=Path("runs/sweep"), metavar="DIR", help="default: runs/sweep")
     add("--processes", type=COUNT, default=1, metavar="N", help="runs at a time")
 
     add = command(
@@ -32,12 +32,12 @@ def study_commands(command: Command) -> None:
         "the paper's tables and figures, beside the published numbers",
         "--datasets cifar10 --data data --out runs/reproduce",
     )
-    add("--datasets", type=names, default=("cifar10", "cifar100", "stl10"), metavar="A,B,...")
+    add("--datasets", type=names, default=("cifar10", "cifar100", "stl10"), metavar="A,B,...", help="default: all three")
     add("--protocol", choices=("paper", "full"), default="paper", help="as evaluate.protocol")
-    add("--seeds", type=numbers, default=(42, 123, 456, 789, 101), metavar="N,...")
-    add("--epochs", type=numbers, default=(1, 2, 5, 10), metavar="N,...")
+    add("--seeds", type=numbers, default=(42, 123, 456, 789, 101), metavar="N,...", help="default: the paper's five")
+    add("--epochs", type=numbers, default=(1, 2, 5, 10), metavar="N,...", help="numbers of epochs (default 1,2,5,10)")
     add("--data", action="append", default=[], metavar="DIR", help="DIR/<data set> hold the shards, or DATASET=DIR")
-    add("--out", type=folder, default=Path("runs/reproduce"), metavar="DIR")
+    add("--out", type=folder, default=Path("runs/reproduce"), metavar="DIR", help="default: runs/reproduce")
     add("--processes", type=COUNT, default=1, metavar="N", help="runs at a time")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs; tables say so")
 
