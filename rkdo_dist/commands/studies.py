@@ -32,7 +32,7 @@ def study_commands(command: Command) -> None:
         "the paper's tables and figures, beside the published numbers",
         "--datasets cifar10 --data data --out runs/reproduce",
     )
-    add("--datasets", type=names, default=("cifar10", "cifar100", "stl10"), metavar="A,B,...", help="default: all three")
+    add("--datasets", type=names, default=("cifar10", "cifar100", "stl10"), metavar="A,B,...", help="default: all")
     add("--protocol", choices=("paper", "full"), default="paper", help="as evaluate.protocol")
     add("--seeds", type=numbers, default=(42, 123, 456, 789, 101), metavar="N,...", help="default: the paper's five")
     add("--epochs", type=numbers, default=(1, 2, 5, 10), metavar="N,...", help="numbers of epochs (default 1,2,5,10)")
