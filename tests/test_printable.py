@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rkdo_dist.console import Terminal, progress_bar, say, table
+from rkdo_dist.diagnostics import logger
 from rkdo_dist.printable import printable
 from tests.jobs import command
 
@@ -38,7 +39,8 @@ def test_tables_lines_and_bars(colours: bool) -> None:
     assert ("\x1b[31m" in found) == colours  # our own colour
 
 
-def test_commands(small: list[str], reference: Path, tmp_path: Path) -> None:
+def test_commands(small: list[str], reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger, "propagate", False)  # pytest's report of the records could not be written
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     (run / "status.json").write_text(
