@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from rkdo_dist.printable import printable
@@ -142,7 +142,10 @@ def shown_arguments() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors quote what was asked for in one line, addresses without their secret parts."""
+    """Its errors quote what was asked for in one line, addresses without their secrets; options are written out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(said(" ".join(message.split()))))

@@ -67,6 +67,13 @@ class DirectoryLock:
         _sign(self._descriptor)
         os.fsync(self._descriptor)  # a process on another node reads it
 
+    def is_of(self, directory: Path) -> bool:
+        """Whether it is still this directory's: it has not been moved, removed or replaced."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(directory / NAME))
+        except FileNotFoundError:
+            return False
+
     def release(self) -> None:
         """Release the lock; a second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1

@@ -103,6 +103,18 @@ class RunDirectory:
         if self._lock is None:
             self._lock = DirectoryLock(self.path)
 
+    def require_here(self) -> None:
+        """Refuse to write where the directory is no longer that which this process has locked.
+
+        Raises:
+            RunError: if it was moved, removed or replaced.
+        """
+        if self._lock is not None and not self._lock.is_of(self.path):
+            raise RunError(
+                f"run.dir={self.path} was moved or removed while it was being written to: move it back, and go on "
+                "from its last checkpoint with run.resume=auto"
+            )
+
     def close(self) -> None:
         """Release the lock, if this process has it."""
         if self._lock is not None:

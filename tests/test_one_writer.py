@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rkdo_dist.lock import DirectoryLock, LockedError, holder
+from rkdo_dist.training.step import Step
 from tests.jobs import command, fingerprint, metrics, on_ranks, run_of, steps
 from tests.launching import Script, environment, wait_until
 from tests.runs import locked_elsewhere
@@ -44,6 +46,29 @@ def test_a_new_run_too_has_one_writer(small: list[str]) -> None:
         assert f"process {pid}" in text
     assert sorted(p.name for p in run_of(small).iterdir()) == [".lock"]
     assert command([*small, "train.max_steps=1"])[0] == 0
+
+
+def test_a_directory_that_is_moved_is_not_made_again(
+    small: list[str], reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, embed = run_of(small), Step.embed
+    moved = run.with_name("moved")
+
+    def move_at_the_fourth(self: Step, lanes: Any, at: Any, keys: Any = None) -> Any:
+        if at.step == 3:
+            run.rename(moved)
+        return embed(self, lanes, at, keys)
+
+    monkeypatch.setattr(Step, "embed", move_at_the_fourth)
+    code, text = command([*small, "train.checkpoint_every=2"])
+    assert (code, run.exists()) == (2, False)
+    assert "was moved or removed while it was being written to: move it back" in " ".join(text.split())
+    modes = {path.stat().st_mode & 0o777 for path in (moved / "checkpoints").rglob("*") if path.is_file()}
+    assert len(modes) == 1  # readable by those who can read the rest
+    monkeypatch.setattr(Step, "embed", embed)
+    moved.rename(run)
+    assert command([*small, "train.checkpoint_every=2", "run.resume=auto"])[0] == 0
+    assert metrics(run) == metrics(reference)
 
 
 @pytest.mark.slow

@@ -99,3 +99,10 @@ def test_what_must_be_there_is_named_without_what_need_not() -> None:
     code, text = command(["train"])
     assert code == 2
     assert text.strip().endswith("the following arguments are required: CONFIG")
+
+
+def test_options_are_written_out() -> None:
+    code, text = command(["sweep", "config.yaml", "--out", "x", "--vari", "field.depth=1,2"])
+    assert code == 2
+    assert "unrecognized arguments: --vari" in text
+    assert "did you mean --var" in text

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -292,6 +293,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(value.untyped_storage().data_ptr())
         plain[name] = value
     save_file(plain, path)
+    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)  # as readable as its directory; 0600 otherwise
     sync_file(path)
 
 
