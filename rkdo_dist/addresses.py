@@ -83,10 +83,9 @@ def said(text: str) -> str:
 
 
 def _hushed(word: str) -> str:
-    plain = unquote(word)
-    if plain != word and _without_login(plain) != plain:
-        word = plain
-    silent = _without_login(word)
+    silent, plain = _without_login(word), unquote(word)
+    if plain != word and (without := _without_login(plain)) != plain:
+        word, silent = plain, without
     if silent != word or _NEARLY.match(word):
         place = re.split(r"[?#]", silent, maxsplit=1)[0]
         silent = place if place == silent else place + _closing(silent)
@@ -98,8 +97,10 @@ def _without_login(word: str) -> str:
     kept = ""
     for part in before:
         colon = _LOGIN.search(part)
-        login = part if colon is None else re.split(r"[/\\='\"]", part[: colon.start()])[-1]
-        kept += part + "@" if colon is None else part[: colon.start() - len(login)]
+        if colon is None:
+            kept += f"{part}@"
+        else:
+            kept += part[: max(part.rfind(end, 0, colon.start()) for end in "/\\='\"") + 1]
     return kept + last
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rkdo_dist.files import read_regular
+from rkdo_dist.printable import shortened
 
 Check = Callable[[Any, str], str]  # a value and its place -> what is wrong with it, "" if nothing is
 
@@ -30,7 +31,7 @@ def _plain(what: str, test: Callable[[Any], bool]) -> Check:
 
 def _short(value: Any) -> str:
     text = repr(value) if isinstance(value, str | int | float | type(None)) else f"a {type(value).__name__}"
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shortened(text)
 
 
 COUNT = _plain("a whole number from 0", lambda v: type(v) is int and 0 <= v < 1 << 62)

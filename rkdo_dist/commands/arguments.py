@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rkdo_dist.addresses import holds_address
 from rkdo_dist.files import at_home
+from rkdo_dist.printable import shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,12 @@ WAYS = "values of run.reduction: some of exact, fast, ring (default: as the conf
 def add_config(add: Add) -> None:
     """The arguments CONFIG and KEY=VALUE."""
     add("config", metavar="CONFIG", help=CONFIG)
-    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=5 run.dir=runs/five")
+    add_overrides(add, "e.g. train.epochs=5 run.dir=runs/five")
+
+
+def add_overrides(add: Add, about: str) -> None:
+    """The arguments KEY=VALUE."""
+    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=about)
 
 
 def local(text: str) -> Path:
@@ -77,8 +83,9 @@ class Range:
             number = None
         if number is None or not self.least <= number <= self.most:
             what = "a whole number" if kind is int else "a number"
-            brief = text if len(text) <= 40 else f"{text[:37]}..."
-            raise argparse.ArgumentTypeError(f"needs {what} from {self.least:,} to {self.most:,}, got {brief!r}")
+            raise argparse.ArgumentTypeError(
+                f"needs {what} from {self.least:,} to {self.most:,}, got {shortened(text)!r}"
+            )
         return number
 
 

@@ -10,6 +10,7 @@ from rkdo_dist.commands.arguments import (
     Command,
     Range,
     add_config,
+    add_overrides,
     configuration_of,
     file,
     folder,
@@ -40,7 +41,7 @@ def cost_commands(command: Command) -> None:
         "configs/digits-rkdo.yaml --world-sizes 1,2 --out runs/scale",
     )
     add("config", type=local, nargs="?", metavar="CONFIG", help="a YAML file (not with --from)")
-    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="as for train")
+    add_overrides(add, "as for train")
     add("--world-sizes", type=numbers, default=(1, 2), metavar="N,N", help="numbers of processes (default 1,2)")
     add("--mode", choices=("strong", "weak"), default="strong", help="one global batch, or one per process")
     add("--steps", type=LENGTH, default=5, metavar="N", help="steps that are measured (default 5)")

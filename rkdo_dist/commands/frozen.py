@@ -6,7 +6,19 @@ import argparse
 import dataclasses
 from typing import Any
 
-from rkdo_dist.commands.arguments import COUNT, LENGTH, SEED, SHARE, Add, Command, Range, folder, given, local
+from rkdo_dist.commands.arguments import (
+    COUNT,
+    LENGTH,
+    SEED,
+    SHARE,
+    Add,
+    Command,
+    Range,
+    add_overrides,
+    folder,
+    given,
+    local,
+)
 
 _FEATURES = "an .npz, .parquet or .safetensors, such as `rkdo embed` writes, or an idx file (MNIST's format)"
 
@@ -77,7 +89,7 @@ def frozen_commands(command: Command) -> None:
         help="of rows of neighbours and memory (default 0.05)",
     )
     add("--weights", choices=("trained", "ema"), default="trained", help="which weights (default trained)")
-    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. data.source=... if the data have moved")
+    add_overrides(add, "e.g. data.source=... if the data have moved")
 
 
 def _shares(text: str) -> tuple[float, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from rkdo_dist.commands.arguments import Command, file, given
+from rkdo_dist.commands.arguments import Command, add_overrides, file, given
 from rkdo_dist.printable import printable
+
+_OVERRIDES = "encoder.backbone=... if the backbone is your code"
 
 
 def output_commands(command: Command) -> None:
@@ -21,13 +23,7 @@ def output_commands(command: Command) -> None:
     add("--out", type=file, required=True, metavar="FILE", help="beside it FILE.json and FILE.md are written")
     add("--weights", choices=("trained", "ema"), default="trained", help="as trained, or their average (train.ema)")
     add("--force", action="store_true", help="replace files that are there")
-    add(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="encoder.backbone=... if the backbone is your code",
-    )
+    add_overrides(add, _OVERRIDES)
 
     add = command(
         "embed",
@@ -43,13 +39,7 @@ def output_commands(command: Command) -> None:
     add("--what", choices=("both", "features", "embeddings"), default="both", help="which arrays (default: both)")
     add("--weights", choices=("trained", "ema"), default="trained", help="as trained, or their average (train.ema)")
     add("--force", action="store_true", help="replace FILE")
-    add(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="encoder.backbone=... if the backbone is your code",
-    )
+    add_overrides(add, _OVERRIDES)
 
 
 def _export(options: argparse.Namespace) -> int:

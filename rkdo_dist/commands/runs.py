@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from rkdo_dist.commands.arguments import Command, add_config, configuration_of, local
+from rkdo_dist.commands.arguments import Command, add_config, add_overrides, configuration_of, local
 from rkdo_dist.printable import printable
 
 
@@ -26,7 +26,7 @@ def run_commands(command: Command) -> None:
         "evaluate", _evaluate, "evaluate the newest checkpoint of a run", "runs/digits-rkdo evaluate.protocol=paper"
     )
     add("directory", type=local, metavar="RUN", help="a run directory")
-    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. evaluate.protocol=paper")
+    add_overrides(add, "e.g. evaluate.protocol=paper")
 
     add = command("status", _status, "how a run stands (its first word is for scripts)", "runs/digits-rkdo")
     add("directory", type=local, metavar="RUN", help="a run directory")

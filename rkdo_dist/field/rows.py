@@ -259,7 +259,7 @@ class FieldRows:
         """One visit of the rows first..last - 1, panel by panel; `home` gets the gradient of the columns (V, n, d)."""
         gradient, room = None if home is None else self._gradient(matrix, home), self._room(self._panel_rows)
         narrow = self._device.type == "cpu" and matrix.columns.shape[1] <= NARROW
-        turned = torch.zeros_like(matrix.columns.T.contiguous()) if gradient is not None and narrow else None
+        turned = gradient.new_zeros(gradient.shape[::-1]) if gradient is not None and narrow else None
         for start in range(first, last, self._panel_rows):
             stop = min(start + self._panel_rows, last)
             panel, mine = self._panel(matrix, walk, start, stop, first_column, room, gradient is not None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from rkdo_dist.printable import shortened
+
 
 class LaunchError(ValueError):
     """The launch and the configuration contradict each other; the message says what to change."""
@@ -35,9 +37,8 @@ def _number(name: str, default: int, least: int, most: int, of: str = "") -> int
         number = least - 1
     if not least <= number <= most:
         known = f" ({of})" if of else ""
-        brief = text if len(text) <= 40 else f"{text[:37]}..."
         raise LaunchError(
-            f"the environment's {name} must be a whole number from {max(0, least)} to {most}{known}, got {brief!r}: "
-            f"launchers set it; without one, unset {name}"
+            f"the environment's {name} must be a whole number from {max(0, least)} to {most}{known}, "
+            f"got {shortened(text)!r}: launchers set it; without one, unset {name}"
         )
     return number

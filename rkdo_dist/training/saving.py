@@ -30,8 +30,12 @@ def save(job: Job, journal: Journal) -> bool:
     journal.sync()
     state = job.step.strategy.state()  # collective: shards are gathered
     what = f"saving the checkpoint of step {job.position}"
-    group.on_main(job.run.require_here, what)
-    building = group.on_main(lambda: checkpoint.begin(job.run.checkpoints, job.position), what)
+
+    def begin() -> Path:
+        job.run.require_here()
+        return checkpoint.begin(job.run.checkpoints, job.position)
+
+    building = group.on_main(begin, what)
     everyones = Path(group.from_rank_zero(str(building)))
     mine: dict[str, dict[str, Tensor]] = {}
     for kept in job.kept:
